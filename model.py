@@ -1,0 +1,523 @@
+"""The looped transformer: a decoder-only transformer whose middle layers are run T times.
+
+    e       = Norm(P(tokens))                       prelude, once
+    h_0     ~ N(0, sigma^2)                         start state
+    h_{t+1} = A_bar * h_t + B_bar e + R(h_t, e)     recurrent block, T times, same weights (eq. 3)
+    logits  = Head(Norm(C(C_proj h_T)))             coda, once
+
+With 0 < A_bar < 1 the loop forgets its past and cannot blow up, whatever is learned ("Parcae:
+Scaling Laws For Stable Looped Language Models", arXiv 2604.12946; "§" and "eq." refer to it).
+A plain transformer is this one with an empty recurrent block (n_recurrent=0); a fixed-depth model
+is one that loops once (mean_recurrence=1).
+
+What differs from a textbook GPT (the first eight as in the published model):
+- RMSNorm before each layer, no biases, half of ReLU squared in the MLP, embedding and head tied
+- rotary positions on adjacent pairs; queries and keys normalised after the rotation
+- optional value embeddings: every second layer adds a gated per-token lookup to its values
+- linear weights start orthogonal, the layers' output projections at zero
+- every sequence of a training batch draws its own number of loops
+- gradient flows through a sequence's last `backprop_depth` loops only
+- the loop starts from noise in training ...
+- ... which all layers' weights must learn to forget
+and, departing from the published code:
+- only the rows of the batch that still loop are computed: deepest first, they are a prefix
+- the noise is one draw for all rows of a batch (any split of the batch over devices then agrees),
+  and in eval mode its mean, zero, so that evaluation and sampling are deterministic
+- float32 weights are cast to the dtype of the activations where they are used: `compute_dtype`
+  decides that, instead of autocast
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+INJECTIONS = ("diagonal", "add", "concat")
+QK_NORM_EPS = torch.finfo(torch.float32).eps
+VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
+
+
+@dataclass
+class ParcaeConfig:
+    vocab_size: int = 32768
+    block_size: int = 2048            # longest context, tokens
+    n_embd: int = 768                 # d
+    n_head: int = 6
+    n_prelude: int = 2                # layers before the loop, P
+    n_recurrent: int = 2              # layers in the loop, R; 0: a plain transformer
+    n_coda: int = 2                   # layers after the loop, C
+    mlp_width: int | None = None      # None: 4 * n_embd
+    mean_recurrence: int = 8          # mu_rec, mean number of loops in training
+    backprop_depth: int | None = None # mu_bwd, loops that get a gradient; None: ceil(mu_rec / 2)
+    injection: str = "diagonal"       # how the state takes in e; "add", "concat": the earlier rules
+    prelude_norm: bool = True
+    qk_norm: bool = True
+    value_embeds: bool = False
+    tie_embeddings: bool = True
+    state_init: str = "normal"        # start state in training; or "zero"
+    rope_base: float = 50_000
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.mlp_width is None:
+            self.mlp_width = 4 * self.n_embd
+        if self.backprop_depth is None:
+            self.backprop_depth = math.ceil(self.mean_recurrence / 2)
+
+        def need(ok, name, allowed):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+        for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width", "mean_recurrence", "backprop_depth"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("n_prelude", "n_recurrent", "n_coda"):
+            need(getattr(self, name) >= 0, name, "at least 0")
+        need(self.n_layer > 0, "n_recurrent", "at least 1 where there is no other layer")
+        need(self.n_embd % (2 * self.n_head) == 0, "n_embd", f"a multiple of 2 * n_head ({2 * self.n_head})")
+        need(self.injection in INJECTIONS, "injection", f"one of {', '.join(INJECTIONS)}")
+        need(self.state_init in ("normal", "zero"), "state_init", "normal or zero")
+
+    @property
+    def n_layer(self):
+        """Distinct layers, P + R + C."""
+        return self.n_prelude + self.n_recurrent + self.n_coda
+
+
+def _published(layers, d, heads):
+    return dict(n_prelude=layers, n_recurrent=layers, n_coda=layers, n_embd=d, n_head=heads, value_embeds=True)
+
+PRESETS = {
+    "parcae-140m": _published(2, 768, 6),
+    "parcae-370m": _published(4, 1024, 8),
+    "parcae-770m": _published(6, 1280, 10),
+    "parcae-1.3b": _published(8, 1536, 12),
+    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, mean_recurrence=4),
+    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True),
+}
+# the plain transformer of each size: the same layers without loop, injection, C_proj and prelude norm
+PRESETS |= {name.replace("parcae", "gpt"): preset | dict(
+                n_prelude=preset["n_prelude"] + preset["n_recurrent"] + preset["n_coda"], n_recurrent=0, n_coda=0)
+            for name, preset in PRESETS.items()}
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x, rope):
+    """Rotary positions on adjacent pairs (x0, x1), (x2, x3), ... of x (B, T, n_head, head_dim).
+
+    rope: cos and sin, each (T, 1, head_dim) with every angle twice, sin negative at even places."""
+    cos, sin = rope
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, has_ve):
+        super().__init__()
+        d = config.n_embd
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
+        self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(d, d) for _ in range(4))
+        self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
+
+    def forward(self, x, rope, ve=None, cache=None):
+        # x: (B, T, C); ve: None or (B, T, C); cache: None or (keys, values, position)
+        B, T, C = x.shape
+        q, k, v = (proj(x).view(B, T, self.n_head, -1) for proj in (self.c_q, self.c_k, self.c_v))
+        if self.ve_gate is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, n_head)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if self.qk_norm:
+            q, k = (F.rms_norm(z, z.shape[-1:], eps=QK_NORM_EPS) for z in (q, k))
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                       # (B, n_head, T, head_dim)
+        mask = None
+        if cache is not None:
+            keys, values, pos = cache                                          # (B, n_head, capacity, head_dim)
+            keys[:, :, pos:pos + T], values[:, :, pos:pos + T] = k, v
+            k, v = keys[:, :, :pos + T], values[:, :, :pos + T]
+            if pos and T > 1:  # later tokens of a context: each sees all that came before it
+                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = Linear(config.n_embd, config.mlp_width)
+        self.proj = Linear(config.mlp_width, config.n_embd)
+
+    def forward(self, x):
+        return 0.5 * self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, has_ve):
+        super().__init__()
+        self.norm_1, self.norm_2 = (RMSNorm(config.n_embd, eps=config.norm_eps) for _ in range(2))
+        self.attn = Attention(config, has_ve)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, ve=None, cache=None):
+        x = x + self.attn(self.norm_1(x), rope, ve, cache)
+        return x + self.mlp(self.norm_2(x))
+
+    def matmul_params(self):
+        return sum(p.numel() for p in self.parameters() if p.ndim == 2)
+
+
+class Injection(nn.Module):
+    """How the state h takes in the prelude's output e before each loop (eq. 3 and table 1).
+
+    diagonal: A_bar * h + dt * (B e), A_bar = exp(dt * A), A = -exp(log_A), dt = softplus(dt_bias);
+              all of A_bar lies in (0, 1): stable by construction
+    add:      h + e, marginally stable
+    concat:   W [h; e], unconstrained; W starts at [a0 I, I], where the diagonal rule starts too
+    """
+    A0 = math.sqrt(1 / 5)
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.kind = config.n_embd, config.injection
+        if self.kind == "diagonal":
+            self.log_A = nn.Parameter(torch.empty(d))
+            self.dt_bias = nn.Parameter(torch.empty(d))
+            self.B = nn.Parameter(torch.empty(d, d))
+        elif self.kind == "concat":
+            self.W = nn.Parameter(torch.empty(d, 2 * d))
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        if self.kind == "diagonal":
+            self.log_A.zero_()
+            dt = -math.log(self.A0)
+            self.dt_bias.fill_(math.log(math.expm1(dt)))  # softplus^-1(dt)
+            nn.init.eye_(self.B)
+        elif self.kind == "concat":
+            eye = torch.eye(self.W.shape[0])
+            self.W.copy_(torch.cat([self.A0 * eye, eye], dim=1))
+
+    def A_bar(self):
+        """(C,) float32 factors by which the diagonal rule shrinks the state each loop, all in (0, 1)."""
+        decay = F.softplus(self.dt_bias.float()) * self.log_A.float().exp()
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.exp(-decay).clamp(tiny, 1 - 2 ** -24)  # float32 would round the ends to 0 and 1
+
+    def input(self, e):
+        """What e adds to the state, (B, T, C): the same at every loop, so computed once."""
+        if self.kind == "diagonal":
+            return F.linear(e, self.B.to(e.dtype)) * F.softplus(self.dt_bias).to(e.dtype)
+        if self.kind == "concat":
+            return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))
+        return e
+
+    def forward(self, h, u):
+        """The injected state (B, T, C) from the state h and u = input(e), both (B, T, C)."""
+        if self.kind == "diagonal":
+            return (self.A_bar() * h + u).to(u.dtype)
+        if self.kind == "concat":
+            return F.linear(h, self.W[:, :h.shape[-1]].to(h.dtype)) + u
+        return h + u
+
+
+class KVCache:
+    """Keys and values of a context, preallocated: one pair for every layer and every loop."""
+
+    def __init__(self, config, batch_size, capacity, recurrence, device, dtype):
+        slots = config.n_prelude + config.n_recurrent * recurrence + config.n_coda
+        head_dim = config.n_embd // config.n_head
+        self.kv = torch.empty(slots, 2, batch_size, config.n_head, capacity, head_dim, device=device, dtype=dtype)
+        self.pos = 0  # tokens held
+
+    def rewind(self):
+        """Point at the first slot; the slots are then taken in the order in which layers run."""
+        self.slots = iter(self.kv)
+
+    def next(self):
+        keys, values = next(self.slots)
+        return keys, values, self.pos
+
+
+class Parcae(nn.Module):
+    """See the head of this file. `compute_dtype` is the dtype of the activations; None: that of the weights."""
+
+    compute_dtype = None
+
+    def __init__(self, config: ParcaeConfig):
+        super().__init__()
+        self.config = config
+        P, R, C, d = config.n_prelude, config.n_recurrent, config.n_coda, config.n_embd
+        last = config.n_layer - 1
+        ve_layers = [i for i in range(config.n_layer) if config.value_embeds and (i % 2 == 1 or i == last)]
+        blocks = [Block(config, i in ve_layers) for i in range(config.n_layer)]
+        self.wte = nn.Embedding(config.vocab_size, d)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, d) for i in ve_layers})
+        self.prelude = nn.ModuleList(blocks[:P])
+        self.recurrent = nn.ModuleList(blocks[P:P + R])
+        self.coda = nn.ModuleList(blocks[P + R:])
+        if R:
+            self.norm_prelude = RMSNorm(d, eps=config.norm_eps) if config.prelude_norm else nn.Identity()
+            self.injection = Injection(config)
+            self.C_proj = Linear(d, d)
+        self.norm_f = RMSNorm(d, eps=config.norm_eps)
+        self.lm_head = Linear(d, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+        angle = torch.outer(torch.arange(config.block_size),
+                            config.rope_base ** -(torch.arange(0, d // config.n_head, 2) / (d // config.n_head)))
+        cos, sin = angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1)
+        sin[:, ::2] *= -1
+        self.register_buffer("rope", torch.stack([cos, sin]).unsqueeze(2), persistent=False)  # (2, T, 1, head_dim)
+        self.reset_parameters()
+
+    @property
+    def init_std(self):
+        return math.sqrt(2 / (5 * self.config.n_embd))
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Initial weights (PAPER "The architecture"): scaled orthogonal, output projections zero."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.init_std)
+            elif name.endswith(("attn.c_proj", "mlp.proj")):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, Linear) and module.weight is not self.wte.weight:
+                nn.init.orthogonal_(module.weight, gain=self.init_std * math.sqrt(max(module.weight.shape)))
+            elif isinstance(module, Injection):
+                module.reset_parameters()
+
+    def sample_depths(self, batch_size, generator=None):
+        """Numbers of loops (B,) int64 for a training batch: Poisson(mean_recurrence), at least 1 (§4).
+
+        Stratified: one draw from each of batch_size equal slices of the distribution, shuffled. A
+        row's depth is distributed as an independent draw, yet the sum hardly varies between batches.
+        The mean is mean_recurrence + exp(-mean_recurrence); a mean of 1 stands for fixed depth: all 1."""
+        mean = self.config.mean_recurrence
+        if mean == 1:
+            return torch.ones(batch_size, dtype=torch.int64)
+        u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        u = (torch.arange(batch_size) + u) / batch_size
+        k = torch.arange(mean + 12 * math.ceil(math.sqrt(mean)) + 12, dtype=torch.float64)
+        cdf = torch.special.gammaincc(k + 1, torch.tensor(mean, dtype=torch.float64))  # P(Poisson <= k)
+        depths = torch.searchsorted(cdf, u).clamp(1, len(k) - 1)
+        return depths[torch.randperm(batch_size, generator=generator)]
+
+    def forward(self, idx, targets=None, *, recurrence=None, depths=None, cache=None):
+        """Logits (B, T, vocab_size) float32 and the mean loss in nats per token (None without targets).
+
+        idx, targets: (B, T) int64, targets of -100 ignored. recurrence: loops for every sequence;
+        depths: (B,) int64, loops for each; neither: sampled in train mode, mean_recurrence in eval
+        mode. In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
+        cache: a KVCache that holds the tokens before idx. Raises ValueError on bad shapes or depths."""
+        cfg = self.config
+        B, T = idx.shape
+        pos = cache.pos if cache is not None else 0
+        if pos + T > cfg.block_size:
+            raise ValueError(f"{pos + T} tokens do not fit block_size {cfg.block_size}")
+        depths = self._depths(B, recurrence, depths)
+        order = depths.argsort(descending=True, stable=True)  # deepest first: live rows are a prefix
+        depths, inverse, sort = depths[order], order.argsort(), depths.unique().numel() > 1
+        if sort:
+            idx = idx[order.to(idx.device)]
+
+        x = self.wte(idx)
+        x = x.to(self.compute_dtype or x.dtype)
+        ve = [self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
+              for i in range(cfg.n_layer)]
+        rope = self.rope[:, pos:pos + T].to(x.dtype)
+        if cache is not None:
+            cache.rewind()
+
+        def run(blocks, x, ve):
+            for block, v in zip(blocks, ve):
+                x = block(x, rope, v, cache and cache.next())
+            return x
+
+        x = run(self.prelude, x, ve)
+        if cfg.n_recurrent:
+            x = self.loop(self.norm_prelude(x), ve[cfg.n_prelude:][:cfg.n_recurrent], depths, run)
+        if sort:
+            x, ve = x[inverse.to(x.device)], [v if v is None else v[inverse.to(x.device)] for v in ve]
+        x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
+        logits = self.lm_head(self.norm_f(x)).float()
+        if cache is not None:
+            cache.pos += T
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits, loss
+
+    def loop(self, e, ve, depths, run):
+        """C_proj h_T (B, T, C) from e (B, T, C); depths (B,) descending; run(blocks, x, ve) runs layers."""
+        h = torch.zeros_like(e[:1])
+        if self.training and self.config.state_init == "normal":
+            h = torch.randn_like(h) * self.init_std
+        h, u = h.expand_as(e), self.injection.input(e)
+        with_grad = depths.clamp(max=self.config.backprop_depth) if self.training else depths
+
+        def iterate(h, depths):
+            rows, finished = (h, u, ve), []
+            for t in range(depths[0]):
+                live = int((depths > t).sum())
+                h, u_, ve_ = rows
+                if live < len(h):
+                    finished.append(h[live:])
+                    h, u_, ve_ = h[:live], u_[:live], [v if v is None else v[:live] for v in ve_]
+                rows = run(self.recurrent, self.injection(h, u_), ve_), u_, ve_
+            return torch.cat([rows[0], *reversed(finished)])
+
+        with torch.no_grad():
+            h = iterate(h, depths - with_grad)
+        return self.C_proj(iterate(h, with_grad))
+
+    def _depths(self, batch_size, recurrence, depths):
+        if depths is None and recurrence is None and self.training:
+            return self.sample_depths(batch_size)
+        if depths is None:
+            depths = torch.full((batch_size,), self.config.mean_recurrence if recurrence is None else recurrence)
+        depths = depths.cpu()
+        if depths.shape != (batch_size,):
+            raise ValueError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), one for each sequence")
+        if depths.min() < 1:
+            raise ValueError(f"recurrence is {depths.min()}, must be at least 1")
+        return depths
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Yield max_new_tokens next tokens (B, 1), each sampled given the last block_size before it.
+
+        Arguments as in `generate`. The cache serves until the context is full; from then on the
+        window slides, which moves every token in it, and each token costs a full forward pass."""
+        if idx.ndim != 2 or idx.shape[1] == 0:
+            raise ValueError("the prompt is empty, must hold at least one token")
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}, must be at least 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, must be at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, must be in (0, 1]")
+        cfg, dtype = self.config, self.compute_dtype or self.wte.weight.dtype
+        recurrence = cfg.mean_recurrence if recurrence is None else recurrence
+        capacity = min(idx.shape[1] + max_new_tokens, cfg.block_size)
+        cache = KVCache(cfg, len(idx), capacity, recurrence, idx.device, dtype)
+        training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if idx.shape[1] <= capacity:
+                    logits, _ = self(idx[:, cache.pos:], recurrence=recurrence, cache=cache)
+                else:
+                    logits, _ = self(idx[:, -capacity:], recurrence=recurrence)
+                token = sample(logits[:, -1], temperature, top_k, top_p, generator)
+                idx = torch.cat([idx, token], dim=1)
+                yield token
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, **options):
+        """Continue idx (B, T) int64 by max_new_tokens tokens: (B, T + max_new_tokens) int64.
+
+        options: recurrence (None: mean_recurrence), temperature (0: greedy), top_k, top_p (keep the
+        k likeliest tokens; the fewest with total probability p), generator (a seeded torch.Generator
+        on idx's device). Raises ValueError on an empty prompt and on values out of range."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
+
+    def flops_per_token(self, recurrence=None, backprop_depth=None, context=None, accounting="exact"):
+        """Training FLOPs per token (a multiply-add is two), with T = recurrence loops.
+
+        recurrence: None: mean_recurrence (a mean over sequences may be fractional).
+        backprop_depth: loops with gradient, None: as configured; 0: inference.
+        context: tokens attended to, None: block_size; attention is not halved for causality.
+        accounting: "exact" counts matmuls; "paper" is the published code's count (appendix D), which
+        takes value-embedding tables for matmuls and leaves out the tied head."""
+        cfg = self.config
+        d, T = cfg.n_embd, cfg.mean_recurrence if recurrence is None else recurrence
+        bwd = min(T, cfg.backprop_depth) if backprop_depth is None else backprop_depth
+        attention = 4 * d * (context or cfg.block_size)  # per layer, forward
+        core = sum(block.matmul_params() for block in self.recurrent)
+        once = sum(block.matmul_params() for block in [*self.prelude, *self.coda]) + self.lm_head.weight.numel()
+        saved = 0
+        if accounting == "paper":
+            core = sum(p.numel() for p in self.recurrent.parameters())
+            once = sum(p.numel() for p in self.parameters()) - core - self.wte.weight.numel()
+        elif accounting != "exact":
+            raise ValueError(f"accounting is {accounting!r}, must be exact or paper")
+        elif cfg.n_recurrent:
+            once += d * d + (cfg.injection != "add") * d * d  # C_proj; B or the half of W that sees e
+            if cfg.injection == "concat":
+                core += d * d
+                saved = 2 * d * d  # the first loop with gradient has no earlier state to pass it to
+        forward_once = 2 * once + (cfg.n_prelude + cfg.n_coda) * attention
+        forward_loop = 2 * core + cfg.n_recurrent * attention
+        if bwd == 0 and cfg.n_recurrent or backprop_depth == 0:
+            return float(forward_once + T * forward_loop)
+        return float(3 * forward_once + (T + 2 * bwd) * forward_loop - saved)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """A model in eval mode from a run directory of train.py, or from a directory in the published
+        format (config.json beside pytorch_model.bin or model.pt). Raises ValueError or OSError."""
+        path = Path(path)
+        settings = json.loads((path / "config.json").read_text())
+        if "model" in settings:
+            weights = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=True)["model"]
+            config = ParcaeConfig(**settings["model"])
+        else:
+            file = next((path / f for f in ("pytorch_model.bin", "model.pt") if (path / f).exists()), None)
+            if file is None:
+                raise FileNotFoundError(f"{path} has neither pytorch_model.bin nor model.pt")
+            weights = {_our_name(name): w for name, w in torch.load(file, map_location="cpu", weights_only=True).items()
+                       if not name.endswith("freqs_cis")}
+            config = _our_config(settings, any(name.startswith("value_embeds") for name in weights))
+        model = cls(config)
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Draw tokens (B, 1) from logits (B, vocab)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, tokens = (logits / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # what comes before already holds top_p
+    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
+
+
+def _our_name(name):
+    """Our name for a tensor of the published format."""
+    name = name.removeprefix("transformer.")
+    for theirs, ours in (("adapter.A_log", "injection.log_A"), ("adapter.", "injection."), ("core_block.", "recurrent."),
+                         ("C.weight", "C_proj.weight"), ("ln_f.", "norm_f."), ("ln_prelude.", "norm_prelude.")):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _our_config(c, value_embeds):
+    """A ParcaeConfig from the published config.json."""
+    return ParcaeConfig(
+        vocab_size=c["padded_vocab_size"], block_size=c["block_size"], n_embd=c["n_embd"],
+        n_head=c["num_attention_heads"], n_prelude=c["n_layers_in_prelude"],
+        n_recurrent=c["n_layers_in_recurrent_block"], n_coda=c["n_layers_in_coda"],
+        mlp_width=c["intermediate_size"], mean_recurrence=c["mean_recurrence"], backprop_depth=c["mean_backprop_depth"],
+        injection=c["injection_type"], prelude_norm=c["prelude_norm"], qk_norm=c["qk_norm"],
+        value_embeds=value_embeds, tie_embeddings=c["tie_embeddings"],
+        state_init="zero" if c["state_init"] == "zero" else "normal",
+        rope_base=c["rope_settings"]["rope_base"], norm_eps=c["norm_eps"])
