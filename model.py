@@ -36,6 +36,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+class UserError(ValueError):
+    """A value from outside is wrong. The message says which and what is allowed; scripts print it alone."""
+
+
 INJECTIONS = ("diagonal", "add", "concat")
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
@@ -70,7 +74,7 @@ class ParcaeConfig:
 
         def need(ok, name, allowed):
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width", "mean_recurrence", "backprop_depth"):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("n_prelude", "n_recurrent", "n_coda"):
@@ -323,12 +327,12 @@ class Parcae(nn.Module):
         idx, targets: (B, T) int64, targets of -100 ignored. recurrence: loops for every sequence;
         depths: (B,) int64, loops for each; neither: sampled in train mode, mean_recurrence in eval
         mode. In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
-        cache: a KVCache that holds the tokens before idx. Raises ValueError on bad shapes or depths."""
+        cache: a KVCache that holds the tokens before idx. Raises UserError on bad shapes or depths."""
         cfg = self.config
         B, T = idx.shape
         pos = cache.pos if cache is not None else 0
         if pos + T > cfg.block_size:
-            raise ValueError(f"{pos + T} tokens do not fit block_size {cfg.block_size}")
+            raise UserError(f"{pos + T} tokens do not fit block_size {cfg.block_size}")
         depths = self._depths(B, recurrence, depths)
         order = depths.argsort(descending=True, stable=True)  # deepest first: live rows are a prefix
         depths, inverse, sort = depths[order], order.argsort(), depths.unique().numel() > 1
@@ -390,9 +394,9 @@ class Parcae(nn.Module):
             depths = torch.full((batch_size,), self.config.mean_recurrence if recurrence is None else recurrence)
         depths = depths.cpu()
         if depths.shape != (batch_size,):
-            raise ValueError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), one for each sequence")
+            raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), one for each sequence")
         if depths.min() < 1:
-            raise ValueError(f"recurrence is {depths.min()}, must be at least 1")
+            raise UserError(f"recurrence is {depths.min()}, must be at least 1")
         return depths
 
     @torch.no_grad()
@@ -402,13 +406,13 @@ class Parcae(nn.Module):
         Arguments as in `generate`. The cache serves until the context is full; from then on the
         window slides, which moves every token in it, and each token costs a full forward pass."""
         if idx.ndim != 2 or idx.shape[1] == 0:
-            raise ValueError("the prompt is empty, must hold at least one token")
+            raise UserError("the prompt is empty, must hold at least one token")
         if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}, must be at least 0")
+            raise UserError(f"temperature is {temperature}, must be at least 0")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, must be at least 1")
+            raise UserError(f"top_k is {top_k}, must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}, must be in (0, 1]")
+            raise UserError(f"top_p is {top_p}, must be in (0, 1]")
         cfg, dtype = self.config, self.compute_dtype or self.wte.weight.dtype
         recurrence = cfg.mean_recurrence if recurrence is None else recurrence
         capacity = min(idx.shape[1] + max_new_tokens, cfg.block_size)
@@ -432,7 +436,7 @@ class Parcae(nn.Module):
 
         options: recurrence (None: mean_recurrence), temperature (0: greedy), top_k, top_p (keep the
         k likeliest tokens; the fewest with total probability p), generator (a seeded torch.Generator
-        on idx's device). Raises ValueError on an empty prompt and on values out of range."""
+        on idx's device). Raises UserError on an empty prompt and on values out of range."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 
     def flops_per_token(self, recurrence=None, backprop_depth=None, context=None, accounting="exact"):
@@ -454,7 +458,7 @@ class Parcae(nn.Module):
             core = sum(p.numel() for p in self.recurrent.parameters())
             once = sum(p.numel() for p in self.parameters()) - core - self.wte.weight.numel()
         elif accounting != "exact":
-            raise ValueError(f"accounting is {accounting!r}, must be exact or paper")
+            raise UserError(f"accounting is {accounting!r}, must be exact or paper")
         elif cfg.n_recurrent:
             once += d * d + (cfg.injection != "add") * d * d  # C_proj; B or the half of W that sees e
             if cfg.injection == "concat":
@@ -469,7 +473,7 @@ class Parcae(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """A model in eval mode from a run directory of train.py, or from a directory in the published
-        format (config.json beside pytorch_model.bin or model.pt). Raises ValueError or OSError."""
+        format (config.json beside pytorch_model.bin or model.pt). Raises UserError."""
         path = Path(path)
         settings = json.loads((path / "config.json").read_text())
         if "model" in settings:

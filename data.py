@@ -1,0 +1,351 @@
+"""Text in, token shards out, batches back.
+
+    python data.py                            the Python standard library's source, as bytes
+    python data.py stdlib --tokenizer bpe:4096
+    python data.py shakespeare
+    python data.py text book.txt notes.txt    your own files
+    python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
+
+A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
+magic 20240520, version 1, number of tokens; then the tokens as uint16) and tokenizer.json. Every
+document begins with the end-of-text token, which also serves as "begin of text".
+"""
+
+import argparse
+import base64
+import heapq
+import json
+import os
+import shutil
+import sysconfig
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from model import UserError
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+SHARD_TOKENS = 100_000_000
+EOT = "<|endoftext|>"
+URLS = {
+    "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "fineweb-edu": "https://huggingface.co/datasets/kjj0/finewebedu10B-gpt2/resolve/main/",
+}
+FINEWEB_SHARDS = 99
+
+# ----------------------------------------------------------------------------- tokenizers
+
+# words, numbers of up to three digits, punctuation, spaces; a word takes the space before it
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def make_tokenizer(name, docs=()):
+    """A tiktoken.Encoding: "bytes", "gpt2" (fetched by tiktoken), or "bpe:N" trained on docs (strings)."""
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes([i]): i for i in range(256)}
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,256})", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    kind, _, size = name.partition(":")
+    if kind != "bpe" or not size.isdigit() or not 257 <= int(size) <= 65536:
+        raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, or bpe:N with N from 257 to 65536")
+    ranks = train_bpe(docs, int(size) - 1)
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+def train_bpe(docs, vocab_size):
+    """Byte-pair ranks {bytes: id} of at most vocab_size tokens: merge the most frequent pair, again and
+    again (Sennrich et al. 2016), each time in just the words that contain it."""
+    counts = Counter()
+    for doc in tqdm(docs, desc="counting words", unit="doc", leave=False):
+        counts.update(regex.findall(WORDS, doc))
+    words = [list(word.encode()) for word in counts]
+    counts = list(counts.values())
+    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> words that may contain it
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[w]
+            where[pair].add(w)
+    heap = [(-n, pair) for pair, n in pairs.items()]  # most frequent first, then lowest ids; stale entries are skipped
+    heapq.heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    with tqdm(total=vocab_size - 256, desc="training tokenizer", unit="merge", leave=False) as bar:
+        while len(tokens) < vocab_size and heap:
+            n, pair = heapq.heappop(heap)
+            if pairs[pair] != -n:
+                if pairs[pair] > 0:
+                    heapq.heappush(heap, (-pairs[pair], pair))
+                continue
+            new, changed = len(tokens), set()
+            tokens.append(tokens[pair[0]] + tokens[pair[1]])
+            for w in where.pop(pair):
+                word, i = words[w], 0
+                while i < len(word) - 1:
+                    if (word[i], word[i + 1]) == pair:
+                        for j in (i - 1, i + 1):  # the neighbouring pairs go, new ones come
+                            if 0 <= j < len(word) - 1:
+                                pairs[word[j], word[j + 1]] -= counts[w]
+                        word[i:i + 2] = [new]
+                        for j in (i - 1, i):
+                            if 0 <= j < len(word) - 1:
+                                p = word[j], word[j + 1]
+                                pairs[p] += counts[w]
+                                where[p].add(w)
+                                changed.add(p)
+                    i += 1
+            pairs.pop(pair)
+            for p in changed:
+                heapq.heappush(heap, (-pairs[p], p))
+            bar.update()
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def save_tokenizer(tokenizer, path):
+    """Write a tiktoken.Encoding as JSON; one that tiktoken knows by name is kept as that name."""
+    saved = {"name": tokenizer.name}
+    if tokenizer.name not in tiktoken.list_encoding_names():
+        ranks = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
+        saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens,
+                  "tokens": [base64.b64encode(token).decode() for token in ranks]}
+    Path(path).write_text(json.dumps(saved))
+
+
+def load_tokenizer(path):
+    """The tiktoken.Encoding in a data or run directory."""
+    path = Path(path) / "tokenizer.json"
+    try:
+        saved = json.loads(path.read_text())
+        if "tokens" not in saved:
+            return tiktoken.get_encoding(saved["name"])
+        ranks = {base64.b64decode(token): i for i, token in enumerate(saved["tokens"])}
+        return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=saved["special"])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
+
+# ----------------------------------------------------------------------------- sources
+
+
+def stdlib_docs():
+    """(train, val) lists of source texts; every 20th file or so, by a hash of its path, is for validation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    train, val = [], []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if "site-packages" in name or "dist-packages" in name:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):  # a few tests of other encodings
+            continue
+        (val if zlib.crc32(name.encode()) % 20 == 0 else train).append(text)
+    if not train or not val:
+        raise UserError(f"no source text of the standard library in {root}; try: python data.py text FILE...")
+    return train, val
+
+
+def text_docs(files):
+    """(train, val) lists of texts: of each file the first nine tenths and the last."""
+    train, val = [], []
+    for file in files:
+        try:
+            text = Path(file).read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
+        cut = len(text) * 9 // 10
+        if cut == 0:
+            raise UserError(f"{file} is too short, must have at least 2 characters")
+        train.append(text[:cut])
+        val.append(text[cut:])
+    return train, val
+
+
+def download(url, path):
+    """Fetch url to path, through path.part: an interrupted download goes on where it stopped. Raises UserError."""
+    part = Path(f"{path}.part")
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            start = start if reply.status == 206 else 0  # 200: the server sends the whole file again
+            length = reply.headers.get("Content-Length")
+            total = start + int(length) if length else None
+            with open(part, "ab" if start else "wb") as file, \
+                 tqdm(total=total, initial=start, desc=Path(path).name, unit="B", unit_scale=True) as bar:
+                while chunk := reply.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing left to ask for: what is here is not the start of that file
+            part.unlink()
+            return download(url, path)
+        raise UserError(f"{url}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{url}: {getattr(error, 'reason', error)}; run again to go on from what has arrived") from None
+    if total is not None and part.stat().st_size != total:
+        raise UserError(f"{url}: {part.stat().st_size} of {total} bytes arrived; run again to go on from there")
+    os.replace(part, path)
+
+# ----------------------------------------------------------------------------- shards
+
+
+def write_shards(directory, split, docs, tokenizer):
+    """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number of tokens."""
+    eot = np.array([tokenizer.eot_token], dtype=np.uint16)
+    arrays = []
+    for doc in tqdm(docs, desc=f"tokenizing {split}", unit="doc", leave=False):
+        arrays += [eot, tokenizer.encode_to_numpy(doc, disallowed_special=()).astype(np.uint16)]
+    tokens = np.concatenate(arrays)
+    for i, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
+        shard = tokens[start:start + SHARD_TOKENS]
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = MAGIC, VERSION, len(shard)
+        with open(directory / f"{split}_{i:06d}.bin", "wb") as file:
+            file.write(header.tobytes() + shard.tobytes())
+    return len(tokens)
+
+
+def open_shard(path):
+    """The tokens of a shard as a read-only memory map; UserError where the file is not a whole shard."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype=np.int32, count=256)
+    if len(header) < 256 or header[0] != MAGIC:
+        raise UserError(f"{path} is not a token shard: its magic number is {header[0] if len(header) else 'missing'}, "
+                        f"must be {MAGIC}")
+    if header[1] != VERSION:
+        raise UserError(f"{path} has shard version {header[1]}, must be {VERSION}")
+    if size != HEADER_BYTES + 2 * header[2] or header[2] == 0:
+        raise UserError(f"{path} is damaged: {size} bytes for {header[2]} tokens, must be {HEADER_BYTES + 2 * header[2]}")
+    return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER_BYTES)
+
+
+class Loader:
+    """Windows of block_size tokens and their targets, by sample number.
+
+    Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
+    share the work by asking for different ones. Within an epoch every window comes once, in random
+    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
+
+    def __init__(self, directory, split, block_size, vocab_size, seed=0):
+        paths = sorted(Path(directory).glob(f"{split}_*.bin"))
+        if not paths:
+            raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
+        self.paths, self.shards = paths, [open_shard(path) for path in paths]
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        counts = [(len(shard) - 1) // block_size - (len(shard) > 2 * block_size) for shard in self.shards]
+        self.ends = np.cumsum(counts)  # shard s holds windows ends[s-1] to ends[s]; one less, to shift the cuts
+        self.epoch = None
+        if len(self) < 1:
+            raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, the block size")
+
+    def __len__(self):
+        """Windows in an epoch."""
+        return int(self.ends[-1])
+
+    def window(self, i):
+        """Sample i: block_size + 1 tokens, int64."""
+        epoch, i = divmod(i, len(self))
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order, self.shift = epoch, rng.permutation(len(self)), rng.random()
+        window = self.order[i]
+        s = int(np.searchsorted(self.ends, window, side="right"))
+        shard, first = self.shards[s], window - (self.ends[s - 1] if s else 0)
+        slack = min(len(shard) - 1 - (self.ends[s] - (self.ends[s - 1] if s else 0)) * self.block_size, self.block_size)
+        start = first * self.block_size + int(self.shift * slack)
+        tokens = shard[start:start + self.block_size + 1].astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            raise UserError(f"{self.paths[s]} has token {tokens.max()}, must be below the model's vocab_size {self.vocab_size}")
+        return tokens
+
+    def batch(self, samples):
+        """(idx, targets), each (len(samples), block_size) int64, for an iterable of sample numbers."""
+        tokens = torch.from_numpy(np.stack([self.window(int(i)) for i in samples]))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+# ----------------------------------------------------------------------------- command line
+
+
+def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, url=None):
+    """Make the data directory `out` (default data/<source>) whole or not at all; returns its path."""
+    out = Path(out or Path("data") / source)
+    if source == "fineweb-edu":  # each shard is checked and kept by itself, so that a long download can go on
+        out.mkdir(parents=True, exist_ok=True)
+        for i in range(shards + 1):
+            path = out / (f"train_{i - 1:06d}.bin" if i else "val_000000.bin")
+            if not path.exists():
+                name = f"finewebedu_train_{i:06d}.bin" if i else "finewebedu_val_000000.bin"
+                temporary = path.with_suffix(".download")
+                download((url or URLS[source]).rstrip("/") + "/" + name, temporary)
+                try:
+                    open_shard(temporary)
+                except UserError:
+                    temporary.unlink()
+                    raise
+                os.replace(temporary, path)
+        save_tokenizer_name = {"name": "gpt2"}  # its vocabulary is fetched by tiktoken when text is needed
+        (out / "tokenizer.json").write_text(json.dumps(save_tokenizer_name))
+        print(f"{out}: {shards} train and 1 val shard, tokenizer gpt2")
+        return out
+
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if source == "shakespeare":
+            files = [out.with_name("shakespeare.txt")]
+            if not files[0].exists():
+                download(url or URLS[source], files[0])
+        train, val = stdlib_docs() if source == "stdlib" else text_docs(files)
+        encoding = make_tokenizer(tokenizer, train)
+        sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
+        save_tokenizer(encoding, temporary / "tokenizer.json")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    characters = sum(map(len, train)) / sizes["train"]
+    print(f"{out}: {sizes['train']:,} train and {sizes['val']:,} val tokens, "
+          f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)")
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="stdlib", metavar="SOURCE",
+                        choices=("stdlib", "shakespeare", "fineweb-edu", "text"),
+                        help="stdlib (default), shakespeare, fineweb-edu, or text followed by files")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
+    parser.add_argument("--out", metavar="DIR", help="data directory to make (default: data/SOURCE)")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
+                        help="bytes (default), gpt2, or bpe:N, a vocabulary of N tokens trained on the text")
+    parser.add_argument("--shards", type=int, default=1, metavar="N",
+                        help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
+    parser.add_argument("--url", help="another place to download from: shakespeare's file, fineweb-edu's folder")
+    args = parser.parse_args()
+    if (args.source == "text") != bool(args.files):
+        parser.error("SOURCE text needs files: python data.py text FILE..." if args.source == "text" else
+                     f"SOURCE {args.source} takes no files, got {args.files[0]}")
+    if not 1 <= args.shards <= FINEWEB_SHARDS:
+        parser.error(f"--shards is {args.shards}, must be 1 to {FINEWEB_SHARDS}")
+    try:
+        prepare(args.source, args.out, args.tokenizer, args.files, args.shards, args.url)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
