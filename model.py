@@ -48,23 +48,23 @@ VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding
 @dataclass
 class ParcaeConfig:
     vocab_size: int = 32768
-    block_size: int = 2048            # longest context, tokens
-    n_embd: int = 768                 # d
-    n_head: int = 6
-    n_prelude: int = 2                # layers before the loop, P
-    n_recurrent: int = 2              # layers in the loop, R; 0: a plain transformer
-    n_coda: int = 2                   # layers after the loop, C
-    mlp_width: int | None = None      # None: 4 * n_embd
-    mean_recurrence: int = 8          # mu_rec, mean number of loops in training
-    backprop_depth: int | None = None # mu_bwd, loops that get a gradient; None: ceil(mu_rec / 2)
-    injection: str = "diagonal"       # how the state takes in e; "add", "concat": the earlier rules
-    prelude_norm: bool = True
-    qk_norm: bool = True
-    value_embeds: bool = False
-    tie_embeddings: bool = True
-    state_init: str = "normal"        # start state in training; or "zero"
-    rope_base: float = 50_000
-    norm_eps: float = 1e-5
+    block_size: int = 2048  # longest context, tokens
+    n_embd: int = 768  # channels, d
+    n_head: int = 6  # attention heads
+    n_prelude: int = 2  # layers before the loop, P
+    n_recurrent: int = 2  # layers in the loop, R; 0 is a plain transformer
+    n_coda: int = 2  # layers after the loop, C
+    mlp_width: int | None = None  # hidden channels of the MLP; None is 4 * n_embd
+    mean_recurrence: int = 8  # mean number of loops in training, mu_rec; 1 is fixed depth
+    backprop_depth: int | None = None  # last loops that get a gradient, mu_bwd; None is ceil(mean_recurrence / 2)
+    injection: str = "diagonal"  # how the state takes in the prelude's output: diagonal, add or concat
+    prelude_norm: bool = True  # normalise the prelude's output
+    qk_norm: bool = True  # normalise queries and keys
+    value_embeds: bool = False  # gated per-token tables added to the values of every second layer
+    tie_embeddings: bool = True  # the head is the embedding
+    state_init: str = "normal"  # start state of the loop in training: normal or zero
+    rope_base: float = 50_000.0  # of the rotary positions
+    norm_eps: float = 1e-5  # of the RMSNorms
 
     def __post_init__(self):
         if self.mlp_width is None:
@@ -98,8 +98,8 @@ PRESETS = {
     "parcae-370m": _published(4, 1024, 8),
     "parcae-770m": _published(6, 1280, 10),
     "parcae-1.3b": _published(8, 1536, 12),
-    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, mean_recurrence=4),
-    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True),
+    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, mean_recurrence=4, block_size=256),
+    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True, block_size=256),
 }
 # the plain transformer of each size: the same layers without loop, injection, C_proj and prelude norm
 PRESETS |= {name.replace("parcae", "gpt"): preset | dict(
@@ -312,7 +312,7 @@ class Parcae(nn.Module):
         row's depth is distributed as an independent draw, yet the sum hardly varies between batches.
         The mean is mean_recurrence + exp(-mean_recurrence); a mean of 1 stands for fixed depth: all 1."""
         mean = self.config.mean_recurrence
-        if mean == 1:
+        if mean == 1 or not self.config.n_recurrent:
             return torch.ones(batch_size, dtype=torch.int64)
         u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         u = (torch.arange(batch_size) + u) / batch_size
