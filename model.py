@@ -128,6 +128,19 @@ def rotate(x, rope):
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
+def attend(q, k, v):
+    """Causal attention of q (B, n_head, T, head_dim) to k, v (B, n_head, S, head_dim), of which the
+    last T are q's own positions."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # in twice the time: the fused kernel
+        mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
+        q, k, v = (z.reshape(B * H, -1, D) for z in (q, k, v))
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5)
+        return (scores.softmax(-1) @ v).view(B, H, T, D)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1)
+
+
 class Attention(nn.Module):
     def __init__(self, config, has_ve):
         super().__init__()
@@ -147,15 +160,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (F.rms_norm(z, z.shape[-1:], eps=QK_NORM_EPS) for z in (q, k))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                       # (B, n_head, T, head_dim)
-        mask = None
         if cache is not None:
             keys, values, pos = cache                                          # (B, n_head, capacity, head_dim)
             keys[:, :, pos:pos + T], values[:, :, pos:pos + T] = k, v
             k, v = keys[:, :, :pos + T], values[:, :, :pos + T]
-            if pos and T > 1:  # later tokens of a context: each sees all that came before it
-                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
