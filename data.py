@@ -13,6 +13,7 @@ document begins with the end-of-text token, which also serves as "begin of text"
 
 import argparse
 import base64
+import codecs
 import heapq
 import json
 import os
@@ -132,6 +133,16 @@ def load_tokenizer(path):
         raise UserError(f"{path} does not exist") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
+
+
+def decode_stream(tokenizer, tokens):
+    """Yield the text of each token as it comes; bytes that are not UTF-8 show as U+FFFD, numbers
+    beyond the vocabulary (a model's is rounded up) as nothing."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if int(token) < tokenizer.n_vocab:
+            yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+    yield decoder.decode(b"", final=True)
 
 # ----------------------------------------------------------------------------- sources
 
@@ -295,8 +306,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
                     temporary.unlink()
                     raise
                 os.replace(temporary, path)
-        save_tokenizer_name = {"name": "gpt2"}  # its vocabulary is fetched by tiktoken when text is needed
-        (out / "tokenizer.json").write_text(json.dumps(save_tokenizer_name))
+        (out / "tokenizer.json").write_text(json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
         print(f"{out}: {shards} train and 1 val shard, tokenizer gpt2")
         return out
 

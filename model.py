@@ -29,12 +29,13 @@ and, departing from the published code:
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
 
 class UserError(ValueError):
     """A value from outside is wrong. The message says which and what is allowed; scripts print it alone."""
@@ -132,7 +133,7 @@ def attend(q, k, v):
     """Causal attention of q (B, n_head, T, head_dim) to k, v (B, n_head, S, head_dim), of which the
     last T are q's own positions."""
     (B, H, T, D), S = q.shape, k.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # in twice the time: the fused kernel
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # the fused kernel takes twice as long there
         mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
         q, k, v = (z.reshape(B * H, -1, D) for z in (q, k, v))
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5)
@@ -246,6 +247,11 @@ class Injection(nn.Module):
         return h + u
 
 
+def each(f, *tensors):
+    """f of each tensor; None stays None."""
+    return [t if t is None else f(t) for t in tensors]
+
+
 class KVCache:
     """Keys and values of a context, preallocated: one pair for every layer and every loop."""
 
@@ -272,7 +278,7 @@ class Parcae(nn.Module):
     def __init__(self, config: ParcaeConfig):
         super().__init__()
         self.config = config
-        P, R, C, d = config.n_prelude, config.n_recurrent, config.n_coda, config.n_embd
+        P, R, d = config.n_prelude, config.n_recurrent, config.n_embd
         last = config.n_layer - 1
         ve_layers = [i for i in range(config.n_layer) if config.value_embeds and (i % 2 == 1 or i == last)]
         blocks = [Block(config, i in ve_layers) for i in range(config.n_layer)]
@@ -365,7 +371,7 @@ class Parcae(nn.Module):
         if cfg.n_recurrent:
             x = self.loop(self.norm_prelude(x), ve[cfg.n_prelude:][:cfg.n_recurrent], depths, run)
         if sort:
-            x, ve = x[inverse.to(x.device)], [v if v is None else v[inverse.to(x.device)] for v in ve]
+            x, *ve = each(lambda z: z[inverse.to(z.device)], x, *ve)
         x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
         logits = self.lm_head(self.norm_f(x)).float()
         if cache is not None:
@@ -378,23 +384,22 @@ class Parcae(nn.Module):
         h = torch.zeros_like(e[:1])
         if self.training and self.config.state_init == "normal":
             h = torch.randn_like(h) * self.init_std
-        h, u = h.expand_as(e), self.injection.input(e)
+        h, inputs = h.expand_as(e), [self.injection.input(e), *ve]
         with_grad = depths.clamp(max=self.config.backprop_depth) if self.training else depths
 
-        def iterate(h, depths):
-            rows, finished = (h, u, ve), []
+        def iterate(h, inputs, depths):
+            finished = []
             for t in range(depths[0]):
                 live = int((depths > t).sum())
-                h, u_, ve_ = rows
                 if live < len(h):
                     finished.append(h[live:])
-                    h, u_, ve_ = h[:live], u_[:live], [v if v is None else v[:live] for v in ve_]
-                rows = run(self.recurrent, self.injection(h, u_), ve_), u_, ve_
-            return torch.cat([rows[0], *reversed(finished)])
+                    h, *inputs = each(lambda z: z[:live], h, *inputs)  # noqa: B023
+                h = run(self.recurrent, self.injection(h, inputs[0]), inputs[1:])
+            return torch.cat([h, *reversed(finished)])
 
         with torch.no_grad():
-            h = iterate(h, depths - with_grad)
-        return self.C_proj(iterate(h, with_grad))
+            h = iterate(h, each(torch.detach, *inputs), depths - with_grad)
+        return self.C_proj(iterate(h, inputs, with_grad))
 
     def _depths(self, batch_size, recurrence, depths):
         if depths is None and recurrence is None and self.training:
@@ -484,20 +489,38 @@ class Parcae(nn.Module):
         """A model in eval mode from a run directory of train.py, or from a directory in the published
         format (config.json beside pytorch_model.bin or model.pt). Raises UserError."""
         path = Path(path)
-        settings = json.loads((path / "config.json").read_text())
+        try:
+            settings = json.loads((path / "config.json").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path} holds no model: {path / 'config.json'} does not exist") from None
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'} is not JSON: {error}") from None
         if "model" in settings:
-            weights = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=True)["model"]
+            weights = load_checkpoint(path / "ckpt.pt")["model"]
             config = ParcaeConfig(**settings["model"])
         else:
-            file = next((path / f for f in ("pytorch_model.bin", "model.pt") if (path / f).exists()), None)
-            if file is None:
-                raise FileNotFoundError(f"{path} has neither pytorch_model.bin nor model.pt")
-            weights = {_our_name(name): w for name, w in torch.load(file, map_location="cpu", weights_only=True).items()
-                       if not name.endswith("freqs_cis")}
-            config = _our_config(settings, any(name.startswith("value_embeds") for name in weights))
+            file = next((path / f for f in ("pytorch_model.bin", "model.pt") if (path / f).exists()), path / "model.pt")
+            weights = {_our_name(name): w for name, w in load_checkpoint(file).items() if not name.endswith("freqs_cis")}
+            try:
+                config = _our_config(settings, any(name.startswith("value_embeds") for name in weights))
+            except KeyError as error:
+                raise UserError(f"{path / 'config.json'} has no {error}") from None
         model = cls(config)
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"the weights in {path} do not fit its config.json: {' '.join(str(error).split())}") from None
         return model.eval()
+
+
+def load_checkpoint(path):
+    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -534,3 +557,22 @@ def _our_config(c, value_embeds):
         value_embeds=value_embeds, tie_embeddings=c["tie_embeddings"],
         state_init="zero" if c["state_init"] == "zero" else "normal",
         rope_base=c["rope_settings"]["rope_base"], norm_eps=c["norm_eps"])
+
+
+def pick_device(device="auto"):
+    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not available.get(device.partition(":")[0]):
+        raise UserError(f"--device is {device}, must be auto or one of {', '.join(d for d in available if available[d])}")
+    return torch.device(device)
+
+
+def pick_dtype(device, dtype="auto"):
+    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+    return torch.bfloat16 if native else torch.float32

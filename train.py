@@ -34,8 +34,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Loader, load_tokenizer, prepare, save_tokenizer
-from model import PRESETS, Parcae, ParcaeConfig, UserError
+from data import Loader, decode_stream, load_tokenizer, prepare, save_tokenizer
+from model import PRESETS, Parcae, ParcaeConfig, UserError, load_checkpoint, pick_device, pick_dtype
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1000
@@ -119,28 +119,10 @@ def check(args):
     need(args.weight_decay >= 0, "weight-decay", "at least 0")
     need(0 <= args.cooldown <= 1, "cooldown", "from 0 to 1")
     need(min(args.eval_recurrence) >= 1, "eval-recurrence", "at least 1")
-    need(args.device in ("auto", "cpu", "mps") or args.device.startswith("cuda"), "device", "auto, cpu, cuda or mps")
     if args.max_steps is args.max_tokens is args.max_flops is None:
         args.max_steps = DEFAULT_STEPS
 
 # ----------------------------------------------------------------------------- machine
-
-
-def pick_device(device="auto"):
-    """A torch.device; "auto": cuda, mps or cpu, whichever is there first."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(d for d in available if available[d])
-    if not available.get(device.partition(":")[0]):
-        raise UserError(f"--device is {device}, which this machine does not have")
-    return torch.device(device)
-
-
-def pick_dtype(device, dtype="auto"):
-    """torch.bfloat16 where the device multiplies it natively, else torch.float32."""
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
-    return getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if native else torch.float32
 
 
 def keep_freed_memory():
@@ -212,15 +194,6 @@ def save(obj, path):
     """torch.save by way of a temporary file, so that path is never half-written."""
     torch.save(obj, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
 
 
 def table(losses, unit):
@@ -398,9 +371,11 @@ def train(args):
             print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs ({args.accounting}), "
                   f"{state['seconds']:.0f} s, {state['skipped']} steps skipped\n\n{table(losses, 'nats per token')}\n")
             prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-            text = model.generate(prompt, 200, temperature=0.7, top_p=0.95,
-                                  generator=torch.Generator(device).manual_seed(args.seed))
-            print("a sample:\n" + tokenizer.decode(text[0, 1:].tolist()))
+            generator = torch.Generator(device).manual_seed(args.seed)
+            print("a sample (more with: python sample.py --run " + str(out) + "):")
+            for piece in decode_stream(tokenizer, model.stream(prompt, 300, temperature=0.7, top_p=0.95, generator=generator)):
+                print(piece, end="", flush=True)
+            print()
     if world > 1:
         dist.destroy_process_group()
 
