@@ -1,0 +1,278 @@
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+from conftest import ROOT
+
+import data
+from data import Loader, UserError, download, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
+
+TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n", "naïve café, 你好世界, здравствуй, שלום, ไทย",
+         "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\ufeff\u2028", "\x00\x01\r\n\t\v\f   \n\n\n     x",
+         "<|endoftext|>", " " * 1000, "1234567890.5e-10"]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return [(ROOT / name).read_text() for name in ("model.py", "data.py", "train.py")]
+
+
+@pytest.fixture(scope="module")
+def bpe(corpus):
+    return make_tokenizer("bpe:600", corpus)
+
+# ------------------------------------------------------------------ tokenizers
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_tokenizers_round_trip(name, bpe, tmp_path):
+    tokenizer = bpe if name == "bpe" else make_tokenizer("bytes")
+    assert tokenizer.n_vocab == (600 if name == "bpe" else 257)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path)
+    for text in [*TEXTS, "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1FAFF)]))]:
+        tokens = tokenizer.encode_ordinary(text)
+        assert tokenizer.decode(tokens) == text
+        assert loaded.encode_ordinary(text) == tokens
+    assert loaded.eot_token == tokenizer.n_vocab - 1
+
+
+def test_bpe_merges_the_most_frequent_pair_every_time(corpus):
+    """Against the definition: count all pairs anew for every merge."""
+    ranks = train_bpe(corpus, 330)
+    words = {w: [bytes([b]) for b in w.encode()] for doc in corpus for w in regex.findall(data.WORDS, doc)}
+    counts = Counter(w for doc in corpus for w in regex.findall(data.WORDS, doc))
+    for token in list(ranks)[256:]:
+        pairs = Counter()
+        for w, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[w]
+        best = max(pairs.values())
+        pair = next(p for p, n in pairs.items() if p[0] + p[1] == token and n == best)
+        for parts in words.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i:i + 2] = [token]
+                i += 1
+
+
+def test_bpe_compresses_and_stops_when_nothing_is_left(corpus, bpe):
+    assert len(bpe.encode_ordinary(corpus[0])) < 0.5 * len(corpus[0])
+    assert len(train_bpe(["ab ab"], 1000)) == 258  # "ab" and " ab", then every word is one token
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe:256", "bpe:x", "words", "bpe:70000"])
+def test_unknown_tokenizers_are_refused(name):
+    with pytest.raises(UserError, match="must be bytes, gpt2, or bpe:N"):
+        make_tokenizer(name)
+
+
+def test_damaged_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"name": 1}')
+    with pytest.raises(UserError, match="not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_streamed_text_is_the_decoded_text(bpe):
+    text = "".join(TEXTS)
+    assert "".join(data.decode_stream(bpe, [*bpe.encode_ordinary(text), 9999])) == text
+
+# ------------------------------------------------------------------ sources and shards
+
+
+def test_text_files_become_shards(tmp_path, bpe):
+    files = [ROOT / "model.py", ROOT / "data.py"]
+    out = prepare("text", tmp_path / "d", "bytes", files)
+    train, val = (open_shard(out / f"{split}_000000.bin") for split in ("train", "val"))
+    raw = np.fromfile(out / "train_000000.bin", dtype=np.int32, count=256)
+    assert list(raw[:3]) == [20240520, 1, len(train)] and not raw[3:].any()
+    eot = load_tokenizer(out).eot_token
+    for i, file in enumerate(files):
+        documents = [bytes(np.split(shard, np.flatnonzero(shard == eot))[i + 1][1:].tolist()) for shard in (train, val)]
+        assert b"".join(documents) == file.read_bytes()
+        assert len(documents[1]) == pytest.approx(0.1 * len(file.read_bytes()), rel=0.1)
+
+
+def test_stdlib_is_split_by_file_and_repeats():
+    train, val = data.stdlib_docs()
+    assert (train, val) == data.stdlib_docs()
+    assert not set(map(hash, filter(None, train))) & set(map(hash, [v for v in val if len(v) > 200]))
+    assert 0.02 < sum(map(len, val)) / sum(map(len, train)) < 0.1
+    assert sum(map(len, train)) > 5e6
+
+
+def test_large_texts_are_split_over_shards(tmp_path, monkeypatch, corpus):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 20_000)
+    tokenizer = make_tokenizer("bytes")
+    n = data.write_shards(tmp_path, "train", corpus, tokenizer)
+    shards = [open_shard(p) for p in sorted(tmp_path.glob("train_*.bin"))]
+    assert sum(map(len, shards)) == n and len(shards) == -(-n // 20_000)
+    expected = b"\0".join([b"", *(doc.encode() for doc in corpus)])
+    assert bytes(np.where(np.concatenate(shards) == 256, 0, np.concatenate(shards)).astype(np.uint8)) == expected
+
+
+def test_failure_leaves_nothing_behind(tmp_path):
+    bad = tmp_path / "latin.txt"
+    bad.write_bytes("café".encode("latin-1") * 10)
+    for files, message in (([bad], "latin.txt is not UTF-8.*byte 3"), ([tmp_path / "none.txt"], "none.txt: No such file")):
+        with pytest.raises(UserError, match=message):
+            prepare("text", tmp_path / "out", "bytes", files)
+    assert [p.name for p in tmp_path.iterdir()] == ["latin.txt"]
+
+# ------------------------------------------------------------------ loader
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """Two train shards that count upwards: a window shows where it was cut."""
+    for i, (start, stop) in enumerate(((0, 1000), (1000, 1637))):
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, stop - start
+        (tmp_path / f"train_{i:06d}.bin").write_bytes(header.tobytes() + np.arange(start, stop, dtype=np.uint16).tobytes())
+    return tmp_path
+
+
+def test_an_epoch_is_every_window_once_in_random_order(numbers):
+    loader = Loader(numbers, "train", 10, 2000, seed=3)
+    idx, targets = loader.batch(range(len(loader)))
+    assert ((targets - idx) == 1).all()  # the next token, within one shard
+    assert len(idx.flatten().unique()) == idx.numel() > 0.97 * 1637
+    assert (idx[1:, 0] < idx[:-1, 0]).any()
+    again, _ = loader.batch(range(len(loader), 2 * len(loader)))
+    assert not (again[:, 0].sort().values == idx[:, 0].sort().values).all()  # cut elsewhere
+
+
+def test_samples_are_a_function_of_seed_and_number(numbers):
+    a, b = (Loader(numbers, "train", 10, 2000, seed=3) for _ in range(2))
+    whole = a.batch(range(400))[0]
+    assert (b.batch(range(300, 400))[0] == whole[300:]).all()  # resumed
+    assert (b.batch(range(1, 400, 2))[0] == whole[1::2]).all()  # the second of two ranks
+    assert (Loader(numbers, "train", 10, 2000, seed=4).batch(range(400))[0] != whole).any()
+
+
+def test_bad_shards_are_refused(numbers):
+    with pytest.raises(UserError, match="token 1.* must be below the model's vocab_size 1000"):
+        Loader(numbers, "train", 10, 1000).batch(range(150))
+    with pytest.raises(UserError, match="no val_"):
+        Loader(numbers, "val", 10, 2000)
+    with pytest.raises(UserError, match="of more than 2048 tokens"):
+        Loader(numbers, "train", 2048, 2000)
+    path = numbers / "train_000000.bin"
+    good = path.read_bytes()
+    for content, message in ((good[:-10], "is damaged"), (b"x" * 2000, "magic number is 2021161080"),
+                             (b"", "magic number is missing"), (good[:4] + b"\x02" + good[5:], "version 2, must be 1")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            Loader(numbers, "train", 10, 2000)
+
+# ------------------------------------------------------------------ downloads
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local HTTP server of the folder `site`; handler.cut: bytes after which it hangs up, once."""
+    site = tmp_path / "site"
+    site.mkdir()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        cut, ranges, requests = None, True, []
+
+        def do_GET(self):
+            file = site / self.path.lstrip("/")
+            Handler.requests.append((self.path, self.headers.get("Range")))
+            if not file.exists():
+                return self.send_error(404)
+            body, start = file.read_bytes(), 0
+            if self.ranges and self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                if start >= len(body):
+                    return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            cut, Handler.cut = Handler.cut, None
+            self.wfile.write(body[start:cut])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield site, f"http://127.0.0.1:{httpd.server_port}/", Handler
+    httpd.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_interrupted_download_goes_on(server, tmp_path, ranges):
+    site, url, handler = server
+    body = bytes(range(256)) * 2000
+    (site / "f").write_bytes(body)
+    handler.cut, handler.ranges, handler.requests = 100_000, ranges, []
+    with pytest.raises(UserError, match="arrived; run again"):
+        download(url + "f", tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+    download(url + "f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == body and not (tmp_path / "f.part").exists()
+    assert handler.requests[1][1] == "bytes=100000-"
+
+
+def test_leftover_longer_than_the_file_is_dropped(server, tmp_path):
+    site, url, _ = server
+    (site / "f").write_bytes(b"abc")
+    (tmp_path / "f.part").write_bytes(b"something else")
+    download(url + "f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == b"abc"
+
+
+def test_missing_file_and_missing_server(server, tmp_path):
+    _, url, _ = server
+    with pytest.raises(UserError, match="404"):
+        download(url + "none", tmp_path / "f")
+    with pytest.raises(UserError, match="refused"):
+        download("http://127.0.0.1:9/f", tmp_path / "f")
+    assert list(tmp_path.glob("f*")) == []
+
+
+def test_fineweb_edu_shards(server, tmp_path, numbers):
+    site, url, handler = server
+    for i, name in enumerate(("finewebedu_val_000000.bin", "finewebedu_train_000001.bin")):
+        (site / name).write_bytes((numbers / f"train_{i:06d}.bin").read_bytes())
+    out = tmp_path / "fw"
+    (site / "finewebedu_train_000002.bin").write_bytes(b"not a shard" * 200)
+    with pytest.raises(UserError, match="not a token shard"):
+        prepare("fineweb-edu", out, shards=2, url=url)
+    assert sorted(p.name for p in out.iterdir()) == ["train_000000.bin", "val_000000.bin"]
+    handler.requests = []
+    prepare("fineweb-edu", out, shards=1, url=url)
+    assert handler.requests == []  # what is there is not fetched again
+    assert json.loads((out / "tokenizer.json").read_text()) == {"name": "gpt2"}
+    assert len(Loader(out, "train", 10, 50257)) > 0
+
+
+def test_shakespeare(server, tmp_path):
+    site, url, _ = server
+    (site / "input.txt").write_text("To be, or not to be.\n" * 100)
+    out = prepare("shakespeare", tmp_path / "s", "bpe:260", url=url + "input.txt")
+    assert load_tokenizer(out).n_vocab == 260 and len(Loader(out, "val", 8, 260)) > 0
+
+# ------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["text"], "SOURCE text needs files"), (["stdlib", "x.txt"], "takes no files, got x.txt"), (["moon"], "invalid choice: 'moon'"),
+    (["fineweb-edu", "--shards", "0"], "--shards is 0, must be 1 to 99"), (["text", "none.txt"], "none.txt: No such file"),
+    (["text", "model.py", "--tokenizer", "bpe:9"], "tokenizer is 'bpe:9'")])
+def test_mistakes_get_one_line(arguments, message, tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "data.py", *arguments, "--out", tmp_path / "d"], capture_output=True, text=True,
+                         cwd=ROOT)
+    assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,52 @@
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+from data import make_tokenizer, save_tokenizer
+
+
+@pytest.fixture
+def run_directory(build, tmp_path):
+    import json
+    model = build(vocab_size=320)
+    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    torch.save({"model": model.state_dict()}, tmp_path / "ckpt.pt")
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def sample(directory, *flags, stdin=b""):
+    return subprocess.run([sys.executable, ROOT / "sample.py", "--run", directory, *flags], input=stdin, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_a_block_of_text_for_each_recurrence(run_directory):
+    first, again = (sample(run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    strip = lambda out: [line for line in out.decode().split("\n") if "tokens/s" not in line]
+    assert strip(first.stdout) == strip(again.stdout)  # seeded
+    assert first.stdout.decode().startswith("--- recurrence 1\ndéf ")
+    assert "--- recurrence 3\ndéf " in first.stdout.decode() and first.stdout.count(b"--- 40 tokens, ") == 2
+    other = sample(run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40", "--seed", "1")
+    assert strip(other.stdout) != strip(first.stdout)
+
+
+def test_prompt_from_file_and_standard_input(run_directory):
+    (run_directory / "p.txt").write_text("import os\n")
+    for flags, stdin in ((["--prompt-file", run_directory / "p.txt"], b""), (["--prompt-file", "-"], b"import os\n")):
+        run = sample(run_directory, *flags, "--tokens", "5", "--temperature", "0", stdin=stdin)
+        assert b"--- recurrence 4\nimport os\n" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--run", "nowhere"], "nowhere holds no model"), (["--recurrence", "0"], "recurrence is 0, must be at least 1"),
+    (["--recurrence", "4", "-1"], "recurrence is -1"), (["--prompt", ""], "--prompt is empty"), (["--prompt-file", "-"], "is empty"),
+    (["--prompt-file", "none.txt"], "none.txt: No such file"), (["--tokens", "0"], "--tokens is 0"), (["--top-p", "2"], "top_p is 2.0")])
+def test_mistakes_get_one_line(run_directory, flags, message):
+    run = sample(run_directory, *flags)
+    assert run.returncode == 2 and message in run.stderr.decode() and run.stderr.count(b"\n") == 1
