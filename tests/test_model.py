@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import INJECTIONS, PRESETS, Parcae, ParcaeConfig, UserError, _our_name
+from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, UserError, _our_name
 
 PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())
 
@@ -260,7 +260,6 @@ def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
 @pytest.mark.parametrize("kwargs", [{}, {"value_embeds": True, "injection": "concat"}, {"n_recurrent": 0}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
-    from model import KVCache
     model = build(**kwargs).eval()
     model.compute_dtype = dtype
     full = model(tokens, recurrence=3)[0]

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from data import make_tokenizer, save_tokenizer
 
 @pytest.fixture
 def run_directory(build, tmp_path):
-    import json
     model = build(vocab_size=320)
     (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
     torch.save({"model": model.state_dict()}, tmp_path / "ckpt.pt")
