@@ -14,6 +14,7 @@ from data import open_shard, prepare
 from model import Parcae
 from train import schedule
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = ["--n-embd", "32", "--n-head", "2", "--block-size", "64", "--batch-size", "8", "--eval-sequences", "8", "--device", "cpu"]
 
 
@@ -29,7 +30,7 @@ def train(corpus, tmp_path):
     def train(name, *flags, ranks=1, code=0, tiny=TINY):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run = subprocess.run([sys.executable, *launch, ROOT / "train.py", "--data", corpus, "--out", tmp_path / name, *tiny,
-                              *map(str, flags)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                              *map(str, flags)], capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD)
         assert run.returncode == code, run.stderr[-2000:]
         return run
     train.out = tmp_path
@@ -68,7 +69,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     train("whole", "--max-steps", 12, "--eval-every", 4)
     flags = ["--max-steps", "12", "--eval-every", "4"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", json.loads((whole / "config.json").read_text())["data"],
-                                "--out", parts, *TINY, *flags], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                "--out", parts, *TINY, *flags], stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     while not (parts / "log.jsonl").exists() or len((parts / "log.jsonl").read_text().splitlines()) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -79,7 +80,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     with open(parts / "log.jsonl", "a") as file:  # a line after the checkpoint, as of a run that was killed
         file.write(json.dumps({"kind": "train", "step": stopped + 1, "loss": 0}) + "\n")
     run = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", parts], capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+                         env=ONE_THREAD)
     assert run.returncode == 0, run.stderr
     assert losses(parts) == losses(whole)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(parts).items())
