@@ -11,7 +11,7 @@ A plain transformer is this one with an empty recurrent block (n_recurrent=0); a
 is one that loops once (mean_recurrence=1).
 
 What differs from a textbook GPT (the first eight as in the published model):
-- RMSNorm before each layer, no biases, half of ReLU squared in the MLP, embedding and head tied
+- RMSNorm before each layer, no biases, ReLU squared in the MLP (halved: found by parity, not in the paper), embedding and head tied
 - rotary positions on adjacent pairs; queries and keys normalised after the rotation
 - optional value embeddings: every second layer adds a gated per-token lookup to its values
 - linear weights start orthogonal, the layers' output projections at zero
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_width, config.n_embd)
 
     def forward(self, x):
-        return 0.5 * self.proj(F.relu(self.fc(x)).square())
+        return self.proj(F.relu(self.fc(x)).square())
 
 
 class Block(nn.Module):
@@ -187,7 +187,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, ve=None, cache=None):
         x = x + self.attn(self.norm_1(x), rope, ve, cache)
-        return x + self.mlp(self.norm_2(x))
+        return torch.add(x, self.mlp(self.norm_2(x)), alpha=0.5)  # half, as published
 
     def matmul_params(self):
         return sum(p.numel() for p in self.parameters() if p.ndim == 2)
