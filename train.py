@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -68,7 +69,7 @@ def parse_args():
     add("--micro-batch", type=int, metavar="N", help="sequences of a forward pass on a device (default: all of its share)")
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always --mean-recurrence")
-    add("--lr", type=float, default=8e-3, help="peak learning rate of Muon and AdamW (default: %(default)s)")
+    add("--lr", type=float, default=2e-2, help="peak learning rate of Muon and AdamW (default: %(default)s)")
     add("--cooldown", type=float, default=0.5, metavar="F", help="last part of the run, where it falls to 0 (default: %(default)s)")
     add("--weight-decay", type=float, default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -153,8 +154,8 @@ def matmul_peak(device, dtype):
 
 def make_optimizers(model, lr, weight_decay):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms, gates and injection (appendix E)."""
-    blocks = (model.prelude, model.recurrent, model.coda)
-    matrices = [p for part in blocks for name, p in part.named_parameters() if p.ndim == 2 and "ve_gate" not in name]
+    layers = (model.prelude, model.recurrent, model.coda)
+    matrices = [p for part in layers for name, p in part.named_parameters() if p.ndim == 2 and "ve_gate" not in name]
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
     return [torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
@@ -166,17 +167,51 @@ def schedule(progress, cooldown):
     return min(1, (1 - progress) / cooldown) if cooldown else 1
 
 
-def draw_depths(model, how, batch_size, generator):
+def draw_depths(model, how, batch_size, step_seed):
     """Loops (batch_size,) of a training batch, see --depth-sampling."""
+    generator = torch.Generator().manual_seed(step_seed)
     if how == "fixed":
         return torch.full((batch_size,), model.config.mean_recurrence)
     return model.sample_depths(batch_size, generator) if how == "per-sequence" else \
         model.sample_depths(1, generator).repeat(batch_size)
 
 
+def backward(model, loader, depths, first_sample, micro, step_seed):
+    """Accumulate the gradient of this rank's rows of a batch; the mean loss over all ranks' rows, a tensor.
+
+    Rows are dealt to ranks and micro-batches like cards, deepest first: each gets equal work."""
+    rank, world = process()
+    mine = depths.argsort(descending=True, stable=True)[rank::world]
+    parts = [mine[i::len(mine) // micro] for i in range(len(mine) // micro)]
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for part in parts:
+        idx, targets = (t.to(device, non_blocking=True) for t in loader.batch(first_sample + part))
+        torch.manual_seed(step_seed)  # the noise in which the loop starts is the same on every rank
+        with model.no_sync() if world > 1 and part is not parts[-1] else contextlib.nullcontext():
+            loss = model(idx, targets, depths=depths[part])[1] / len(parts)
+            loss.backward()
+        total += loss.detach() / world
+    if world > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def update(optimizers, args, progress):
+    """One step of the optimisers, at the rates for a share `progress` of the budget."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(progress, args.cooldown)
+            if isinstance(optimizer, torch.optim.Muon):
+                group["weight_decay"] = args.weight_decay * (1 - progress)
+        optimizer.step()
+
+
 @torch.no_grad()
-def evaluate(model, loader, sequences, batch_size, recurrence, device, rank=0, world=1):
+def evaluate(model, loader, sequences, batch_size, recurrence):
     """Mean val loss in nats per token at each recurrence: {T: loss}. Every rank reads its share."""
+    rank, world = process()
+    device = model.wte.weight.device
     model.eval()
     total = torch.zeros(len(recurrence) + 1, dtype=torch.float64, device=device)
     mine = range(rank, min(sequences, len(loader)), world)
@@ -190,194 +225,193 @@ def evaluate(model, loader, sequences, batch_size, recurrence, device, rank=0, w
     return dict(zip(recurrence, (total[:-1] / total[-1]).tolist()))
 
 
-def save(obj, path):
-    """torch.save by way of a temporary file, so that path is never half-written."""
-    torch.save(obj, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def process():
+    """(rank, number of ranks), as torchrun tells."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+# ----------------------------------------------------------------------------- the run
 
 
-def table(losses, unit):
-    """Val loss by recurrence, as text."""
-    return "\n".join([f"recurrence T   val loss ({unit})"] + [f"{T:12d}   {loss:.4f}" for T, loss in losses.items()])
+class Run:
+    """A run directory: writes config.json, log.jsonl and ckpt.pt, on rank 0 alone; reads the checkpoint to resume."""
+
+    def __init__(self, path, model, optimizers):
+        self.path, self.model, self.optimizers = Path(path), model, optimizers
+        self.state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
+
+    def start(self, record, tokenizer):
+        """Make the directory, or clear the one that is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "ckpt.pt").unlink(missing_ok=True)
+        (self.path / "log.jsonl").write_text("")
+        save_tokenizer(tokenizer, self.path / "tokenizer.json")
+        (self.path / "config.json").write_text(json.dumps(record, indent=1))
+
+    def resume(self):
+        """Load the checkpoint and drop what was logged after it."""
+        checkpoint = load_checkpoint(self.path / "ckpt.pt")
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path / 'ckpt.pt'} does not fit these settings: {str(error).splitlines()[0]}") from None
+        self.state = checkpoint["state"]
+        log = self.path / "log.jsonl"
+        lines = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
+        if process()[0] == 0:
+            log.write_text("".join(lines))
+
+    def log(self, kind, **values):
+        if process()[0] == 0:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps({"kind": kind, **self.state, **values}) + "\n")
+
+    def save(self):
+        if process()[0] == 0:
+            path = self.path / "ckpt.pt"
+            torch.save({"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                        "state": self.state}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+
+
+def describe(args, config, model, device, dtype, peak):
+    """What config.json holds: every setting, and what else the numbers of a run depend on."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")},
+            "model": asdict(config), "data": args.data, "parameters": sum(p.numel() for p in model.parameters()),
+            "flops_per_token": model.flops_per_token(accounting=args.accounting), "device": str(device), "dtype": str(dtype),
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "ranks": process()[1], "threads": torch.get_num_threads(), "peak_flops": peak, "git": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
 def train(args):
     check(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    master = rank == 0
+    rank, world = process()
+    micro = args.micro_batch or max(1, args.batch_size // world)
+    if args.batch_size % (world * micro):
+        raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * --micro-batch ({world} * {micro})")
+    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite):
+        raise UserError(f"--out {args.out} holds a run already: continue it with --resume, replace it with --overwrite, "
+                        "or choose another --out")
     device = pick_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    dtype = pick_dtype(device, args.dtype)
     keep_freed_memory()
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    micro = args.micro_batch or args.batch_size // world or 1
-    if args.batch_size % (world * micro):
-        raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * --micro-batch ({world} * {micro})")
 
-    out, data = Path(args.out), Path(args.data)
-    if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite):
-        raise UserError(f"--out {out} holds a run already: continue it with --resume, replace it with --overwrite, "
-                        "or choose another --out")
-    if args.data == DEFAULT_DATA and not data.exists() and master:
-        prepare("stdlib", data)
+    if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank == 0:
+        prepare("stdlib", args.data)
     if world > 1:
         dist.barrier()
-    tokenizer = load_tokenizer(data)
-    settings = {f.name: getattr(args, f.name) for f in fields(ParcaeConfig)[1:] if getattr(args, f.name) is not None}
-    config = ParcaeConfig(**{**PRESETS[args.preset], **settings, "vocab_size": -(-tokenizer.n_vocab // 64) * 64})
-    loader = Loader(data, "train", config.block_size, tokenizer.n_vocab, args.seed)
-    val_loader = Loader(data, "val", config.block_size, tokenizer.n_vocab, EVAL_SEED)
+    tokenizer = load_tokenizer(args.data)
+    given = {f.name: getattr(args, f.name) for f in fields(ParcaeConfig)[1:] if getattr(args, f.name) is not None}
+    vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
+    config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
+    loader = Loader(args.data, "train", config.block_size, tokenizer.n_vocab, args.seed)
+    val_loader = Loader(args.data, "val", config.block_size, tokenizer.n_vocab, EVAL_SEED)
 
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
-    model.compute_dtype = dtype
-    optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
-    log_path, ckpt_path = out / "log.jsonl", out / "ckpt.pt"
+    model.compute_dtype = dtype = pick_dtype(device, args.dtype)
+    run = Run(args.out, model, make_optimizers(model, args.lr, args.weight_decay))
+    state, peak = run.state, matmul_peak(device, dtype) * world
     if args.resume:
-        checkpoint = load_checkpoint(ckpt_path)
-        state = checkpoint["state"]
-        try:
-            model.load_state_dict(checkpoint["model"])
-            for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{ckpt_path} does not fit these settings: {str(error).splitlines()[0]}") from None
-
-    lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= state["step"]] \
-        if args.resume and log_path.exists() else []
-    peak = matmul_peak(device, dtype) * world
-    parameters = sum(p.numel() for p in model.parameters())
-    if master:
-        out.mkdir(parents=True, exist_ok=True)
-        ckpt_path.unlink(missing_ok=True) if not args.resume else None
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        record = {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")},
-                  "model": asdict(config), "data": str(data), "parameters": parameters,
-                  "flops_per_token": model.flops_per_token(accounting=args.accounting),
-                  "device": platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(),
-                  "dtype": str(dtype), "ranks": world, "peak_flops": peak, "git": git.stdout.strip() or None,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-        (out / "config.json").write_text(json.dumps(record, indent=1))
-        save_tokenizer(tokenizer, out / "tokenizer.json")
-        log_path.write_text("".join(line + "\n" for line in lines))
-        print(f"{out}: {parameters:,} parameters, {config.n_prelude}/{config.n_recurrent}/{config.n_coda} layers of "
-              f"{config.n_embd} channels, mean recurrence {config.mean_recurrence}, injection {config.injection}\n"
-              f"{data}: {len(loader) * config.block_size:,} train tokens; {world} x {device.type}, {dtype}, "
-              f"matmul peak {peak / 1e9:,.0f} GFLOP/s")
-
-    def log(kind, **values):
-        if master:
-            with open(log_path, "a") as file:
-                file.write(json.dumps({"kind": kind, **state, **values}) + "\n")
-
-    def checkpoint():
-        if master:
-            save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "state": state}, ckpt_path)
-
+        run.resume()
+        state = run.state
+    elif rank == 0:
+        run.start(describe(args, config, model, device, dtype, peak), tokenizer)
+    if rank == 0:
+        print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_prelude}/{config.n_recurrent}/"
+              f"{config.n_coda} layers of {config.n_embd} channels, mean recurrence {config.mean_recurrence}\n"
+              f"{args.data}: {len(loader) * config.block_size:,} train tokens\n"
+              f"{world} x {device}, {dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
     if args.compile:
         for block in [*model.prelude, *model.recurrent, *model.coda]:
             block.compile(dynamic=True)
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    stop = []
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+
+    stop = []  # signals received
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     budget = {"step": args.max_steps, "tokens": args.max_tokens, "flops": args.max_flops}
-
-    def progress():
-        return max(state[kind] / limit for kind, limit in budget.items() if limit)
-
-    bar = tqdm(total=100, initial=round(100 * min(1, progress()), 1), disable=None if master else True, unit="%",
+    progress = lambda: min(1, max(state[kind] / limit for kind, limit in budget.items() if limit))
+    bar = tqdm(total=100, initial=100 * progress(), disable=None if rank == 0 else True,
                bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-    skipped_in_a_row, now = 0, time.perf_counter()
+    skipped_in_a_row = 0
     while progress() < 1 and not stop:
-        step, before = state["step"], progress()
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        depths = draw_depths(model, args.depth_sampling, args.batch_size, generator)
-        mine = depths.argsort(descending=True, stable=True)[rank::world]  # dealt like cards: equal work for each rank
-        parts = [mine[i::len(mine) // micro] for i in range(len(mine) // micro)]
-
-        total = torch.zeros(2, device=device)
-        for i, rows in enumerate(parts):
-            torch.manual_seed(args.seed * 1_000_003 + step)  # the start state's noise
-            idx, targets = (t.to(device, non_blocking=True) for t in loader.batch(step * args.batch_size + rows))
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():
-                loss = parallel(idx, targets, depths=depths[rows])[1] / len(parts)
-                loss.backward()
-            total[0] += loss.detach() / world
-        total[1] = len(stop)
-        if world > 1:
-            dist.all_reduce(total)
+        start, before, step = time.perf_counter(), progress(), state["step"]
+        step_seed = args.seed * 1_000_003 + step
+        depths = draw_depths(model, args.depth_sampling, args.batch_size, step_seed)
+        loss = backward(parallel, loader, depths, step * args.batch_size, micro, step_seed)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        loss, interrupted, norm = torch.stack([*total, norm]).tolist()
-        if interrupted and not stop:
-            stop.append(signal.SIGTERM)
-
-        factor = schedule(before, args.cooldown)
-        if np.isfinite(loss + norm):
+        loss, norm = torch.stack([loss, norm]).tolist()
+        if math.isfinite(loss + norm):
+            update(run.optimizers, args, before)
             skipped_in_a_row = 0
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * factor
-                    if group["weight_decay"]:
-                        group["weight_decay"] = args.weight_decay * (1 - before)
-                optimizer.step()
         else:
             skipped_in_a_row += 1
             state["skipped"] += 1
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        model.zero_grad()
 
-        deep = depths.clamp(max=config.backprop_depth).double().mean().item()
+        T, T_grad = depths.double().mean().item(), depths.clamp(max=config.backprop_depth).double().mean().item()
         tokens = args.batch_size * config.block_size
-        flops = tokens * model.flops_per_token(depths.double().mean().item(), deep, accounting=args.accounting)
-        before_time, now = now, time.perf_counter()
-        seconds = now - before_time
-        state.update(step=step + 1, tokens=state["tokens"] + tokens, flops=state["flops"] + flops,
-                     seconds=state["seconds"] + seconds)
-        speed = {"tok_per_s": tokens / seconds, "mfu": flops / seconds / peak}
-        log("train", loss=loss, grad_norm=norm, lr=args.lr * factor, mean_depth=depths.double().mean().item(), **speed)
-        bar.update(100 * (min(1, progress()) - min(1, before)))
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed['tok_per_s']:,.0f} tok/s, {state['flops']:.2e} FLOPs, MFU {speed['mfu']:.0%}")
+        flops = tokens * model.flops_per_token(T, T_grad, accounting=args.accounting)
+        seconds = time.perf_counter() - start
+        for kind, spent in (("step", 1), ("tokens", tokens), ("flops", flops), ("seconds", seconds)):
+            state[kind] += spent
+        mfu = flops / seconds / peak
+        run.log("train", loss=loss, grad_norm=norm, lr=args.lr * schedule(before, args.cooldown), mean_depth=T,
+                tok_per_s=tokens / seconds, mfu=mfu)
+        bar.update(100 * (progress() - before))
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, {state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
         if skipped_in_a_row == MAX_SKIPPED:
             bar.close()
             raise UserError(f"loss or gradient was not finite {MAX_SKIPPED} steps in a row, at step {step + 1}: "
                             f"try a lower --lr (it is {args.lr})")
+        if world > 1:  # a signal to one rank stops all
+            signals = torch.tensor(len(stop), device=device)
+            dist.all_reduce(signals)
+            stop += [signal.SIGTERM] * int(signals > 0)
         if (step + 1) % args.eval_every == 0 and progress() < 1:
-            losses = evaluate(model, val_loader, args.eval_sequences, micro, [config.mean_recurrence], device, rank, world)
-            log("eval", val_loss=losses)
-            checkpoint()
-            if master:
-                tqdm.write(f"step {step + 1}, {100 * progress():.0f} %: train loss {loss:.4f}, "
-                           f"val loss {losses[config.mean_recurrence]:.4f} at T = {config.mean_recurrence}, "
-                           f"{state['tokens'] / state['seconds']:,.0f} tok/s", file=sys.stdout)
-            now = time.perf_counter()
+            losses = evaluate(model, val_loader, args.eval_sequences, micro, [config.mean_recurrence])
+            run.log("eval", val_loss=losses)
+            run.save()
+            if rank == 0:
+                tqdm.write(f"step {step + 1}, {progress():.0%}: train loss {loss:.4f}, val loss {losses[config.mean_recurrence]:.4f} "
+                           f"at T = {config.mean_recurrence}, {state['tokens'] / state['seconds']:,.0f} tok/s", file=sys.stdout)
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    checkpoint()
-    if stop:
-        if master:
-            print(f"stopped at step {state['step']} and saved; go on with: python train.py --resume --out {out}")
-    else:
-        recurrence = args.eval_recurrence if config.n_recurrent else [1]
-        losses = evaluate(model, val_loader, 8 * args.eval_sequences, micro, recurrence, device, rank, world)
-        log("done", val_loss=losses)
-        if master:
-            print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs ({args.accounting}), "
-                  f"{state['seconds']:.0f} s, {state['skipped']} steps skipped\n\n{table(losses, 'nats per token')}\n")
-            prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-            generator = torch.Generator(device).manual_seed(args.seed)
-            print("a sample (more with: python sample.py --run " + str(out) + "):")
-            for piece in decode_stream(tokenizer, model.stream(prompt, 300, temperature=0.7, top_p=0.95, generator=generator)):
-                print(piece, end="", flush=True)
-            print()
+    run.save()
+    if not stop:
+        losses = evaluate(model, val_loader, 8 * args.eval_sequences, micro, args.eval_recurrence if config.n_recurrent else [1])
+        run.log("done", val_loss=losses)
+    if rank == 0:
+        report(args, model, tokenizer, state, None if stop else losses)
     if world > 1:
         dist.destroy_process_group()
+
+
+def report(args, model, tokenizer, state, losses):
+    """Print what the run came to: val loss by recurrence and a sample; where it was stopped, how to go on."""
+    if losses is None:
+        print(f"stopped at step {state['step']} and saved; go on with: python train.py --resume --out {args.out}")
+        return
+    print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs ({args.accounting}), "
+          f"{state['seconds']:.0f} s, {state['skipped']} steps skipped\n\nrecurrence T   val loss (nats per token)")
+    for T, loss in losses.items():
+        print(f"{T:12d}   {loss:.4f}")
+    print(f"\na sample (more with: python sample.py --run {args.out}):")
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    tokens = model.stream(torch.tensor([[tokenizer.eot_token]], device=device), 300, temperature=0.7, generator=generator)
+    for text in decode_stream(tokenizer, tokens):
+        print(text, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":
