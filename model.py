@@ -99,7 +99,8 @@ PRESETS = {
     "parcae-370m": _published(4, 1024, 8),
     "parcae-770m": _published(6, 1280, 10),
     "parcae-1.3b": _published(8, 1536, 12),
-    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, mean_recurrence=4, block_size=256),
+    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, value_embeds=True,
+                        mean_recurrence=4, block_size=256),
     "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True, block_size=256),
 }
 # the plain transformer of each size: the same layers without loop, injection, C_proj and prelude norm
@@ -253,21 +254,27 @@ def each(f, *tensors):
 
 
 class KVCache:
-    """Keys and values of a context, preallocated: one pair for every layer and every loop."""
+    """Keys and values of a context, preallocated.
 
-    def __init__(self, config, batch_size, capacity, recurrence, device, dtype):
-        slots = config.n_prelude + config.n_recurrent * recurrence + config.n_coda
+    kind "per-loop": a pair for every layer and every loop, exact. "shared": a loop overwrites the
+    pair of the loop before, so that earlier tokens show all loops the keys and values of their last
+    one (recurrent-depth models, arXiv 2502.05171): memory does not grow with the number of loops."""
+
+    def __init__(self, config, batch_size, capacity, recurrence, device, dtype, kind="per-loop"):
+        if kind not in ("per-loop", "shared"):
+            raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
+        P, R, C = config.n_prelude, config.n_recurrent, config.n_coda
+        loops = recurrence if kind == "per-loop" else 1
         head_dim = config.n_embd // config.n_head
-        self.kv = torch.empty(slots, 2, batch_size, config.n_head, capacity, head_dim, device=device, dtype=dtype)
+        self.kv = torch.empty(P + loops * R + C, 2, batch_size, config.n_head, capacity, head_dim, device=device, dtype=dtype)
+        loop = [P + (t % loops) * R + r for t in range(recurrence) for r in range(R)]
+        self.order = [*range(P), *loop, *range(P + loops * R, len(self.kv))]
         self.pos = 0  # tokens held
 
-    def rewind(self):
-        """Point at the first slot; the slots are then taken in the order in which layers run."""
-        self.slots = iter(self.kv)
-
-    def next(self):
-        keys, values = next(self.slots)
-        return keys, values, self.pos
+    def __iter__(self):
+        """(keys, values, tokens held) of each layer in the order in which layers run."""
+        for slot in self.order:
+            yield *self.kv[slot], self.pos
 
 
 class Parcae(nn.Module):
@@ -359,12 +366,11 @@ class Parcae(nn.Module):
         ve = [self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
               for i in range(cfg.n_layer)]
         rope = self.rope[:, pos:pos + T].to(x.dtype)
-        if cache is not None:
-            cache.rewind()
+        slots = iter(cache or ())
 
         def run(blocks, x, ve):
             for block, v in zip(blocks, ve):
-                x = block(x, rope, v, cache and cache.next())
+                x = block(x, rope, v, next(slots, None))
             return x
 
         x = run(self.prelude, x, ve)
@@ -414,7 +420,8 @@ class Parcae(nn.Module):
         return depths
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None,
+               kv_cache="per-loop"):
         """Yield max_new_tokens next tokens (B, 1), each sampled given the last block_size before it.
 
         Arguments as in `generate`. The cache serves until the context is full; from then on the
@@ -428,9 +435,9 @@ class Parcae(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p is {top_p}, must be in (0, 1]")
         cfg, dtype = self.config, self.compute_dtype or self.wte.weight.dtype
-        recurrence = cfg.mean_recurrence if recurrence is None else recurrence
+        recurrence = int(self._depths(1, cfg.mean_recurrence if recurrence is None else recurrence, None))
         capacity = min(idx.shape[1] + max_new_tokens, cfg.block_size)
-        cache = KVCache(cfg, len(idx), capacity, recurrence, idx.device, dtype)
+        cache = KVCache(cfg, len(idx), capacity, recurrence, idx.device, dtype, kv_cache)
         training = self.training
         self.eval()
         try:
@@ -450,7 +457,8 @@ class Parcae(nn.Module):
 
         options: recurrence (None: mean_recurrence), temperature (0: greedy), top_k, top_p (keep the
         k likeliest tokens; the fewest with total probability p), generator (a seeded torch.Generator
-        on idx's device). Raises UserError on an empty prompt and on values out of range."""
+        on idx's device), kv_cache ("per-loop", or "shared": see KVCache). Raises UserError on an empty
+        prompt and on values out of range."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 
     def flops_per_token(self, recurrence=None, backprop_depth=None, context=None, accounting="exact"):

@@ -27,6 +27,8 @@ def parse_args():
     add("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: all)")
     add("--top-p", type=float, metavar="P", help="sample from the fewest tokens with total probability P (default: all)")
+    add("--kv-cache", choices=("per-loop", "shared"), default="per-loop",
+        help="shared: keep keys and values of the last loop only, less memory, not exact (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
@@ -67,7 +69,7 @@ def main(args):
     for T in recurrence:
         generator = torch.Generator(device).manual_seed(args.seed)
         tokens = model.stream(idx, args.tokens, recurrence=T, temperature=args.temperature, top_k=args.top_k,
-                              top_p=args.top_p, generator=generator)
+                              top_p=args.top_p, generator=generator, kv_cache=args.kv_cache)
         print(f"--- recurrence {T}\n{prompt or ''}", end="")
         start = time.perf_counter()
         for text in decode_stream(tokenizer, tokens):

@@ -69,7 +69,8 @@ def parse_args():
     add("--micro-batch", type=int, metavar="N", help="sequences of a forward pass on a device (default: all of its share)")
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always --mean-recurrence")
-    add("--lr", type=float, default=2e-2, help="peak learning rate of Muon and AdamW (default: %(default)s)")
+    add("--muon-lr", type=float, default=4e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
+    add("--adamw-lr", type=float, default=1e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
     add("--cooldown", type=float, default=0.5, metavar="F", help="last part of the run, where it falls to 0 (default: %(default)s)")
     add("--weight-decay", type=float, default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -115,7 +116,7 @@ def check(args):
         need(value is None or value >= 1, flag, "at least 1")
     for flag in ("batch-size", "eval-every", "eval-sequences"):
         need(getattr(args, flag.replace("-", "_")) >= 1, flag, "at least 1")
-    for flag in ("lr", "grad-clip"):
+    for flag in ("muon-lr", "adamw-lr", "grad-clip"):
         need(getattr(args, flag.replace("-", "_")) > 0, flag, "above 0")
     need(args.weight_decay >= 0, "weight-decay", "at least 0")
     need(0 <= args.cooldown <= 1, "cooldown", "from 0 to 1")
@@ -152,14 +153,14 @@ def matmul_peak(device, dtype):
 # ----------------------------------------------------------------------------- training
 
 
-def make_optimizers(model, lr, weight_decay):
+def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms, gates and injection (appendix E)."""
     layers = (model.prelude, model.recurrent, model.coda)
     matrices = [p for part in layers for name, p in part.named_parameters() if p.ndim == 2 and "ve_gate" not in name]
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
-    return [torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]
+    return {"muon": torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=args.weight_decay),
+            "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)}
 
 
 def schedule(progress, cooldown):
@@ -199,12 +200,12 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
 
 def update(optimizers, args, progress):
     """One step of the optimisers, at the rates for a share `progress` of the budget."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(progress, args.cooldown)
-            if isinstance(optimizer, torch.optim.Muon):
+    for name, peak in (("muon", args.muon_lr), ("adamw", args.adamw_lr)):
+        for group in optimizers[name].param_groups:
+            group["lr"] = peak * schedule(progress, args.cooldown)
+            if name == "muon":
                 group["weight_decay"] = args.weight_decay * (1 - progress)
-        optimizer.step()
+        optimizers[name].step()
 
 
 @torch.no_grad()
@@ -252,9 +253,9 @@ class Run:
         checkpoint = load_checkpoint(self.path / "ckpt.pt")
         try:
             self.model.load_state_dict(checkpoint["model"])
-            for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError) as error:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(checkpoint["optimizers"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{self.path / 'ckpt.pt'} does not fit these settings: {str(error).splitlines()[0]}") from None
         self.state = checkpoint["state"]
         log = self.path / "log.jsonl"
@@ -270,8 +271,8 @@ class Run:
     def save(self):
         if process()[0] == 0:
             path = self.path / "ckpt.pt"
-            torch.save({"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                        "state": self.state}, f"{path}.tmp")
+            torch.save({"model": self.model.state_dict(), "state": self.state,
+                        "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()}}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
 
 
@@ -318,7 +319,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
     model.compute_dtype = dtype = pick_dtype(device, args.dtype)
-    run = Run(args.out, model, make_optimizers(model, args.lr, args.weight_decay))
+    run = Run(args.out, model, make_optimizers(model, args))
     state, peak = run.state, matmul_peak(device, dtype) * world
     if args.resume:
         run.resume()
@@ -364,14 +365,14 @@ def train(args):
         for kind, spent in (("step", 1), ("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             state[kind] += spent
         mfu = flops / seconds / peak
-        run.log("train", loss=loss, grad_norm=norm, lr=args.lr * schedule(before, args.cooldown), mean_depth=T,
+        run.log("train", loss=loss, grad_norm=norm, lr=args.muon_lr * schedule(before, args.cooldown), mean_depth=T,
                 tok_per_s=tokens / seconds, mfu=mfu)
         bar.update(100 * (progress() - before))
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, {state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
         if skipped_in_a_row == MAX_SKIPPED:
             bar.close()
             raise UserError(f"loss or gradient was not finite {MAX_SKIPPED} steps in a row, at step {step + 1}: "
-                            f"try a lower --lr (it is {args.lr})")
+                            f"try a lower --muon-lr (it is {args.muon_lr})")
         if world > 1:  # a signal to one rank stops all
             signals = torch.tensor(len(stop), device=device)
             dist.all_reduce(signals)

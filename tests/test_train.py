@@ -127,8 +127,8 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
 @pytest.mark.parametrize("flags, message", [
     (["--preset", "huge"], "--preset is huge, must be one of parcae-140m"),
     (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
-    (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"), (["--eval-recurrence", "-1"], "--eval-recurrence is [-1]"),
-    (["--batch-size", "7", "--micro-batch", "2"], "must be a multiple of ranks * --micro-batch"), (["--lr", "x"], "--lr: invalid float"),
+    (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"), (["--eval-recurrence", "-1"], "--eval-recurrence is"),
+    (["--batch-size", "7", "--micro-batch", "2"], "must be a multiple of ranks * --micro-batch"), (["--muon-lr", "x"], "invalid float"),
     (["--resume"], "holds no run to resume"), (["--data", "nowhere"], "nowhere/tokenizer.json does not exist"),
     (["--block-size", "100000"], "of more than 100000 tokens"), (["--device", "tpu"], "--device is tpu, must be auto or one of")])
 def test_mistakes_get_one_line(train, flags, message):
