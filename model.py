@@ -10,21 +10,18 @@ Scaling Laws For Stable Looped Language Models", arXiv 2604.12946; "§" and "eq.
 A plain transformer is this one with an empty recurrent block (n_recurrent=0); a fixed-depth model
 is one that loops once (mean_recurrence=1).
 
-What differs from a textbook GPT (the first eight as in the published model):
-- RMSNorm before each layer, no biases, ReLU squared in the MLP (halved: found by parity, not in the paper), embedding and head tied
+What differs from a textbook GPT, as in the published model:
+- RMSNorm before each layer; no biases; ReLU squared in the MLP, halved; embedding and head tied
 - rotary positions on adjacent pairs; queries and keys normalised after the rotation
-- optional value embeddings: every second layer adds a gated per-token lookup to its values
+- optional value embeddings: every second layer adds a gated lookup of its token to its values
 - linear weights start orthogonal, the layers' output projections at zero
-- every sequence of a training batch draws its own number of loops
+- every sequence of a training batch draws its own number of loops, and starts them from noise
 - gradient flows through a sequence's last `backprop_depth` loops only
-- the loop starts from noise in training ...
-- ... which all layers' weights must learn to forget
 and, departing from the published code:
-- only the rows of the batch that still loop are computed: deepest first, they are a prefix
-- the noise is one draw for all rows of a batch (any split of the batch over devices then agrees),
-  and in eval mode its mean, zero, so that evaluation and sampling are deterministic
-- float32 weights are cast to the dtype of the activations where they are used: `compute_dtype`
-  decides that, instead of autocast
+- only rows that still loop are computed: sorted by depth, deepest first, they are a prefix of the batch
+- the noise is one draw for all rows of a batch (so any split of the batch over devices agrees), and in
+  eval mode its mean, zero (so evaluation and sampling are deterministic)
+- float32 weights are cast to the dtype of the activations where they are used: `compute_dtype`, no autocast
 """
 
 import json
@@ -41,8 +38,8 @@ class UserError(ValueError):
     """A value from outside is wrong. The message says which and what is allowed; scripts print it alone."""
 
 
-INJECTIONS = ("diagonal", "add", "concat")
 QK_NORM_EPS = torch.finfo(torch.float32).eps
+A0 = math.sqrt(1 / 5)  # A_bar's initial value
 VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
 
 
@@ -194,58 +191,59 @@ class Block(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
 
-class Injection(nn.Module):
-    """How the state h takes in the prelude's output e before each loop (eq. 3 and table 1).
+class Diagonal(nn.Module):
+    """The injection of Parcae (eq. 3): A_bar * h + dt * (B e), stable whatever is learned.
 
-    diagonal: A_bar * h + dt * (B e), A_bar = exp(dt * A), A = -exp(log_A), dt = softplus(dt_bias);
-              all of A_bar lies in (0, 1): stable by construction
-    add:      h + e, marginally stable
-    concat:   W [h; e], unconstrained; W starts at [a0 I, I], where the diagonal rule starts too
-    """
-    A0 = math.sqrt(1 / 5)
+    A = -exp(log_A), dt = softplus(dt_bias), A_bar = exp(dt * A) (zero-order hold): all of A_bar lies in (0, 1)."""
 
-    def __init__(self, config):
+    def __init__(self, d, a0=A0):
         super().__init__()
-        d, self.kind = config.n_embd, config.injection
-        if self.kind == "diagonal":
-            self.log_A = nn.Parameter(torch.empty(d))
-            self.dt_bias = nn.Parameter(torch.empty(d))
-            self.B = nn.Parameter(torch.empty(d, d))
-        elif self.kind == "concat":
-            self.W = nn.Parameter(torch.empty(d, 2 * d))
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        if self.kind == "diagonal":
-            self.log_A.zero_()
-            dt = -math.log(self.A0)
-            self.dt_bias.fill_(math.log(math.expm1(dt)))  # softplus^-1(dt)
-            nn.init.eye_(self.B)
-        elif self.kind == "concat":
-            eye = torch.eye(self.W.shape[0])
-            self.W.copy_(torch.cat([self.A0 * eye, eye], dim=1))
+        self.log_A = nn.Parameter(torch.zeros(d))
+        self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / a0 - 1)))  # softplus(dt_bias) = -ln a0: A_bar starts at a0
+        self.B = nn.Parameter(torch.eye(d))
 
     def A_bar(self):
-        """(C,) float32 factors by which the diagonal rule shrinks the state each loop, all in (0, 1)."""
-        decay = F.softplus(self.dt_bias.float()) * self.log_A.float().exp()
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.exp(-decay).clamp(tiny, 1 - 2 ** -24)  # float32 would round the ends to 0 and 1
+        """(C,) float32 factors by which the state shrinks each loop."""
+        A_bar = torch.exp(-F.softplus(self.dt_bias.float()) * self.log_A.float().exp())
+        return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)  # float32 would round the ends to 0 and 1
 
     def input(self, e):
         """What e adds to the state, (B, T, C): the same at every loop, so computed once."""
-        if self.kind == "diagonal":
-            return F.linear(e, self.B.to(e.dtype)) * F.softplus(self.dt_bias).to(e.dtype)
-        if self.kind == "concat":
-            return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))
-        return e
+        return F.linear(e, self.B.to(e.dtype)) * F.softplus(self.dt_bias).to(e.dtype)
 
     def forward(self, h, u):
         """The injected state (B, T, C) from the state h and u = input(e), both (B, T, C)."""
-        if self.kind == "diagonal":
-            return (self.A_bar() * h + u).to(u.dtype)
-        if self.kind == "concat":
-            return F.linear(h, self.W[:, :h.shape[-1]].to(h.dtype)) + u
+        return (self.A_bar() * h + u).to(u.dtype)
+
+
+class Add(nn.Module):
+    """h + e (table 1): as if A_bar were the identity, marginally stable."""
+
+    def __init__(self, d):
+        super().__init__()
+
+    def input(self, e):
+        return e
+
+    def forward(self, h, u):
         return h + u
+
+
+class Concat(nn.Module):
+    """W [h; e] (table 1): unconstrained. W starts where the diagonal rule does, at [a0 I, dt I]."""
+
+    def __init__(self, d, a0=A0):
+        super().__init__()
+        self.W = nn.Parameter(torch.cat([a0 * torch.eye(d), -math.log(a0) * torch.eye(d)], dim=1))
+
+    def input(self, e):
+        return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))
+
+    def forward(self, h, u):
+        return F.linear(h, self.W[:, :h.shape[-1]].to(h.dtype)) + u
+
+
+INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 
 
 def each(f, *tensors):
@@ -296,7 +294,7 @@ class Parcae(nn.Module):
         self.coda = nn.ModuleList(blocks[P + R:])
         if R:
             self.norm_prelude = RMSNorm(d, eps=config.norm_eps) if config.prelude_norm else nn.Identity()
-            self.injection = Injection(config)
+            self.injection = INJECTIONS[config.injection](d)
             self.C_proj = Linear(d, d)
         self.norm_f = RMSNorm(d, eps=config.norm_eps)
         self.lm_head = Linear(d, config.vocab_size)
@@ -316,7 +314,7 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Initial weights (PAPER "The architecture"): scaled orthogonal, output projections zero."""
+        """Initial weights of the published code: scaled orthogonal, output projections zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
@@ -324,8 +322,6 @@ class Parcae(nn.Module):
                 nn.init.zeros_(module.weight)
             elif isinstance(module, Linear) and module.weight is not self.wte.weight:
                 nn.init.orthogonal_(module.weight, gain=self.init_std * math.sqrt(max(module.weight.shape)))
-            elif isinstance(module, Injection):
-                module.reset_parameters()
 
     def sample_depths(self, batch_size, generator=None):
         """Numbers of loops (B,) int64 for a training batch: Poisson(mean_recurrence), at least 1 (§4).
