@@ -24,8 +24,11 @@ and, departing from the published code:
 - float32 weights are cast to the dtype of the activations where they are used: `compute_dtype`, no autocast
 """
 
+import contextlib
+import ctypes
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,7 @@ class UserError(ValueError):
     """A value from outside is wrong. The message says which and what is allowed; scripts print it alone."""
 
 
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
 VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
@@ -98,7 +102,8 @@ PRESETS = {
     "parcae-1.3b": _published(8, 1536, 12),
     "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2, value_embeds=True,
                         mean_recurrence=4, block_size=256),
-    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True, block_size=256),
+    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4, value_embeds=True,
+                         block_size=256, vocab_size=4096),
 }
 # the plain transformer of each size: the same layers without loop, injection, C_proj and prelude norm
 PRESETS |= {name.replace("parcae", "gpt"): preset | dict(
@@ -580,3 +585,27 @@ def pick_dtype(device, dtype="auto"):
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
               device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     return torch.bfloat16 if native else torch.float32
+
+
+def matmul_peak(device, dtype, size=2048):
+    """FLOP/s of large matrix products: the data sheet's where known, else the best of a few measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, peak in BF16_PEAK.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
+    which on a CPU costs more than most element-wise operations."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -15,7 +15,6 @@ run repeats an uninterrupted one, and several ranks repeat a single one.
 
 import argparse
 import contextlib
-import ctypes
 import inspect
 import json
 import math
@@ -36,11 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Loader, decode_stream, load_tokenizer, prepare, save_tokenizer
-from model import PRESETS, Parcae, ParcaeConfig, UserError, load_checkpoint, pick_device, pick_dtype
+from model import PRESETS, Parcae, ParcaeConfig, UserError, keep_freed_memory, load_checkpoint, matmul_peak, pick_device, pick_dtype
 
 DEFAULT_DATA = "data/stdlib"
-DEFAULT_STEPS = 1000
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # FLOP/s, data sheets
+DEFAULT_STEPS = 800
 MAX_SKIPPED = 10
 EVAL_SEED = 1234
 
@@ -70,14 +68,14 @@ def parse_args():
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always --mean-recurrence")
     add("--muon-lr", type=float, default=4e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
-    add("--adamw-lr", type=float, default=1e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
+    add("--adamw-lr", type=float, default=4e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
     add("--cooldown", type=float, default=0.5, metavar="F", help="last part of the run, where it falls to 0 (default: %(default)s)")
     add("--weight-decay", type=float, default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, data order and depths (default: %(default)s)")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=int, default=250, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
+    add("--eval-every", type=int, default=200, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
     add("--eval-sequences", type=int, default=64, metavar="N",
         help="val sequences read by an evaluation; by the last, 8 times as many (default: %(default)s)")
     add("--eval-recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
@@ -123,32 +121,6 @@ def check(args):
     need(min(args.eval_recurrence) >= 1, "eval-recurrence", "at least 1")
     if args.max_steps is args.max_tokens is args.max_flops is None:
         args.max_steps = DEFAULT_STEPS
-
-# ----------------------------------------------------------------------------- machine
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
-    which on a CPU costs more than most element-wise operations."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def matmul_peak(device, dtype):
-    """FLOP/s of large matrix products: the data sheet's where known, else measured."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, peak in BF16_PEAK.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048 ** 3 / best
 
 # ----------------------------------------------------------------------------- training
 
