@@ -156,14 +156,15 @@ class Attention(nn.Module):
     def forward(self, x, rope, ve=None, cache=None):
         # x: (B, T, C); ve: None or (B, T, C); cache: None or (keys, values, position)
         B, T, C = x.shape
-        q, k, v = (proj(x).view(B, T, self.n_head, -1) for proj in (self.c_q, self.c_k, self.c_v))
+        qk = torch.cat([self.c_q(x), self.c_k(x)], dim=-1).view(B, T, 2 * self.n_head, -1)
+        v = self.c_v(x).view(B, T, self.n_head, -1)
         if self.ve_gate is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, n_head)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = rotate(q, rope), rotate(k, rope)
+        qk = rotate(qk, rope)
         if self.qk_norm:
-            q, k = (F.rms_norm(z, z.shape[-1:], eps=QK_NORM_EPS) for z in (q, k))
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                       # (B, n_head, T, head_dim)
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=QK_NORM_EPS)
+        q, k, v = (z.transpose(1, 2) for z in (*qk.chunk(2, dim=2), v))                    # (B, n_head, T, head_dim)
         if cache is not None:
             keys, values, pos = cache                                          # (B, n_head, capacity, head_dim)
             keys[:, :, pos:pos + T], values[:, :, pos:pos + T] = k, v

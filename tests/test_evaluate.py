@@ -1,0 +1,56 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+import evaluate
+from data import load_tokenizer, prepare
+
+
+@pytest.fixture
+def run(build, tmp_path):
+    data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
+    model = build(vocab_size=320)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": asdict(model.config), "data": str(data)}))
+    torch.save({"model": model.state_dict()}, tmp_path / "run" / "ckpt.pt")
+    (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())
+    return tmp_path / "run"
+
+
+def call(*flags):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, flags)], capture_output=True, text=True)
+
+
+def test_bits_per_byte_and_perplexity(run):
+    done = call("--run", run, "--recurrence", 1, 3, "--sequences", 8, "--dtype", "float32")
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    saved = json.loads((run / "eval.json").read_text())
+    assert [r["recurrence"] for r in saved["results"]] == [1, 3] and saved["tokens"] == 8 * 32
+    for r in saved["results"]:
+        assert r["perplexity"] == pytest.approx(math.exp(r["val_loss"]))
+        assert r["bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2) * saved["tokens"] / saved["bytes"])
+    assert load_tokenizer(run).name == "bytes" and 0 <= saved["tokens"] - saved["bytes"] <= 8
+
+
+@pytest.mark.parametrize("kv_cache, same", [("per-loop", True), ("shared", False)])
+def test_losses_through_the_cache(build, tokens, kv_cache, same):
+    model = build().eval()
+    model.compute_dtype = torch.float32
+    plain, cached = (evaluate.token_losses(model, tokens, tokens, 4, kind) for kind in ("none", kv_cache))
+    assert torch.allclose(plain, cached, atol=1e-4) == same
+    assert torch.allclose(plain[:, 0], cached[:, 0], atol=1e-4)  # the first token has nothing to share
+    once, shared = (evaluate.token_losses(model, tokens, tokens, 1, kind) for kind in ("none", "shared"))
+    assert torch.allclose(once, shared, atol=1e-4)  # one loop: nothing to share either
+
+
+def test_mistakes_get_one_line(run, tmp_path):
+    for flags, message in ((["--run", "nowhere"], "nowhere holds no model"), (["--run", run, "--recurrence", 0], "--recurrence is 0"),
+                           (["--run", run, "--data", tmp_path / "none"], "has no val_")):
+        done = call(*flags)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
