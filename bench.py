@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from model import (
+    CHUNK,
     PRESETS,
     KVCache,
     Parcae,
@@ -117,8 +118,10 @@ def activation_bytes(config, tokens, context, device, dtype):
     cast = 4 * d * d + 2 * d * config.mlp_width if size == 2 else 0
     grad_loops = min(config.mean_recurrence, config.backprop_depth) if config.n_recurrent else 0
     states = grad_loops + 12 if config.n_recurrent else 5  # the loop's states, its input, and the norms outside layers
-    return (layers_run(config, grad_loops) * (tokens * layer + cast) + tokens * states * d) * size \
-        + tokens * 8 * config.vocab_size  # logits: log-softmax and its gradient in float32
+    head = 8 * tokens * config.vocab_size  # log-softmax and its gradient, float32
+    if tokens > CHUNK:
+        head = 10 * CHUNK * config.vocab_size + 4 * config.vocab_size * d + tokens * d * size
+    return (layers_run(config, grad_loops) * (tokens * layer + cast) + tokens * states * d) * size + head
 
 
 def peak_bytes(run, device):

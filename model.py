@@ -44,6 +44,7 @@ class UserError(ValueError):
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
+CHUNK = 1024  # tokens whose logits are held at once in training
 VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
 
 
@@ -252,6 +253,32 @@ class Concat(nn.Module):
 INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,), CHUNK rows at a time: all logits
+    (N, vocab) in float32 would be the largest tensor of a training step. So that none need be kept or
+    computed again, the forward pass computes the gradient too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        w, d_x, d_weight = weight.to(x.dtype), torch.empty_like(x), torch.zeros_like(weight)
+        loss, count = x.new_zeros((), dtype=torch.float32), (targets != -100).sum()
+        for x_, t, d in zip(*(z.split(CHUNK) for z in (x, targets, d_x))):
+            log_probs = F.linear(x_, w).float().log_softmax(-1)
+            loss += F.nll_loss(log_probs, t, ignore_index=-100, reduction="sum")
+            d_logits = log_probs.exp_()
+            d_logits[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
+            d_logits = (d_logits * ((t != -100) / count).unsqueeze(-1)).to(x.dtype)
+            torch.matmul(d_logits, w, out=d)
+            d_weight += d_logits.T @ x_
+        ctx.save_for_backward(d_x, d_weight)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_x, d_weight = ctx.saved_tensors
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None
+
+
 def each(f, *tensors):
     """f of each tensor; None stays None."""
     return [t if t is None else f(t) for t in tensors]
@@ -346,7 +373,8 @@ class Parcae(nn.Module):
         return depths[torch.randperm(batch_size, generator=generator)]
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None, cache=None):
-        """Logits (B, T, vocab_size) float32 and the mean loss in nats per token (None without targets).
+        """Logits (B, T, vocab_size) float32 and the mean loss in nats per token (None without targets). In train mode the
+        loss of a large batch is computed without the logits, which are None then.
 
         idx, targets: (B, T) int64, targets of -100 ignored. recurrence: loops for every sequence;
         depths: (B,) int64, loops for each; neither: sampled in train mode, mean_recurrence in eval
@@ -381,7 +409,10 @@ class Parcae(nn.Module):
         if sort:
             x, *ve = each(lambda z: z[inverse.to(z.device)], x, *ve)
         x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
-        logits = self.lm_head(self.norm_f(x)).float()
+        x = self.norm_f(x)
+        if self.training and targets is not None and B * T > CHUNK:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        logits = self.lm_head(x).float()
         if cache is not None:
             cache.pos += T
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)

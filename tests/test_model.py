@@ -254,6 +254,23 @@ def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
     assert saved_bytes(64, 4) == pytest.approx(saved_bytes(8, 4), rel=0.01)
     assert saved_bytes(64, 8) > 1.3 * saved_bytes(64, 4)
 
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_loss_without_the_logits(build, monkeypatch, dtype, close):
+    model = build(state_init="zero").train()
+    model.compute_dtype = dtype
+    idx, targets = torch.randint(50, (2, 6, 32))
+    targets[0, :20] = -100
+    results = []
+    for chunk in (50, 10_000):
+        monkeypatch.setattr("model.CHUNK", chunk)
+        model.zero_grad()
+        logits, loss = model(idx, targets, recurrence=3)
+        (2 * loss).backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters())])
+        assert (logits is None) == (chunk == 50)
+    for a, b in zip(*results):
+        assert (a - b).norm() <= close * b.norm()
+
 # ------------------------------------------------------------------ generation
 
 
