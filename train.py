@@ -38,7 +38,7 @@ from data import Loader, decode_stream, load_tokenizer, prepare, save_tokenizer
 from model import PRESETS, Parcae, ParcaeConfig, UserError, keep_freed_memory, load_checkpoint, matmul_peak, pick_device, pick_dtype
 
 DEFAULT_DATA = "data/stdlib"
-DEFAULT_STEPS = 800
+DEFAULT_STEPS = 1600
 MAX_SKIPPED = 10
 EVAL_SEED = 1234
 
@@ -63,19 +63,19 @@ def parse_args():
     add("--accounting", choices=("exact", "paper"), default="exact", help="how FLOPs are counted (default: exact)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, default=32, metavar="N", help="sequences a step, over all ranks (default: %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N", help="sequences a step, over all ranks (default: %(default)s)")
     add("--micro-batch", type=int, metavar="N", help="sequences of a forward pass on a device (default: all of its share)")
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always --mean-recurrence")
-    add("--muon-lr", type=float, default=4e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
-    add("--adamw-lr", type=float, default=4e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
+    add("--muon-lr", type=float, default=3e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
+    add("--adamw-lr", type=float, default=3e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
     add("--cooldown", type=float, default=0.5, metavar="F", help="last part of the run, where it falls to 0 (default: %(default)s)")
     add("--weight-decay", type=float, default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, data order and depths (default: %(default)s)")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=int, default=200, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
+    add("--eval-every", type=int, default=400, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
     add("--eval-sequences", type=int, default=64, metavar="N",
         help="val sequences read by an evaluation; by the last, 8 times as many (default: %(default)s)")
     add("--eval-recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
