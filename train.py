@@ -186,12 +186,12 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     rank, world = process()
     device = model.wte.weight.device
     model.eval()
-    total = torch.zeros(len(recurrence) + 1, dtype=torch.float64, device=device)
+    total = torch.zeros(len(recurrence) + 1, device=device)
     mine = range(rank, min(sequences, len(loader)), world)
     for start in range(0, len(mine), batch_size):
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         losses = [model(idx, targets, recurrence=T)[1] for T in recurrence]
-        total += torch.stack([*losses, torch.ones_like(losses[0])]).double() * len(idx)
+        total += torch.stack([*losses, torch.ones_like(losses[0])]) * len(idx)
     if world > 1:
         dist.all_reduce(total)
     model.train()
