@@ -299,13 +299,14 @@ class KVCache:
         head_dim = config.n_embd // config.n_head
         self.kv = torch.empty(P + loops * R + C, 2, batch_size, config.n_head, capacity, head_dim, device=device, dtype=dtype)
         loop = [P + (t % loops) * R + r for t in range(recurrence) for r in range(R)]
-        self.order = [*range(P), *loop, *range(P + loops * R, len(self.kv))]
+        pairs = [tuple(pair) for pair in self.kv]
+        self.pairs = [pairs[slot] for slot in (*range(P), *loop, *range(P + loops * R, len(pairs)))]
         self.pos = 0  # tokens held
 
     def __iter__(self):
         """(keys, values, tokens held) of each layer in the order in which layers run."""
-        for slot in self.order:
-            yield *self.kv[slot], self.pos
+        for keys, values in self.pairs:
+            yield keys, values, self.pos
 
 
 class Parcae(nn.Module):
@@ -427,9 +428,9 @@ class Parcae(nn.Module):
         with_grad = depths.clamp(max=self.config.backprop_depth) if self.training else depths
 
         def iterate(h, inputs, depths):
-            finished = []
+            finished, depths = [], depths.tolist()
             for t in range(depths[0]):
-                live = int((depths > t).sum())
+                live = sum(depth > t for depth in depths)
                 if live < len(h):
                     finished.append(h[live:])
                     h, *inputs = each(lambda z: z[:live], h, *inputs)  # noqa: B023
