@@ -255,15 +255,15 @@ class Loader:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.paths, self.shards = paths, [open_shard(path) for path in paths]
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        counts = [(len(shard) - 1) // block_size - (len(shard) > 2 * block_size) for shard in self.shards]
-        self.ends = np.cumsum(counts)  # shard s holds windows ends[s-1] to ends[s]; one less, to shift the cuts
+        counts = [(len(shard) - 1) // block_size - (len(shard) > 2 * block_size) for shard in self.shards]  # room to shift
+        self.first = np.cumsum([0, *counts])  # shard s holds windows first[s] to first[s + 1]
         self.epoch = None
         if len(self) < 1:
             raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, the block size")
 
     def __len__(self):
         """Windows in an epoch."""
-        return int(self.ends[-1])
+        return int(self.first[-1])
 
     def window(self, i):
         """Sample i: block_size + 1 tokens, int64."""
@@ -271,11 +271,10 @@ class Loader:
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self.epoch, self.order, self.shift = epoch, rng.permutation(len(self)), rng.random()
-        window = self.order[i]
-        s = int(np.searchsorted(self.ends, window, side="right"))
-        shard, first = self.shards[s], window - (self.ends[s - 1] if s else 0)
-        slack = min(len(shard) - 1 - (self.ends[s] - (self.ends[s - 1] if s else 0)) * self.block_size, self.block_size)
-        start = first * self.block_size + int(self.shift * slack)
+        s = int(np.searchsorted(self.first, self.order[i], side="right")) - 1
+        shard = self.shards[s]
+        spare = len(shard) - 1 - (self.first[s + 1] - self.first[s]) * self.block_size
+        start = (self.order[i] - self.first[s]) * self.block_size + int(self.shift * min(spare, self.block_size))
         tokens = shard[start:start + self.block_size + 1].astype(np.int64)
         if tokens.max() >= self.vocab_size:
             raise UserError(f"{self.paths[s]} has token {tokens.max()}, must be below the model's vocab_size {self.vocab_size}")
