@@ -303,10 +303,10 @@ def draw(config, path):
         axes.loglog(tokens, [(2 * parameters(c) + n * kv_bytes(c, 1, loops)) / 1e9 for n in tokens], style, label=label)
     if even:
         axes.axvline(even, color="0.7", zorder=0)
-        axes.annotate(f"{even:,.0f} tokens", (even, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8)
+        axes.annotate(f" break-even: {even:,.0f} tokens", (even, axes.get_ylim()[0] * 1.1), va="bottom")
     axes.set(xlabel="tokens in the cache (batch x context)", ylabel="weights and KV cache, bfloat16 (GB)",
              title="When has the looped model's cache eaten the weights it saved?")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1, edgecolor="none")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
