@@ -38,7 +38,7 @@ from data import Loader, decode_stream, load_tokenizer, prepare, save_tokenizer
 from model import PRESETS, Parcae, ParcaeConfig, UserError, keep_freed_memory, load_checkpoint, matmul_peak, pick_device, pick_dtype
 
 DEFAULT_DATA = "data/stdlib"
-DEFAULT_STEPS = 1600
+DEFAULT_STEPS = 1200
 MAX_SKIPPED = 10
 EVAL_SEED = 1234
 
