@@ -49,7 +49,7 @@ def parse_args():
     add("--recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
     add("--only", choices=("memory", "train", "decode"), help="one part of the tables (default: all)")
     add("--rounds", type=int, default=5, metavar="N", help="times that everything is measured, in turns (default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--compile", action="store_true", help="torch.compile the layers for training, the whole step for decoding (minutes)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
     add("--out", default="results", metavar="DIR", help="where the JSON and the figure go (default: %(default)s)")
@@ -77,14 +77,11 @@ def contenders(config):
             "plain, twice the parameters": plain(config, double), "plain, same depth": plain(config, unrolled)}
 
 
-def build(config, device, dtype, compile=False):
+def build(config, device, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         model = Parcae(config)
     model.compute_dtype = dtype
-    if compile:
-        for block in [*model.prelude, *model.recurrent, *model.coda]:
-            block.compile(dynamic=True)
     return model
 
 # ----------------------------------------------------------------------------- memory
@@ -101,8 +98,7 @@ def kv_bytes(config, context, recurrence, itemsize=2):
 
 def optimizer_bytes(model):
     """float32 state: Muon keeps one number for a weight of a layer's matrices, AdamW two for any other."""
-    muon = sum(p.numel() for part in (model.prelude, model.recurrent, model.coda)
-               for name, p in part.named_parameters() if p.ndim == 2 and "ve_gate" not in name)
+    muon = sum(p.numel() for p in model.matrices())
     return 4 * muon + 8 * (sum(p.numel() for p in model.parameters()) - muon)
 
 
@@ -152,8 +148,8 @@ def memory(config, context, batch, recurrence, device, dtype):
     for name, c, T in tqdm(cases, desc="memory", leave=False, disable=None):
         model = build(c, device, dtype)
         idx = torch.randint(c.vocab_size, (batch, context), device=device)
-        optimizers = [torch.optim.Muon([p for n, p in model.named_parameters() if p.ndim == 2 and (".attn.c_" in n or ".mlp." in n)]),
-                      torch.optim.AdamW([p for n, p in model.named_parameters() if not (".attn.c_" in n or ".mlp." in n)], fused=True)]
+        muon = set(model.matrices())
+        optimizers = [torch.optim.Muon(muon), torch.optim.AdamW(set(model.parameters()) - muon, fused=True)]
         model(idx[:1], idx[:1], recurrence=1)[1].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -218,7 +214,10 @@ def train_speed(config, context, batch, recurrence, rounds, device, dtype, compi
     """Tokens/s of forward and backward, and the share of the matmul peak by the FLOPs that are needed."""
     peak, cases, runs = matmul_peak(device, dtype), {}, {}
     for name, c, T in variants(config, recurrence):
-        model = build(c, device, dtype, compile).train()
+        model = build(c, device, dtype).train()
+        if compile:
+            for block in [*model.prelude, *model.recurrent, *model.coda]:
+                block.compile(dynamic=True)
         idx = torch.randint(c.vocab_size, (batch, context), device=device)
         depths = model.sample_depths(batch, torch.Generator().manual_seed(0))
         flops = model.flops_per_token(depths.double().mean().item(), depths.clamp(max=c.backprop_depth).double().mean().item(),
@@ -244,7 +243,9 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compile, st
     peak, width = matmul_peak(device, dtype), bandwidth(device)
     prefill, decode, limits = {}, {}, {}
     for name, c, T in variants(replace(config, block_size=context + steps), recurrence):
-        model = build(c, device, dtype, compile).eval().to(dtype)
+        model = build(c, device, dtype).eval().to(dtype)
+        if compile:
+            model.step = torch.compile(model.step, dynamic=True)
         cache = KVCache(c, 1, context + steps, T, device, dtype)
         idx = torch.randint(c.vocab_size, (1, context), device=device)
 
@@ -255,7 +256,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compile, st
         def step(model=model, cache=cache, idx=idx, T=T):
             cache.pos = context
             for i in range(steps):
-                model(idx[:, i:i + 1], recurrence=T, cache=cache)
+                model.step(idx[:, i:i + 1], T, cache)
         prefill[name, T], decode[name, T] = fill, step
         flops = model.flops_per_token(T, backprop_depth=0, context=context)
         weights = (model.flops_per_token(T, backprop_depth=0, context=1) / 2) * dtype.itemsize  # a multiply-add for a weight
@@ -263,6 +264,8 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compile, st
     filled, decoded = (alternate(runs, rounds, device, what) for runs, what in ((prefill, "prefill"), (decode, "decode")))
     rows = [speed(*case, decoded[case], steps, **{"prefill tokens/s": context / statistics.median(filled[case])}, **limits[case])
             for case in limits]
+    for row in rows:
+        row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
     return peak, width, rows
 
 # ----------------------------------------------------------------------------- what is shown
@@ -355,7 +358,8 @@ def main(args):
         results["decode"] = {"dtype": str(dtype), "matmul_peak": peak, "bandwidth": width, "rows": rows}
         show(f"Generation, one sequence at context {context}, {dtype}, peak {peak / 1e9:,.0f} GFLOP/s, memory {width / 1e9:,.1f} GB/s",
              rows, label | {"prefill tokens/s": rate("prefill tokens/s"), "decode tokens/s": rate("tokens/s"), "(range)": spread["(range)"],
-                            "compute limit": rate("compute limit"), "memory limit": rate("memory limit")})
+                            "compute limit": rate("compute limit"), "memory limit": rate("memory limit"),
+                            "share": lambda r: f"{r['share of limit']:.0%}"})
     path = out / f"bench-{device.type}-{args.preset}{'-' + args.only if args.only else ''}.json"
     Path(f"{path}.tmp").write_text(json.dumps(results, indent=1))
     os.replace(f"{path}.tmp", path)

@@ -143,7 +143,7 @@ def attend(q, k, v):
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5)
         return (scores.softmax(-1) @ v).view(B, H, T, D)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and T == S)
 
 
 class Attention(nn.Module):
@@ -303,10 +303,9 @@ class KVCache:
         self.pairs = [pairs[slot] for slot in (*range(P), *loop, *range(P + loops * R, len(pairs)))]
         self.pos = 0  # tokens held
 
-    def __iter__(self):
+    def slots(self):
         """(keys, values, tokens held) of each layer in the order in which layers run."""
-        for keys, values in self.pairs:
-            yield keys, values, self.pos
+        return [(keys, values, self.pos) for keys, values in self.pairs]
 
 
 class Parcae(nn.Module):
@@ -387,17 +386,18 @@ class Parcae(nn.Module):
         if pos + T > cfg.block_size:
             raise UserError(f"{pos + T} tokens do not fit block_size {cfg.block_size}")
         depths = self._depths(B, recurrence, depths)
-        order = depths.argsort(descending=True, stable=True)  # deepest first: live rows are a prefix
-        depths, inverse, sort = depths[order], order.argsort(), depths.unique().numel() > 1
-        if sort:
-            idx = idx[order.to(idx.device)]
+        sort = depths != depths[:1] * B
+        if sort:  # deepest first: live rows are a prefix
+            order = sorted(range(B), key=lambda row: -depths[row])
+            depths, order = [depths[row] for row in order], torch.tensor(order, device=idx.device)
+            idx, inverse = idx[order], order.argsort()
 
         x = self.wte(idx)
         x = x.to(self.compute_dtype or x.dtype)
         ve = [self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
               for i in range(cfg.n_layer)]
         rope = self.rope[:, pos:pos + T].to(x.dtype)
-        slots = iter(cache or ())
+        slots = iter(cache.slots() if cache is not None else ())
 
         def run(blocks, x, ve):
             for block, v in zip(blocks, ve):
@@ -408,7 +408,7 @@ class Parcae(nn.Module):
         if cfg.n_recurrent:
             x = self.loop(self.norm_prelude(x), ve[cfg.n_prelude:][:cfg.n_recurrent], depths, run)
         if sort:
-            x, *ve = each(lambda z: z[inverse.to(z.device)], x, *ve)
+            x, *ve = each(lambda z: z[inverse], x, *ve)
         x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
         x = self.norm_f(x)
         if self.training and targets is not None and B * T > CHUNK:
@@ -420,15 +420,15 @@ class Parcae(nn.Module):
         return logits, loss
 
     def loop(self, e, ve, depths, run):
-        """C_proj h_T (B, T, C) from e (B, T, C); depths (B,) descending; run(blocks, x, ve) runs layers."""
+        """C_proj h_T (B, T, C) from e (B, T, C); depths: B numbers, falling; run(blocks, x, ve) runs layers."""
         h = torch.zeros_like(e[:1])
         if self.training and self.config.state_init == "normal":
             h = torch.randn_like(h) * self.init_std
         h, inputs = h.expand_as(e), [self.injection.input(e), *ve]
-        with_grad = depths.clamp(max=self.config.backprop_depth) if self.training else depths
+        with_grad = [min(n, self.config.backprop_depth) for n in depths] if self.training else depths
 
         def iterate(h, inputs, depths):
-            finished, depths = [], depths.tolist()
+            finished = []
             for t in range(depths[0]):
                 live = sum(depth > t for depth in depths)
                 if live < len(h):
@@ -438,20 +438,27 @@ class Parcae(nn.Module):
             return torch.cat([h, *reversed(finished)])
 
         with torch.no_grad():
-            h = iterate(h, each(torch.detach, *inputs), depths - with_grad)
+            h = iterate(h, each(torch.detach, *inputs), [n - m for n, m in zip(depths, with_grad)])
         return self.C_proj(iterate(h, inputs, with_grad))
 
     def _depths(self, batch_size, recurrence, depths):
+        """Loops of each row, a list."""
         if depths is None and recurrence is None and self.training:
-            return self.sample_depths(batch_size)
+            depths = self.sample_depths(batch_size)
         if depths is None:
-            depths = torch.full((batch_size,), self.config.mean_recurrence if recurrence is None else recurrence)
-        depths = depths.cpu()
-        if depths.shape != (batch_size,):
+            depths = [self.config.mean_recurrence if recurrence is None else int(recurrence)] * batch_size
+        elif depths.shape != (batch_size,):
             raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), one for each sequence")
-        if depths.min() < 1:
-            raise UserError(f"recurrence is {depths.min()}, must be at least 1")
+        else:
+            depths = depths.tolist()
+        if min(depths) < 1:
+            raise UserError(f"recurrence is {min(depths)}, must be at least 1")
         return depths
+
+    def step(self, token, recurrence, cache):
+        """Logits (B, 1, vocab_size) after one more token (B, 1) of the sequences in the cache. Generation goes through here:
+        `model.step = torch.compile(model.step, dynamic=True)` makes one graph of all layers and loops, for any position."""
+        return self(token, recurrence=recurrence, cache=cache)[0]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None,
@@ -469,17 +476,19 @@ class Parcae(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p is {top_p}, must be in (0, 1]")
         cfg, dtype = self.config, self.compute_dtype or self.wte.weight.dtype
-        recurrence = int(self._depths(1, cfg.mean_recurrence if recurrence is None else recurrence, None))
+        recurrence = self._depths(1, cfg.mean_recurrence if recurrence is None else recurrence, None)[0]
         capacity = min(idx.shape[1] + max_new_tokens, cfg.block_size)
         cache = KVCache(cfg, len(idx), capacity, recurrence, idx.device, dtype, kv_cache)
         training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                if idx.shape[1] <= capacity:
-                    logits, _ = self(idx[:, cache.pos:], recurrence=recurrence, cache=cache)
-                else:
+                if idx.shape[1] > capacity:
                     logits, _ = self(idx[:, -capacity:], recurrence=recurrence)
+                elif cache.pos:
+                    logits = self.step(idx[:, cache.pos:], recurrence, cache)
+                else:
+                    logits, _ = self(idx, recurrence=recurrence, cache=cache)
                 token = sample(logits[:, -1], temperature, top_k, top_p, generator)
                 idx = torch.cat([idx, token], dim=1)
                 yield token
@@ -494,6 +503,11 @@ class Parcae(nn.Module):
         on idx's device), kv_cache ("per-loop", or "shared": see KVCache). Raises UserError on an empty
         prompt and on values out of range."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
+
+    def matrices(self):
+        """The weight matrices of the layers: what Muon trains (appendix E)."""
+        return [p for part in (self.prelude, self.recurrent, self.coda) for name, p in part.named_parameters()
+                if p.ndim == 2 and "ve_gate" not in name]
 
     def flops_per_token(self, recurrence=None, backprop_depth=None, context=None, accounting="exact"):
         """Training FLOPs per token (a multiply-add is two), with T = recurrence loops.
@@ -612,12 +626,14 @@ def pick_device(device="auto"):
 
 
 def pick_dtype(device, dtype="auto"):
-    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
-    return torch.bfloat16 if native else torch.float32
+    if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
+        faster = matmul_peak(device, torch.bfloat16, 512) > matmul_peak(device, torch.float32, 512)
+    else:
+        faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def matmul_peak(device, dtype, size=2048):

@@ -83,7 +83,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the activations (default: bfloat16 where the hardware multiplies it natively)")
+        help="of the activations (default: bfloat16 where the machine multiplies it faster)")
     add("--compile", action="store_true", help="torch.compile the layers")
 
     add = parser.add_argument_group("model (defaults: those of --preset, then those given here)").add_argument
@@ -127,8 +127,7 @@ def check(args):
 
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms, gates and injection (appendix E)."""
-    layers = (model.prelude, model.recurrent, model.coda)
-    matrices = [p for part in layers for name, p in part.named_parameters() if p.ndim == 2 and "ve_gate" not in name]
+    matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
     return {"muon": torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=args.weight_decay),

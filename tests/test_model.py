@@ -286,6 +286,15 @@ def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-5 if dtype == torch.float32 else 0.15, rtol=1e-4)
 
 
+def test_compiled_decoding_step_is_one_graph_for_all_positions(build, tokens):
+    model, graphs = build(value_embeds=True, block_size=32).eval(), []
+    plain = model.generate(tokens, 16, recurrence=3, temperature=0)
+    torch._dynamo.reset()
+    model.step = torch.compile(model.step, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    assert torch.equal(model.generate(tokens, 16, recurrence=3, temperature=0), plain)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("recurrence", [1, 5, None])
 def test_greedy_generation_slides_over_the_last_block(build, tokens, recurrence):
     model = build(value_embeds=True, block_size=20).eval()
