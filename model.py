@@ -509,6 +509,21 @@ class Parcae(nn.Module):
         return [p for part in (self.prelude, self.recurrent, self.coda) for name, p in part.named_parameters()
                 if p.ndim == 2 and "ve_gate" not in name]
 
+    def matmul_params(self, accounting="exact"):
+        """(once, core): parameters by which a token is multiplied once, and at every loop; see flops_per_token."""
+        cfg, d = self.config, self.config.n_embd
+        if accounting == "paper":
+            core = sum(p.numel() for p in self.recurrent.parameters())
+            return sum(p.numel() for p in self.parameters()) - core - self.wte.weight.numel(), core
+        if accounting != "exact":
+            raise UserError(f"accounting is {accounting!r}, must be exact or paper")
+        core = sum(block.matmul_params() for block in self.recurrent)
+        once = sum(block.matmul_params() for block in [*self.prelude, *self.coda]) + self.lm_head.weight.numel()
+        if cfg.n_recurrent:
+            once += d * d + (cfg.injection != "add") * d * d  # C_proj; B or the half of W that sees e
+            core += (cfg.injection == "concat") * d * d       # the half of W that sees the state
+        return once, core
+
     def flops_per_token(self, recurrence=None, backprop_depth=None, context=None, accounting="exact"):
         """Training FLOPs per token (a multiply-add is two), with T = recurrence loops.
 
@@ -521,19 +536,9 @@ class Parcae(nn.Module):
         d, T = cfg.n_embd, cfg.mean_recurrence if recurrence is None else recurrence
         bwd = min(T, cfg.backprop_depth) if backprop_depth is None else backprop_depth
         attention = 4 * d * (context or cfg.block_size)  # per layer, forward
-        core = sum(block.matmul_params() for block in self.recurrent)
-        once = sum(block.matmul_params() for block in [*self.prelude, *self.coda]) + self.lm_head.weight.numel()
-        saved = 0
-        if accounting == "paper":
-            core = sum(p.numel() for p in self.recurrent.parameters())
-            once = sum(p.numel() for p in self.parameters()) - core - self.wte.weight.numel()
-        elif accounting != "exact":
-            raise UserError(f"accounting is {accounting!r}, must be exact or paper")
-        elif cfg.n_recurrent:
-            once += d * d + (cfg.injection != "add") * d * d  # C_proj; B or the half of W that sees e
-            if cfg.injection == "concat":
-                core += d * d
-                saved = 2 * d * d  # the first loop with gradient has no earlier state to pass it to
+        once, core = self.matmul_params(accounting)
+        # the first loop with gradient has no earlier state to pass it to
+        saved = 2 * d * d if cfg.n_recurrent and cfg.injection == "concat" and accounting == "exact" else 0
         forward_once = 2 * once + (cfg.n_prelude + cfg.n_coda) * attention
         forward_loop = 2 * core + cfg.n_recurrent * attention
         if bwd == 0 and cfg.n_recurrent or backprop_depth == 0:

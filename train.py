@@ -52,6 +52,7 @@ def parse_args():
     add("--out", default="out/default", metavar="DIR", help="run directory to write (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run in --out with its settings; flags given here change them")
     add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--dry-run", action="store_true", help="print what config.json would say, the cost of a token among it, and stop")
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="of data.py (default: %(default)s, made if missing)")
     add("--preset", default="parcae-nano", metavar="NAME",
         help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
@@ -250,9 +251,10 @@ class Run:
 def describe(args, config, model, device, dtype, peak):
     """What config.json holds: every setting, and what else the numbers of a run depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")},
+    return {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "dry_run")},
             "model": asdict(config), "data": args.data, "parameters": sum(p.numel() for p in model.parameters()),
-            "flops_per_token": model.flops_per_token(accounting=args.accounting), "device": str(device), "dtype": str(dtype),
+            "cost": {name: dict(zip(("params_noncore", "params_core"), model.matmul_params(name)),
+                                flops_per_token=model.flops_per_token(accounting=name)) for name in ("exact", "paper")}, "device": str(device), "dtype": str(dtype),
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "ranks": process()[1], "threads": torch.get_num_threads(), "peak_flops": peak, "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -264,7 +266,7 @@ def train(args):
     micro = args.micro_batch or max(1, args.batch_size // world)
     if args.batch_size % (world * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * --micro-batch ({world} * {micro})")
-    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite):
+    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite or args.dry_run):
         raise UserError(f"--out {args.out} holds a run already: continue it with --resume, replace it with --overwrite, "
                         "or choose another --out")
     device = pick_device(args.device)
@@ -292,6 +294,9 @@ def train(args):
     model.compute_dtype = dtype = pick_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
     state, peak = run.state, matmul_peak(device, dtype) * world
+    if args.dry_run:
+        print(json.dumps(describe(args, config, model, device, dtype, peak), indent=1))
+        return
     if args.resume:
         run.resume()
         state = run.state
