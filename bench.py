@@ -216,8 +216,7 @@ def train_speed(config, context, batch, recurrence, rounds, device, dtype, compi
     for name, c, T in variants(config, recurrence):
         model = build(c, device, dtype).train()
         if compile:
-            for block in [*model.prelude, *model.recurrent, *model.coda]:
-                block.compile(dynamic=True)
+            model.compile_layers()
         idx = torch.randint(c.vocab_size, (batch, context), device=device)
         depths = model.sample_depths(batch, torch.Generator().manual_seed(0))
         flops = model.flops_per_token(depths.double().mean().item(), depths.clamp(max=c.backprop_depth).double().mean().item(),

@@ -460,6 +460,13 @@ class Parcae(nn.Module):
         `model.step = torch.compile(model.step, dynamic=True)` makes one graph of all layers and loops, for any position."""
         return self(token, recurrence=recurrence, cache=cache)[0]
 
+    def compile_layers(self):
+        """torch.compile each layer, once for all batch sizes. Layers with and without value embeddings, with and
+        without gradient, in training and evaluation are graphs of their own: more than the 8 that PyTorch allows."""
+        torch._dynamo.config.recompile_limit = 64
+        for block in [*self.prelude, *self.recurrent, *self.coda]:
+            block.compile(dynamic=True)
+
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None,
                kv_cache="per-loop"):

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ from model import UserError
 
 COLUMNS = {"model": str, "params_core": float, "params_noncore": float, "flops": float, "accounting": str, "mu_rec": float,
            "mu_bwd": float, "tokens": float, "recurrence": float, "val_loss": float, "seed": int}
-PUBLISHED = {"mu_rec": 0.40, "tokens": 0.78, "phi": (0.46, 0.41, 0.53), "training": "1.3 % (140M), 0.8 % (370M)", "unified": "0.85 to 1.31 %"}
+PUBLISHED = {"mu_rec": "C^0.40", "tokens": "C^0.78", "phi": "0.46 [0.41, 0.53]", "training_law": "1.3 % (140M), 0.8 % (370M)",
+             "unified": "0.85 to 1.31 %", "excess": "0.10 to 0.17 %"}
+SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
 RESAMPLES = 200
 HERE = Path(__file__).parent
 
@@ -65,32 +68,38 @@ def read_csv(path):
                 row[name] = kind(line[name])
             except (TypeError, ValueError):
                 raise UserError(f"{path}, row {number}: {name} is {line[name]!r}, must be a number") from None
-            if kind is float and not (math.isfinite(row[name]) and row[name] > 0) and not (name == "params_core" and row[name] == 0):
+            least = 0 if name == "params_core" else sys.float_info.min
+            if kind is float and not least <= row[name] < math.inf:
                 raise UserError(f"{path}, row {number}: {name} is {line[name]}, must be finite and above 0")
         rows.append(row)
     return rows
 
 
-def read_run(path):
-    """Rows of a finished run of train.py, two for each T: FLOPs by exact and by published accounting; [] if not finished."""
+def last_line(path):
+    """The last line of a log as a dict; {"kind": None, "flops": 0} where there is none."""
     try:
-        config = json.loads((path / "config.json").read_text())
-        last = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
+        return json.loads(path.read_text().splitlines()[-1])
     except (OSError, ValueError, IndexError):
-        return []
+        return {"kind": None, "flops": 0.0}
+
+
+def read_run(path):
+    """Rows of a finished run of train.py, for each T by exact and by published accounting; [] if not finished."""
+    last = last_line(path / "log.jsonl")
     if last["kind"] != "done":
         return []
+    config = json.loads((path / "config.json").read_text())
     settings, model, cost = config["settings"], config["model"], config["cost"]
     own = cost[settings["accounting"]]["flops_per_token"]
     return [{"model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**model), "params_core": c["params_core"],
              "params_noncore": c["params_noncore"], "flops": last["flops"] * c["flops_per_token"] / own, "accounting": accounting,
-             "mu_rec": model["mean_recurrence"], "mu_bwd": min(model["mean_recurrence"], model["backprop_depth"]), "tokens": last["tokens"], "recurrence": int(T),
-             "val_loss": loss, "seed": settings["seed"]}
+             "mu_rec": model["mean_recurrence"], "mu_bwd": min(model["mean_recurrence"], model["backprop_depth"]),
+             "tokens": last["tokens"], "recurrence": int(T), "val_loss": loss, "seed": settings["seed"]}
             for accounting, c in cost.items() for T, loss in last["val_loss"].items()]
 
 
-def read_tables(paths):
-    """All rows of CSV files and of directories of runs."""
+def read_tables(paths, accounting=None):
+    """The rows of CSV files and of directories of runs in one accounting: the one named, else exact, else what is there."""
     rows = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -102,7 +111,10 @@ def read_tables(paths):
             rows += read_csv(path)
     if not rows:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
-    return rows
+    there = sorted({row["accounting"] for row in rows})
+    if accounting and accounting not in there:
+        raise UserError(f"--accounting is {accounting}, these tables have {', '.join(there)}")
+    return rows, accounting or ("exact" if "exact" in there else there[0])
 
 
 def write_csv(path, rows):
@@ -121,6 +133,14 @@ def column(rows, name):
 def trained_depth(rows):
     """The rows evaluated at T = mu_rec."""
     return [row for row in rows if row["recurrence"] == row["mu_rec"]]
+
+
+def run_key(row):
+    return tuple(row[k] for k in ("model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"))
+
+
+def count(rows, name):
+    return len({row[name] for row in rows})
 
 # ----------------------------------------------------------------------------- isoFLOP
 
@@ -142,139 +162,121 @@ def budgets_of(rows):
     if len(groups) < 3:
         return []
     low, high = max(flops[i].min() for i in groups.values()), min(flops[i].max() for i in groups.values())
-    n = min(len(set(flops[i])) for i in groups.values())
     result = []
-    for c in np.geomspace(low, high, n):
+    for c in np.geomspace(low, high, min(len(set(flops[i])) for i in groups.values())):
         W = np.zeros((len(groups), len(rows)))
         for k, i in enumerate(groups.values()):
-            x = np.log(flops[i] / c)
-            W[k, i] = np.linalg.pinv(np.vander(x, 3))[-1]
+            W[k, i] = np.linalg.pinv(np.vander(np.log(flops[i] / c), 3))[-1]
         result.append((c, W, np.array(list(groups))))
     return result
 
 
-def slope(x, y, ok):
-    """Exponents and log coefficients (R,) of y = c + b x by least squares over the entries that are ok; x (n,), y and ok (n, R)."""
-    x = np.broadcast_to(x[:, None], y.shape)
+def lines(x, y, ok):
+    """Slopes and intercepts (R,) of least squares lines over the entries that are ok; x (n,), y and ok (n, R)."""
     with np.errstate(all="ignore"):
         mean = lambda z: np.where(ok, z, 0).sum(0) / ok.sum(0)
+        x = x[:, None] + 0 * y
         dx = x - mean(x)
-        b = mean(dx * np.where(ok, y, 0)) / mean(dx * dx)
-        b = np.where(ok.sum(0) >= 2, b, np.nan)
+        b = np.where(ok.sum(0) >= 2, mean(dx * y) / mean(dx * dx), np.nan)
         return b, mean(y) - b * mean(x)
 
 
 def interval(samples):
-    """The central 95 % of what is finite."""
+    """The central 95 % of what is finite, [None, None] where that is too little."""
     samples = np.asarray(samples, dtype=float)
     samples = samples[np.isfinite(samples)]
     return np.percentile(samples, [2.5, 97.5]).tolist() if len(samples) >= 20 else [None, None]
 
 
 def isoflop(rows, resamples=RESAMPLES, seed=0):
-    """Parabolas in log mu of the log loss at each budget, their minima, and the power laws through those.
+    """Parabolas in log mu of the log loss at each budget, their minima, and the power laws through those (§5.2).
 
-    Returns (optima, power_laws, notes). Intervals: the noise of a run's log loss is estimated from what the
-    parabolas leave over, all budgets together, and added to the data anew RESAMPLES times, each time with a
-    noise level drawn from its own uncertainty."""
+    Returns (optima, power laws, notes). Intervals, by a parametric bootstrap: the noise of a run's log loss is estimated
+    from what the parabolas leave over, all budgets together, and added to the data anew `resamples` times, each time
+    with a noise level drawn from its own uncertainty."""
     rows, notes, fits = trained_depth(rows), [], []
-    if not rows:
-        return [], {}, ["no row has recurrence = mu_rec"]
     for c, W, mu in budgets_of(rows):
         if len(set(mu)) < 3:
             notes.append(f"{c:.3g} FLOPs: {len(set(mu))} recurrences, a parabola needs 3")
-            continue
-        V = np.vander(np.log(mu), 3)
-        fits.append((c, mu, W, V, np.linalg.pinv(V)))
+        else:
+            V = np.vander(np.log(mu), 3)
+            fits.append((c, mu, W, np.linalg.pinv(V) @ W, W - V @ np.linalg.pinv(V) @ W))
     if not fits:
-        return [], {}, [*notes, "no budget has 3 recurrences: no optimum can be fitted"]
+        return [], {}, [*notes, "no budget has 3 recurrences evaluated at T = mu_rec: no optimum can be fitted"]
     y = np.log(column(rows, "val_loss"))
-    left = np.concatenate([W - V @ pinv @ W for _, _, W, V, pinv in fits])  # runs -> residuals
+    left = np.concatenate([residual for *_, residual in fits])  # runs -> residuals
     gram = left.T @ left
     freedom = np.trace(gram) ** 2 / (gram ** 2).sum() if np.trace(gram) > 1e-9 else 0
-    noise = np.linalg.norm(left @ y) / math.sqrt(np.trace(gram)) if freedom else math.nan
-    rng = np.random.default_rng(seed)
     Y = np.repeat(y[:, None], resamples + 1, 1)  # the first column is the data itself
     if freedom:
-        level = noise * np.sqrt(freedom / rng.chisquare(freedom, resamples))
-        Y[:, 1:] += level * rng.standard_normal((len(y), resamples))
-    optima, log_mu, log_d, inside = [], [], [], []
-    logs = [np.log(column(rows, name)) for name in ("mu_rec", "tokens", "flops")]
-    per_token = np.polynomial.Polynomial.fit(logs[0], logs[2] - logs[1], min(3, len(set(logs[0])) - 1))  # log FLOPs of a token
-    for c, mu, W, V, pinv in fits:
-        a, b, const = pinv @ W @ Y
+        rng, noise = np.random.default_rng(seed), np.linalg.norm(left @ y) / math.sqrt(np.trace(gram))
+        Y[:, 1:] += noise * np.sqrt(freedom / rng.chisquare(freedom, resamples)) * rng.standard_normal((len(y), resamples))
+    else:
+        notes.append("3 recurrences a budget and one seed leave nothing over to estimate the noise from: no intervals")
+    log_mu = np.log(column(rows, "mu_rec"))
+    cost = np.polynomial.Polynomial.fit(log_mu, np.log(column(rows, "flops") / column(rows, "tokens")),  # of a token
+                                        min(3, count(rows, "mu_rec") - 1))
+    optima, found = [], {"mu_rec": [], "tokens": []}
+    for c, mu, W, parabola, _ in fits:
+        a, b, const = parabola @ Y
         with np.errstate(all="ignore"):
             best = np.where(a > 1e-12, -b / (2 * a), np.nan)
-        ok = (best > np.log(mu.min())) & (best < np.log(mu.max()))
-        d = np.log(c) - per_token(best)
-        optimum = {"flops": c, "recurrences": sorted(set(mu.tolist())), "parabola": [a[0], b[0], const[0]], "inside": bool(ok[0]),
-                   "mu_rec": None, "tokens": None, "val_loss": None, "ci": [None, None]}
-        if ok[0]:
-            optimum |= {"mu_rec": math.exp(best[0]), "tokens": math.exp(d[0]), "val_loss": math.exp(const[0] - b[0] ** 2 / (4 * a[0])),
-                        "ci": interval(np.exp(best[1:])[ok[1:]]) if freedom else [None, None]}
-        else:
-            lowest = mu[np.argmin(W @ y)]
-            notes.append(f"{c:.3g} FLOPs: no optimum inside recurrences {mu.min():g} to {mu.max():g} (lowest loss at {lowest:g}); "
-                         "left out of the power laws")
+        best[~((best > np.log(mu.min())) & (best < np.log(mu.max())))] = np.nan
+        found["mu_rec"].append(best), found["tokens"].append(np.log(c) - cost(best))
+        optimum = {"flops": c, "recurrences": sorted(set(mu.tolist())), "parabola": [a[0], b[0], const[0]],
+                   "inside": bool(np.isfinite(best[0])), "mu_rec": None, "ci": [None, None], "tokens": None, "val_loss": None}
         optima.append(optimum)
-        log_mu.append(best), log_d.append(d), inside.append(ok)
-    inside = np.array(inside)
-    laws = {}
-    if inside[:, 0].sum() < 2:
-        notes.append(f"{inside[:, 0].sum()} budgets with an optimum inside the recurrences, a power law needs 2")
+        if optimum["inside"]:
+            optimum |= {"mu_rec": math.exp(best[0]), "tokens": c / math.exp(cost(best[0])),
+                        "val_loss": math.exp(const[0] - b[0] ** 2 / (4 * a[0]))}
+            if freedom:
+                optimum["ci"] = interval(np.exp(best[1:]))
+        else:
+            notes.append(f"{c:.3g} FLOPs: no optimum inside recurrences {mu.min():g} to {mu.max():g} (lowest loss at "
+                         f"{mu[np.argmin(W @ y)]:g}); left out of the power laws")
+    inside, laws = np.array([o["inside"] for o in optima]), {}
+    if inside.sum() < 2:
+        notes.append(f"{inside.sum()} budgets with an optimum inside the recurrences, a power law needs 2")
     else:
-        x = np.log([c for c, *_ in fits])
-        for name, values in (("mu_rec", log_mu), ("tokens", log_d)):
-            b, const = slope(x, np.array(values), inside & inside[:, :1])
+        x = np.log([o["flops"] for o in optima])[inside]
+        for name, values in found.items():
+            values = np.array(values)[inside]
+            b, const = lines(x, np.nan_to_num(values), np.isfinite(values))
             laws[name] = {"exponent": b[0], "coefficient": math.exp(const[0]), "ci": interval(b[1:]) if freedom else [None, None],
                           "band": [b[1:], const[1:]]}
-    if not freedom:
-        notes.append("3 recurrences a budget and one seed leave nothing over to estimate the noise from: no intervals")
     return optima, laws, notes
 
 # ----------------------------------------------------------------------------- parametric laws
 
 # name: (parameters, prediction from them and columns); all parameters but phi are positive. Sizes enter in units of
-# their geometric mean over the data (columns N_core, N_once and D are given so), else the fit is ill-conditioned.
+# their geometric mean over the data (columns once, core, D are given so), else the fit is ill-conditioned.
 LAWS = {
     "training": ("E X x Y y", lambda p, c: p.E + p.X * (c.once + c.mu * c.core) ** -p.x + p.Y * c.D ** -p.y),
-    "unified": ("E X x Y y Z z", lambda p, c: p.E + p.X * (c.once + c.mu * c.core) ** -p.x + p.Y * c.D ** -p.y +
-                p.Z * torch.exp(-p.z * c.T / c.mu)),
+    "unified": ("E X x Y y Z z", lambda p, c: LAWS["training"][1](p, c) + p.Z * torch.exp(-p.z * c.T / c.mu)),
     "excess": ("Z z", lambda p, c: c.L_mu + p.Z * torch.exp(-p.z * c.T / c.mu)),
     "test time": ("L_inf Z z", lambda p, c: p.L_inf + p.Z * torch.exp(-p.z * c.T)),
     "worth": ("E A alpha B beta phi", lambda p, c: p.E + p.A * (c.once + c.mu ** p.phi * c.core) ** -p.alpha + p.B * c.D ** -p.beta),
 }
 
 
-class Columns:
-    """Columns of a table as tensors (rows,), and parameters of many fits as tensors (fits, 1)."""
-
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-
 def columns(rows, units):
-    tensor = lambda name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
-    return Columns(once=tensor("params_noncore") / units["N"], core=tensor("params_core") / units["N"], D=tensor("tokens") / units["D"],
-                   mu=tensor("mu_rec"), T=tensor("recurrence"), L=tensor("val_loss"),
-                   L_mu=tensor("L_mu") if "L_mu" in rows[0] else None)
-
-
-def units_of(rows):
-    N = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
-    return {"N": math.exp(np.log(N).mean()), "D": math.exp(np.log(column(rows, "tokens")).mean())}
+    """The columns that laws use, tensors (rows,)."""
+    tensor = lambda name: torch.tensor([float(row.get(name, math.nan)) for row in rows], dtype=torch.float64)
+    return SimpleNamespace(once=tensor("params_noncore") / units["N"], core=tensor("params_core") / units["N"], L_mu=tensor("L_mu"),
+                           D=tensor("tokens") / units["D"], mu=tensor("mu_rec"), T=tensor("recurrence"), L=tensor("val_loss"))
 
 
 def parameters(law, theta):
-    return Columns(**{name: (theta[:, i] if name == "phi" else theta[:, i].clamp(-40, 40).exp()).unsqueeze(1)
-                      for i, name in enumerate(LAWS[law][0].split())})
+    """The parameters of many fits, tensors (fits, 1), from theta (fits, parameters): logarithms, but for phi."""
+    return SimpleNamespace(**{name: (theta[:, i] if name == "phi" else theta[:, i].clamp(-40, 40).exp()).unsqueeze(1)
+                              for i, name in enumerate(LAWS[law][0].split())})
 
 
 def minimise(law, data, starts, weights=None, fixed=None):
     """Huber loss (delta 1e-3) of the log prediction minimised by L-BFGS, as Hoffmann et al. 2022 (approach 3).
 
     starts: (fits, parameters), all at once: the fits are independent, so their sum has its minimum where each has.
-    weights: (fits, rows), how often each row counts. fixed: {index: value}. Returns (parameters, objective (fits,))."""
+    weights: (fits, rows), how often each row counts. fixed: {index: value}. Returns (theta, objective (fits,))."""
     theta, target = starts.clone().requires_grad_(), data.L.log()
     free = torch.ones_like(theta)
     for i, value in (fixed or {}).items():
@@ -298,34 +300,32 @@ def minimise(law, data, starts, weights=None, fixed=None):
         return theta.detach(), objective()
 
 
-def starts_for(law, rows, n, seed=0):
+def starts_for(law, rows, n, seed):
     """n random starts: the asymptote somewhat below the lowest loss, the terms sharing what is above it."""
-    generator, names = torch.Generator().manual_seed(seed), LAWS[law][0].split()
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda low, high: low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
     low, high = column(rows, "val_loss").min(), column(rows, "val_loss").max()
-    value = {"E": draw(0.3, 0.98).log() + math.log(low), "L_inf": draw(0.9, 1).log() + math.log(low), "phi": draw(0, 1)}
-    for name in ("x", "y", "alpha", "beta"):
-        value[name] = draw(math.log(0.1), math.log(1.5))
-    for name in ("X", "Y", "A", "B", "Z"):
-        value[name] = draw(math.log(0.05), math.log(1)) + math.log(max(high - low, 1e-3))
-    value["z"] = draw(math.log(0.2), math.log(3))
-    return torch.stack([value[name] for name in names], 1)
+    log_draw = lambda low, high: draw(math.log(low), math.log(high))
+    value = {"E": log_draw(0.3 * low, 0.98 * low), "L_inf": log_draw(0.9 * low, low), "phi": draw(0, 1), "z": log_draw(0.2, 3)}
+    value |= {name: log_draw(0.1, 1.5) for name in ("x", "y", "alpha", "beta")}
+    value |= {name: log_draw(0.05, 1) + math.log(max(high - low, 1e-3)) for name in "XYABZ"}
+    return torch.stack([value[name] for name in LAWS[law][0].split()], 1)
 
 
-def fit_law(law, rows, n_starts=24, resamples=RESAMPLES, fixed=None, seed=0, units=None):
-    """The best of many fits, with bootstrap fits over the runs.
+def fit_law(law, rows, starts=24, resamples=RESAMPLES, fixed=None, seed=0):
+    """The best of many fits, and bootstrap fits over the runs.
 
-    Returns {"units", "theta" (parameters,), "samples" (resamples, parameters), "objective"}."""
-    units = units or units_of(rows)
+    Returns {"law", "units", "theta" (parameters,), "samples" (resamples, parameters), "objective"}."""
+    N = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
+    units = {"N": math.exp(np.log(N).mean()), "D": math.exp(np.log(column(rows, "tokens")).mean())}
     data = columns(rows, units)
-    theta, objective = minimise(law, data, starts_for(law, rows, n_starts, seed), fixed=fixed)
+    theta, objective = minimise(law, data, starts_for(law, rows, starts, seed), fixed=fixed)
     theta, objective = minimise(law, data, theta[objective.argmin()][None], fixed=fixed)
     samples = torch.empty(0, theta.shape[1])
     if resamples:
-        runs = [tuple(row[k] for k in ("model", "mu_rec", "flops", "seed", "tokens")) for row in rows]
+        runs = list(map(run_key, rows))
         index = {run: i for i, run in enumerate(dict.fromkeys(runs))}
-        rng = np.random.default_rng(seed)
-        counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
+        counts = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
         weights = torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
         samples, _ = minimise(law, data, theta.repeat(resamples, 1), weights, fixed)
     return {"law": law, "units": units, "theta": theta[0], "samples": samples, "objective": objective.item()}
@@ -334,9 +334,13 @@ def fit_law(law, rows, n_starts=24, resamples=RESAMPLES, fixed=None, seed=0, uni
 def predict_law(fit, rows, samples=False):
     """Losses (rows,), or (resamples, rows)."""
     theta = fit["samples"] if samples else fit["theta"][None]
-    with torch.no_grad():
-        values = LAWS[fit["law"]][1](parameters(fit["law"], theta), columns(rows, fit["units"])).numpy()
+    values = LAWS[fit["law"]][1](parameters(fit["law"], theta), columns(rows, fit["units"])).numpy()
     return values if samples else values[0]
+
+
+def error_of(fit, rows):
+    """Mean relative error."""
+    return float(np.abs(predict_law(fit, rows) / column(rows, "val_loss") - 1).mean())
 
 
 def natural(fit):
@@ -357,87 +361,77 @@ def held_out(law, rows):
     seen, unseen = [r for r in rows if r["flops"] < top], [r for r in rows if r["flops"] >= top]
     if len({(r["mu_rec"], r["flops"]) for r in seen}) <= len(LAWS[law][0].split()):
         return None
-    fit = fit_law(law, seen, resamples=0)
-    return float(np.abs(predict_law(fit, unseen) / column(unseen, "val_loss") - 1).mean())
+    return error_of(fit_law(law, seen, resamples=0), unseen)
 
 # ----------------------------------------------------------------------------- all fits of a table
 
 
-def run_key(row):
-    return tuple(row[k] for k in ("model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"))
+def main_model(rows):
+    """The rows of the model with most runs."""
+    runs = {}
+    for row in rows:
+        runs.setdefault(row["model"], set()).add(run_key(row))
+    name = max(runs, key=lambda model: len(runs[model]))
+    return [row for row in rows if row["model"] == name]
 
 
 def fit_table(rows, resamples=RESAMPLES):
     """Everything that can be fitted to a table of one accounting: the dict that --json writes, and the fits themselves
     (for figures and predictions). The laws of the main model, that with most runs; the worth of a recurrence from all."""
-    by_model = {}
-    for row in rows:
-        by_model.setdefault(row["model"], []).append(row)
-    main, everything = max(by_model.values(), key=lambda r: len(set(map(run_key, r)))), rows
+    main, everywhere = main_model(rows), trained_depth(rows)
     own = trained_depth(main)
     optima, laws, notes = isoflop(main, resamples)
     out = {"model": main[0]["model"], "accounting": main[0]["accounting"], "runs": len(set(map(run_key, main))),
            "power_laws": {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}, "isoflop": optima}
-    fits = {"rows": main, "laws": laws}
+    fits = {"rows": main, "laws": laws, "test_time": {}}
 
-    def attempt(key, law, data, sizes, show=natural):
-        """Fit a law if the data can tell its parameters."""
-        names = LAWS[law][0].split()
-        few = [f"{n} distinct {what}, it needs {least}" for what, n, least in sizes if n < least]
-        if len(data) <= len(names):
-            few.append(f"{len(data)} rows for {len(names)} parameters")
-        if len(set(column(data, "val_loss"))) < 2 if data else False:
+    def attempt(key, law, data, **least):
+        """Fit a law if the data can tell its parameters; least: how many values a column must have."""
+        few = [f"{count(data, name)} values of {name}, it needs {n}" for name, n in least.items() if count(data, name) < n]
+        if len(data) <= len(LAWS[law][0].split()):
+            few.append(f"{len(data)} rows for {len(LAWS[law][0].split())} parameters")
+        if count(data, "val_loss") < 2:
             few.append("all losses are equal")
         if few:
             notes.append(f"{law} law: not fitted ({'; '.join(few)})")
             return
         fits[key] = fit_law(law, data, resamples=resamples)
-        out[key] = show(fits[key])
-        error = held_out(law, data)
-        if error is not None:
-            out[key]["held_out_error"] = error
+        out[key] = natural(fits[key]) | {"held_out_error": held_out(law, data)}
 
-    count = lambda data, name: len({row[name] for row in data})
-    shape = [("recurrences", count(own, "mu_rec"), 3), ("token counts", count(own, "tokens"), 3)]
-    attempt("training_law", "training", own, shape)
-    attempt("unified", "unified", main, [*shape, ("loops T", count(main, "recurrence"), 3)])
+    attempt("training_law", "training", own, mu_rec=3, tokens=3)
+    attempt("unified", "unified", main, mu_rec=3, tokens=3, recurrence=3)
     at_mu = {run_key(row): row["val_loss"] for row in own}
-    excess = [row | {"L_mu": at_mu[run_key(row)]} for row in main if run_key(row) in at_mu]
-    if "unified" in out and excess:
-        fit = fit_law("excess", excess, resamples=0)
-        out["unified"]["error_given_loss_at_mu"] = float(np.abs(predict_law(fit, excess) / column(excess, "val_loss") - 1).mean())
-    out["test_time"], fits["test_time"] = [], {}
+    if "unified" in out:
+        excess = [row | {"L_mu": at_mu[run_key(row)]} for row in main if run_key(row) in at_mu]
+        out["unified"]["error_given_loss_at_mu"] = error_of(fit_law("excess", excess, resamples=0), excess)
+    out["test_time"] = []
     for key in dict.fromkeys(map(run_key, main)):
         data = [row for row in main if run_key(row) == key]
         if key[1] > 1 and len(data) >= 4:
-            fit = fit_law("test time", data, n_starts=8, resamples=0)
+            fits["test_time"][key] = fit = fit_law("test time", data, starts=8, resamples=0)
             p = {name: value for name, value in natural(fit).items() if name != "ci"}
-            error = float(np.abs(predict_law(fit, data) / column(data, "val_loss") - 1).mean())
-            out["test_time"].append({"mu_rec": key[1], "flops": key[3], "tokens": key[4], "seed": key[5], **p, "error": error})
-            fits["test_time"][key] = fit
-    own = trained_depth(everything)
-    attempt("recurrence_worth", "worth", own, [("recurrences", count(own, "mu_rec"), 3), ("token counts", count(own, "tokens"), 3)],
-            lambda fit: {"phi": natural(fit)["phi"], "ci": natural(fit)["ci"]["phi"], "law": natural(fit)})
+            out["test_time"].append(dict(zip(("model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"), key)) | p |
+                                    {"error": error_of(fit, data)})
+    attempt("recurrence_worth", "worth", everywhere, mu_rec=3, tokens=3)
     if "recurrence_worth" in out:
-        out["recurrence_worth"]["objective"] = {"free": fits["recurrence_worth"]["objective"]} | {
-            f"phi = {phi}": fit_law("worth", own, resamples=0, fixed={5: float(phi)})["objective"] for phi in (0, 1)}
-        if len(by_model) < 2:
+        law = out["recurrence_worth"]
+        out["recurrence_worth"] = {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": {
+            "free": fits["recurrence_worth"]["objective"]} | {
+            f"phi = {phi}": fit_law("worth", everywhere, resamples=0, fixed={5: float(phi)})["objective"] for phi in (0, 1)}}
+        if count(rows, "model") < 2:
             notes.append("recurrence worth: one model size only, so phi, alpha, A and E can stand in for each other")
-    out["gain"] = gains(main)
-    out["notes"] = notes
-    return out, fits
+    return out | {"gain": gains(own), "notes": notes}, fits
 
 
 def gains(rows):
-    """Loss at mu_rec = 1 less the lowest at each budget, runs of several seeds averaged."""
+    """Loss at mu_rec = 1 less the lowest at each budget, runs of several seeds averaged; rows at T = mu_rec."""
     result = []
-    for c, W, mu in budgets_of(trained_depth(rows)):
-        losses = W @ column(trained_depth(rows), "val_loss")
-        mean = {m: losses[mu == m].mean() for m in sorted(set(mu))}
-        if 1 in mean:
-            best = min(mean, key=mean.get)
-            result.append({"flops": c, "best": best, "gain": mean[1] - mean[best], "fixed": mean[1], "seeds": [int((mu == 1).sum()), int((mu == best).sum())],
-                           "spread": [float(np.ptp(losses[mu == m])) for m in (1, best)]})
+    for c, W, mu in budgets_of(rows):
+        losses = {m: (np.exp(W @ np.log(column(rows, "val_loss"))))[mu == m] for m in sorted(set(mu))}
+        if 1 in losses:
+            best = min(losses, key=lambda m: losses[m].mean())
+            result.append({"flops": c, "best": best, "gain": losses[1].mean() - losses[best].mean(), "fixed": losses[1].mean(),
+                           "seeds": [len(losses[m]) for m in (1, best)], "spread": [float(np.ptp(losses[m])) for m in (1, best)]})
     return result
 
 
@@ -463,22 +457,23 @@ def report(out):
     for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
         if name in out["power_laws"]:
             law = out["power_laws"][name]
-            print(f"{label:3s} = {law['coefficient']:.3g} C^{law['exponent']:.3f}   95 % interval {span(law['ci'])}   published: C^{PUBLISHED[name]:.2f}")
+            print(f"{label:3s} = {law['coefficient']:.3g} C^{law['exponent']:.3f}   95 % interval {span(law['ci'])}   "
+                  f"published: {PUBLISHED[name]}")
     for key, label in (("training_law", "training law"), ("unified", "unified law")):
         if key in out:
             law = out[key]
-            print(f"{label}: " + ", ".join(f"{k} {text(v)} {span(law['ci'][k])}" for k, v in law.items() if k in law["ci"]))
-            if "held_out_error" in law:
-                print(f"  error on the largest budget, fitted without it: {law['held_out_error']:.2%}   "
-                      f"published: {PUBLISHED[key.split('_')[0]]}")
-            if "error_given_loss_at_mu" in law:
-                print(f"  error of the test-time term alone, loss at T = mu_rec given: {law['error_given_loss_at_mu']:.2%}   published: 0.10 to 0.17 %")
+            print(f"{label}: " + ", ".join(f"{k} {text(law[k])} {span(ci)}" for k, ci in law["ci"].items()))
+            if law["held_out_error"] is not None:
+                print(f"  error on the largest budget, fitted without it: {law['held_out_error']:.2%}   published: {PUBLISHED[key]}")
+    if "unified" in out:
+        print(f"  error of the test-time term alone, loss at T = mu_rec given: {out['unified']['error_given_loss_at_mu']:.2%}   "
+              f"published: {PUBLISHED['excess']}")
     if out["test_time"]:
         errors = [run["error"] for run in out["test_time"]]
         print(f"test-time law, {len(errors)} runs: mean error {np.mean(errors):.2%}, largest {max(errors):.2%}")
     if "recurrence_worth" in out:
-        worth, (phi, low, high) = out["recurrence_worth"], PUBLISHED["phi"]
-        print(f"worth of a recurrence: phi = {worth['phi']:.2f} {span(worth['ci'])}   published: {phi} [{low}, {high}]; objective: " +
+        worth = out["recurrence_worth"]
+        print(f"worth of a recurrence: phi = {worth['phi']:.2f} {span(worth['ci'])}   published: {PUBLISHED['phi']}; objective: " +
               ", ".join(f"{k} {v:.4g}" for k, v in worth["objective"].items()))
     for note in out["notes"]:
         print("note:", note)
@@ -495,235 +490,217 @@ def draw(out, fits, folder):
     except ImportError:
         print("no figures: matplotlib is not installed")
         return
-    rows, made = trained_depth(fits["rows"]), []
-    markers, grey = "osD^vP*X<>", lambda i, n: plt.cm.viridis(0.9 * i / max(n - 1, 1))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = trained_depth(fits["rows"])
+    shade = lambda i, n: plt.cm.viridis(0.9 * i / max(n - 1, 1))
+    markers = "osD^vP*X<>"
 
     def save(figure, name):
         figure.savefig(folder / f"{name}.png", dpi=150)
         plt.close(figure)
-        made.append(str(folder / f"{name}.png"))
+        print("wrote", folder / f"{name}.png")
 
-    def recurrence_axis(axes):
+    def panel(**labels):
+        figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(**labels)
+        return figure, axes
 
-    figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
-    cells, n = budgets_of(rows), len(budgets_of(rows))
+    figure, axes = panel(xlabel="mean recurrence mu_rec in training (loops)", ylabel="val loss at T = mu_rec (nats per token)",
+                         title=f"Equal FLOPs and parameters ({out['model']}); stars: optima")
+    cells, optima = budgets_of(rows), {o["flops"]: o for o in out["isoflop"]}
     for i, (c, W, mu) in enumerate(cells):
-        axes.plot(mu, np.exp(W @ np.log(column(rows, "val_loss"))), markers[i % 10], color=grey(i, n), label=f"{c:.2g} FLOPs")
-    for i, o in enumerate(out["isoflop"]):
-        k = next(k for k, cell in enumerate(cells) if cell[0] == o["flops"])
-        x = np.geomspace(min(o["recurrences"]), max(o["recurrences"]), 100)
-        axes.plot(x, np.exp(np.polyval(o["parabola"], np.log(x))), "-", color=grey(k, n), lw=1)
-        if o["inside"]:
-            axes.plot(o["mu_rec"], o["val_loss"], "*", ms=13, color="k", mfc=grey(k, n), zorder=3)
-    recurrence_axis(axes)
-    axes.set(xlabel="mean recurrence mu_rec in training (loops)", ylabel="val loss at T = mu_rec (nats per token)",
-             title=f"Equal FLOPs and parameters ({out['model']}); stars: optima")
+        style, o = dict(color=shade(i, len(cells))), optima.get(c)
+        axes.plot(mu, np.exp(W @ np.log(column(rows, "val_loss"))), markers[i % 10], **style, label=f"{c:.2g} FLOPs")
+        if o:
+            x = np.geomspace(mu.min(), mu.max(), 100)
+            axes.plot(x, np.exp(np.polyval(o["parabola"], np.log(x))), "-", lw=1, **style)
+            if o["inside"]:
+                axes.plot(o["mu_rec"], o["val_loss"], "*", ms=13, mec="k", zorder=3, **style)
     axes.legend(fontsize=8)
     save(figure, "isoflop")
 
     if fits["laws"]:
         figure, both = plt.subplots(1, 2, figsize=(8.5, 3.8), constrained_layout=True)
         inside = [o for o in out["isoflop"] if o["inside"]]
-        c = np.array([o["flops"] for o in inside])
-        x = np.geomspace(c.min() / 1.5, c.max() * 1.5, 50)
+        c = column(inside, "flops")
+        x, middle = np.geomspace(c.min() / 1.5, c.max() * 1.5, 50), np.exp(np.log(c).mean())
         for axes, name, label in zip(both, ("mu_rec", "tokens"), ("best mean recurrence mu* (loops)", "best token count D*")):
-            law, y = fits["laws"][name], np.array([o[name] for o in inside])
-            b, const = law["band"]
-            lines = np.exp(const[None] + np.log(x)[:, None] * b[None])
-            axes.fill_between(x, *np.nanpercentile(lines, [2.5, 97.5], axis=1), color="0.85", label="95 % interval")
-            axes.loglog(x, law["coefficient"] * x ** law["exponent"], "k-", label=f"fit: C^{law['exponent']:.2f}")
-            middle = np.exp(np.log(c).mean())
-            axes.loglog(x, law["coefficient"] * middle ** law["exponent"] * (x / middle) ** PUBLISHED[name], "k:",
-                        label=f"published slope: C^{PUBLISHED[name]:.2f}")
-            axes.loglog(c, y, "ko", mfc="w")
-            axes.set_xticks(c, [f"{v:.2g}" for v in c], minor=False)
+            law, (b, const) = fits["laws"][name], fits["laws"][name]["band"]
+            fitted = law["coefficient"] * x ** law["exponent"]
+            band = np.nanpercentile(np.exp(const[None] + np.log(x)[:, None] * b[None]), [2.5, 97.5], axis=1)
+            axes.fill_between(x, *band, color="0.85", label="95 % interval")
+            axes.loglog(x, fitted, "k-", label=f"fit: C^{law['exponent']:.2f}")
+            axes.loglog(x, fitted * (x / middle) ** (SLOPES[name] - law["exponent"]), "k:", label=f"published slope: C^{SLOPES[name]:.2f}")
+            axes.loglog(c, column(inside, name), "ko", mfc="w")
+            axes.set_xticks(c, [f"{v:.2g}" for v in c])
             axes.set_xticks([], minor=True)
             axes.set(xlabel="training FLOPs C", ylabel=label)
             axes.legend(fontsize=8)
         save(figure, "power-laws")
 
     if "training_law" in fits:
-        figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+        figure, axes = panel(xlabel="mean recurrence mu_rec (loops)", ylabel="training tokens D", yscale="log",
+                             title=f"Val loss by the training law ({out['model']}, nats per token)")
         mu, tokens = column(rows, "mu_rec"), column(rows, "tokens")
         x, y = np.geomspace(mu.min(), mu.max(), 60), np.geomspace(tokens.min(), tokens.max(), 60)
-        grid = [rows[0] | {"mu_rec": a, "tokens": b} for b in y for a in x]
-        loss = predict_law(fits["training_law"], grid).reshape(60, 60)
-        levels = np.quantile(loss, np.linspace(0.03, 0.97, 12))
-        axes.clabel(axes.contour(x, y, loss, levels=np.unique(levels.round(3)), cmap="viridis_r", linewidths=1), fontsize=7)
+        loss = predict_law(fits["training_law"], [rows[0] | {"mu_rec": a, "tokens": b} for b in y for a in x]).reshape(60, 60)
+        levels = np.unique(np.quantile(loss, np.linspace(0.03, 0.97, 12)).round(3))
+        axes.clabel(axes.contour(x, y, loss, levels=levels, cmap="viridis_r", linewidths=1), fontsize=7)
         axes.plot(mu, tokens, "o", color="0.6", ms=3, label="runs")
-        frontier = [efficient(fits["training_law"], rows, c) for c in np.geomspace(*np.quantile(column(rows, "flops"), [0, 1]), 40)]
-        axes.plot([f[0] for f in frontier], [f[1] for f in frontier], "k-", lw=2, label="efficient frontier (training law)")
-        recurrence_axis(axes)
-        axes.set(yscale="log", ylim=(y[0], y[-1]), xlabel="mean recurrence mu_rec (loops)", ylabel="training tokens D",
-                 title="Val loss by the training law (nats per token)")
+        budgets = np.geomspace(column(rows, "flops").min(), column(rows, "flops").max(), 40)
+        frontier = [efficient(fits["training_law"], rows[0], costs_of(rows), c) for c in budgets]
+        axes.plot([f[0] for f in frontier], [f[1] for f in frontier], "k-", lw=2, label="efficient frontier")
         axes.legend(fontsize=8)
         save(figure, "contours")
 
     if fits["test_time"]:
-        figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+        figure, axes = panel(xlabel="loops T at test time", ylabel="val loss (nats per token)",
+                             title="Test-time loops at the largest budget: L(T) = L_inf + Z exp(-z T)")
         top = max(key[3] for key in fits["test_time"]) / 1.1
-        shown = {key[1]: (key, fit) for key, fit in reversed(fits["test_time"].items()) if key[3] >= top}
-        for i, (mu, (key, fit)) in enumerate(sorted(shown.items())):
+        shown = sorted({key[1]: key for key in reversed(fits["test_time"]) if key[3] >= top}.items())
+        for i, (mu, key) in enumerate(shown):
             data = sorted((r for r in fits["rows"] if run_key(r) == key), key=lambda r: r["recurrence"])
-            T = np.geomspace(data[0]["recurrence"], data[-1]["recurrence"], 80)
-            axes.plot(column(data, "recurrence"), column(data, "val_loss"), markers[i % 10], color=grey(i, len(shown)), label=f"mu_rec = {mu:g}")
-            axes.plot(T, predict_law(fit, [data[0] | {"recurrence": t} for t in T]), "-", color=grey(i, len(shown)), lw=1)
-        recurrence_axis(axes)
-        axes.set(xlabel="loops T at test time", ylabel="val loss (nats per token)", title="L(T) = L_inf + Z exp(-z T), largest budget")
+            T, style = np.geomspace(data[0]["recurrence"], data[-1]["recurrence"], 80), dict(color=shade(i, len(shown)))
+            axes.plot(column(data, "recurrence"), column(data, "val_loss"), markers[i % 10], **style, label=f"mu_rec = {mu:g}")
+            axes.plot(T, predict_law(fits["test_time"][key], [data[0] | {"recurrence": t} for t in T]), "-", lw=1, **style)
         axes.legend(fontsize=8)
         save(figure, "test-time")
-    print("wrote", ", ".join(made))
 
 # ----------------------------------------------------------------------------- predictions
 
 
-def efficient(fit, rows, flops, cost=None, grid=np.geomspace(1, 64, 400)):
-    """(mu, D, loss) of lowest predicted loss for a budget. The FLOPs of a token are a + b (mu_rec + 2 mu_bwd), as
-    flops_per_token in model.py counts them; cost: (a, b), None: as in rows, whose mu_bwd goes with mu_rec in any case."""
-    mu, bwd = (column(rows, name) for name in ("mu_rec", "mu_bwd"))
-    a, b = np.polynomial.polynomial.polyfit(mu + 2 * bwd, column(rows, "flops") / column(rows, "tokens"), 1) if cost is None else cost
-    tokens = flops / (a + b * grid * (1 + 2 * np.interp(grid, np.unique(mu), [(bwd / mu)[mu == m].mean() for m in np.unique(mu)])))
-    loss = predict_law(fit, [rows[0] | {"mu_rec": m, "tokens": d} for m, d in zip(grid, tokens)])
+def costs_of(rows):
+    """{mu_rec: FLOPs of a token} of a table."""
+    return {row["mu_rec"]: row["flops"] / row["tokens"] for row in sorted(rows, key=lambda row: row["mu_rec"])}
+
+
+def efficient(fit, size, costs, flops):
+    """(mu, D, loss) of lowest predicted loss at a budget; size: a row with the parameters of the model; costs: {mu: FLOPs of a
+    token}, in between by interpolation of logarithms."""
+    known = np.log(list(costs))
+    mu = np.exp(np.linspace(known[0], known[-1], 400))
+    tokens = flops / np.exp(np.interp(np.log(mu), known, np.log(list(costs.values()))))
+    loss = predict_law(fit, [size | {"mu_rec": m, "tokens": d} for m, d in zip(mu, tokens)])
     best = loss.argmin()
-    return grid[best], tokens[best], loss[best]
+    return mu[best], tokens[best], loss[best]
 
 
 def predict(args):
-    rows = choose(read_tables(args.tables or default_tables()), args.accounting)
-    out, fits = fit_table(rows)
+    rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
+    out, fits = fit_table([row for row in rows if row["accounting"] == accounting])
     if "training_law" not in fits:
         raise UserError("these tables do not determine a training law: " + "; ".join(out["notes"]))
-    rows, C = fits["rows"], args.flops
-    law, top, low = fits["training_law"], max(r["flops"] for r in rows), min(r["flops"] for r in rows)
-    print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs ({out['accounting']})")
+    rows, C, law = trained_depth(fits["rows"]), args.flops, fits["training_law"]
+    top, low = column(rows, "flops").max(), column(rows, "flops").min()
+    print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs ({accounting})")
+    size, costs, intervals = rows[0], costs_of(rows), {}
     if args.preset:
-        costs = [dry_run(["--preset", args.preset, "--mean-recurrence", str(mu)])["cost"][out["accounting"]] for mu in (1, 2)]
-        f1, f2 = (c["flops_per_token"] for c in costs)
-        size = {k: costs[0][k] for k in ("params_noncore", "params_core")}
-        target, cost = [rows[0] | size], (f1 - 3 * (f2 - f1), f2 - f1)
-        mu, tokens, loss = efficient(law, target, C, cost)
-        ratio = sum(size.values()) / (rows[0]["params_noncore"] + rows[0]["params_core"])
-        print(f"{args.preset}: {ratio:.3g} times the parameters of the model fitted"
-              f"{'' if 1 / 1.5 < ratio < 1.5 else ': the laws were not measured at this size, take this as a direction'}")
-    elif fits["laws"]:
+        plans = {float(mu): dry_run(["--preset", args.preset, "--mean-recurrence", str(mu)])["cost"][accounting] for mu in sorted(costs)}
+        costs = {mu: plan["flops_per_token"] for mu, plan in plans.items()}
+        size = rows[0] | plans[1.0 if 1.0 in plans else min(plans)]
+        ratio = (size["params_core"] + size["params_noncore"]) / (rows[0]["params_core"] + rows[0]["params_noncore"])
+        print(f"{args.preset}: {ratio:.3g} times the parameters of the model fitted" +
+              ("" if 1 / 1.5 < ratio < 1.5 else ": the laws were not measured at this size, take this as a direction"))
+    if fits["laws"] and not args.preset:
         mu, tokens = (fits["laws"][name]["coefficient"] * C ** fits["laws"][name]["exponent"] for name in ("mu_rec", "tokens"))
-        for name, value, label in (("mu_rec", mu, "mu*"), ("tokens", tokens, "D*")):
-            b, const = fits["laws"][name]["band"]
-            print(f"{label} = {value:.3g}  95 % interval {span(interval(np.exp(const + b * math.log(C))))}")
-        target = rows[:1]
+        for name, law_ in fits["laws"].items():
+            b, const = law_["band"]
+            intervals[name] = "   95 % interval " + span(interval(np.exp(const + b * math.log(C))))
     else:
-        target = rows[:1]
-        mu, tokens, _ = efficient(law, target, C)
-        print("no power law in these tables, the minimum of the training law instead:")
-    cell = [target[0] | {"mu_rec": max(1, mu), "tokens": tokens}]
-    if args.preset or not fits["laws"]:
-        print(f"mu* = {mu:.3g}, D* = {tokens:.3g}")
-    print(f"loss = {predict_law(law, cell)[0]:.4g} nats per token  95 % interval {span(interval(predict_law(law, cell, samples=True)[:, 0]))}")
-    if C > 2 * top or C < low / 2:
-        far = C / top if C > top else low / C
-        print(f"warning: {far:.3g} times beyond the budgets measured ({low:.2g} to {top:.2g}); intervals know nothing of that")
+        mu, tokens, _ = efficient(law, size, costs, C)
+        print(f"by the minimum of the training law among mu_rec {min(costs):g} to {max(costs):g}:")
+    cell = [size | {"mu_rec": max(1, mu), "tokens": tokens}]
+    print(f"mu*  = {mu:.3g}{intervals.get('mu_rec', '')}\nD*   = {tokens:.3g} tokens{intervals.get('tokens', '')}\n"
+          f"loss = {predict_law(law, cell)[0]:.4g} nats per token   95 % interval "
+          f"{span(interval(predict_law(law, cell, samples=True)[:, 0]))}")
+    if not low / 2 < C < 2 * top:
+        print(f"warning: {max(C / top, low / C):.3g} times beyond the budgets measured ({low:.2g} to {top:.2g}); "
+              "the intervals know nothing of that")
 
 # ----------------------------------------------------------------------------- made-up data
 
-
-def synthetic(rng, noise, recurrences=(1, 2, 4, 6, 8, 12, 16), budgets=(1e12, 2e12, 4e12, 8e12, 16e12), exponent=0.4, curvature=0.02):
-    """A sweep whose optimum is mu* = 4 (C / 4e12)^exponent: log L = log(1 + 2 (C / 1e12)^-0.1) + curvature (log mu - log mu*)^2.
-
-    Tokens follow from FLOPs of a token 1e5 (2 + mu), so D* is known as well. noise: sd of the log loss."""
-    return [{"model": "made up", "params_core": 5e4, "params_noncore": 5e4, "flops": c, "accounting": "exact", "mu_rec": float(mu),
-             "mu_bwd": float(math.ceil(mu / 2)), "tokens": c / (1e5 * (2 + mu)), "recurrence": float(mu), "seed": 0,
-             "val_loss": math.exp(math.log(1 + 2 * (c / 1e12) ** -0.1) + curvature * math.log(mu / (4 * (c / 4e12) ** exponent)) ** 2
-                                  + noise * rng.standard_normal())}
-            for c in budgets for mu in recurrences]
+BUDGETS, RECURRENCES = (1e12, 2e12, 4e12, 8e12, 16e12), (1, 2, 4, 6, 8, 12, 16)
 
 
-def synthetic_law(rng, noise, budgets=(1e12, 2e12, 4e12, 8e12, 16e12), recurrences=(1, 2, 4, 6, 8, 12, 16), sizes=(1.0,), phi=1.0):
-    """A sweep from L = 0.8 + 40 (N_once + mu^phi N_core)^-0.4 + 3e3 D^-0.6, of models of 1e5 parameters times each size."""
+def made_up(loss, noise, rng, sizes=(1.0,)):
+    """A sweep, models of 1e5 parameters times each size, with log loss from loss(row) and noise of that standard deviation."""
     rows = [{"model": f"made up {s:g}", "params_core": 5e4 * s, "params_noncore": 5e4 * s, "flops": c, "accounting": "exact",
-             "mu_rec": float(mu), "mu_bwd": float(math.ceil(mu / 2)), "tokens": c / (3e5 * s * (1 + mu)), "recurrence": float(mu), "seed": 0}
-            for s in sizes for c in budgets for mu in recurrences]
-    for row in rows:
-        N = row["params_noncore"] + row["mu_rec"] ** phi * row["params_core"]
-        row["val_loss"] = (0.8 + 40 * N ** -0.4 + 3e3 * row["tokens"] ** -0.6) * math.exp(noise * rng.standard_normal())
-    return rows
+             "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2), "tokens": c / (1e5 * s * (2 + mu)), "recurrence": float(mu), "seed": 0}
+            for s in sizes for c in BUDGETS for mu in RECURRENCES]
+    return [row | {"val_loss": loss(row) * math.exp(noise * rng.standard_normal())} for row in rows]
 
 
-def coverage(repeats, noise, seed=0, resamples=RESAMPLES):
-    """{exponent: (mean error, share of the 95 % intervals that hold the truth)} over made-up sweeps of known exponents."""
-    x = np.log([1e12, 2e12, 4e12, 8e12, 16e12])
-    best = 4 * (np.exp(x) / 4e12) ** 0.4
-    truth = {"mu_rec": 0.4, "tokens": np.polyfit(x, x - np.log(2 + best), 1)[0]}
+def parabolic(row, exponent=0.4, curvature=0.02):
+    """A loss whose optimum is mu* = 4 (C / 4e12)^exponent."""
+    c, mu = row["flops"], row["mu_rec"]
+    return (1 + 2 * (c / 1e12) ** -0.1) * math.exp(curvature * math.log(mu / (4 * (c / 4e12) ** exponent)) ** 2)
+
+
+def parametric(row, phi=1.0):
+    """L = 0.8 + 40 (N_noncore + mu^phi N_core)^-0.4 + 3e3 D^-0.6."""
+    return 0.8 + 40 * (row["params_noncore"] + row["mu_rec"] ** phi * row["params_core"]) ** -0.4 + 3e3 * row["tokens"] ** -0.6
+
+
+def coverage(repeats, noise, laws=False, seed=0):
+    """{exponent: (mean error, share of the 95 % intervals that hold the truth)} over made-up sweeps of known laws; laws: those
+    of the training law and phi too, and the median error for the mean, since now and then two terms change places."""
+    x = np.log(BUDGETS)
+    truth = {"mu_rec": 0.4, "tokens": np.polyfit(x, x - np.log(2 + 4 * (np.exp(x) / 4e12) ** 0.4), 1)[0], "x": 0.4, "y": 0.6, "phi": 0.5}
     found = {name: [] for name in truth}
     for i in tqdm(range(repeats), desc=f"noise {noise:.1%}", leave=False, disable=None):
-        _, laws, _ = isoflop(synthetic(np.random.default_rng([seed, i]), noise), resamples, seed=i)
-        for name, law in laws.items():
-            found[name].append((law["exponent"] - truth[name], law["ci"][0] <= truth[name] <= law["ci"][1]))
-    return {name: (np.mean([e for e, _ in f]), np.mean([c for _, c in f])) for name, f in found.items()}
-
-
-def coverage_laws(repeats, noise, seed=0):
-    """As coverage, for the exponents of the training law (x, y) and phi."""
-    truth = {"x": 0.4, "y": 0.6, "phi": 0.5}
-    found = {name: [] for name in truth}
-    for i in tqdm(range(repeats), desc=f"laws, noise {noise:.1%}", leave=False, disable=None):
-        fits = [natural(fit_law("training", synthetic_law(np.random.default_rng([seed, i]), noise), seed=i)),
-                natural(fit_law("worth", synthetic_law(np.random.default_rng([seed, i]), noise, sizes=(0.5, 1, 2), phi=0.5), seed=i))]
-        for name, value in truth.items():
-            fit = fits[name == "phi"]
-            found[name].append((fit[name] - value, fit["ci"][name][0] <= value <= fit["ci"][name][1]))
-    return {name: (np.median([e for e, _ in f]), np.mean([c for _, c in f])) for name, f in found.items()}
+        rng = np.random.default_rng([seed, i])
+        for name, law in isoflop(made_up(parabolic, noise, rng), seed=i)[1].items():
+            found[name].append((law["exponent"], law["ci"]))
+        if laws:
+            fit = natural(fit_law("training", made_up(parametric, noise, rng), seed=i))
+            worth = natural(fit_law("worth", made_up(lambda row: parametric(row, 0.5), noise, rng, sizes=(0.5, 1, 2)), seed=i))
+            for name, law in (("x", fit), ("y", fit), ("phi", worth)):
+                found[name].append((law[name], law["ci"][name]))
+    middle = lambda name: np.mean if name in ("mu_rec", "tokens") else np.median
+    return {name: (middle(name)([e - truth[name] for e, _ in f]), np.mean([ci[0] <= truth[name] <= ci[1] for _, ci in f]))
+            for name, f in found.items() if f}
 
 # ----------------------------------------------------------------------------- sweeps
 
 
-def train_command(flags):
-    return [sys.executable, str(HERE / "train.py"), *flags]
-
-
 def dry_run(flags):
     """What config.json of a run with these flags would say. Raises UserError with train.py's own words."""
-    done = subprocess.run(train_command([*flags, "--dry-run"]), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "train.py", *flags, "--dry-run"], capture_output=True, text=True)
     if done.returncode:
         raise UserError("train.py says: " + (done.stderr.strip().splitlines() or ["nothing"])[-1].removeprefix("train.py: error: "))
     return json.loads(done.stdout[done.stdout.index("{"):])
 
 
-def last_lines(path, count=1):
-    """The last lines of a file as JSON objects, or []."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 4096))
-            lines = file.read().decode().split("\n")[:-1]
-        return [json.loads(line) for line in lines[-count:]]
-    except (OSError, ValueError):
-        return []
-
-
 class Cell:
-    """One run of a sweep: a budget, a recurrence, a seed."""
+    """One run of a sweep: a budget, a recurrence, a seed. plan: what dry_run says of such runs."""
 
-    def __init__(self, folder, flops, mu, seed, flags):
-        self.name, self.flops = f"C{flops:.3g}-mu{mu}-seed{seed}", flops
-        self.path = folder / self.name
-        self.flags = ["--out", str(self.path), "--max-flops", repr(flops), "--mean-recurrence", str(mu), "--seed", str(seed), *flags]
+    def __init__(self, folder, flops, mu, seed, flags, plan):
+        self.path, self.flops, self.mu, self.seed, self.plan = folder / f"C{flops:.3g}-mu{mu}-seed{seed}", flops, mu, seed, plan
+        self.flags = ["--out", self.path, "--max-flops", repr(flops), "--mean-recurrence", str(mu), "--seed", str(seed), *flags]
 
     def state(self):
-        """(kind of the log's last line, FLOPs spent)."""
-        last = last_lines(self.path / "log.jsonl")
-        return (last[0]["kind"], last[0]["flops"]) if last else (None, 0)
+        return last_line(self.path / "log.jsonl")
+
+    def check(self):
+        """Raise UserError if the run that is there has other settings."""
+        if (self.path / "config.json").exists():
+            before = json.loads((self.path / "config.json").read_text())
+            other = [k for part in ("settings", "model") for k, value in self.plan[part].items() if before[part].get(k) != value
+                     and k not in ("out", "max_flops", "seed", "device", "eval_recurrence")]
+            if other:
+                raise UserError(f"{self.path} was run with other settings ({', '.join(other)}): choose another --out or remove it")
 
     def run(self, environment):
         """Train, or go on with an interrupted run. Returns the last line of its output, None if it finished."""
-        fresh = not (self.path / "ckpt.pt").exists()
+        resume = ["--resume"] if (self.path / "ckpt.pt").exists() else []
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "output.txt", "w") as file:
-            command = train_command([*self.flags, *([] if fresh else ["--resume"])])
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment).returncode
-        if code == 0 and self.state()[0] == "done":
-            return None
-        return ((self.path / "output.txt").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+            subprocess.run([sys.executable, HERE / "train.py", *self.flags, *resume], stdout=file, stderr=subprocess.STDOUT,
+                           env=os.environ | environment)
+        if self.state()["kind"] != "done":
+            return ((self.path / "output.txt").read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
 
 
 def sweep(args, flags):
@@ -731,47 +708,34 @@ def sweep(args, flags):
     for flag, values in (("budgets", args.budgets), ("recurrences", args.recurrences), ("jobs", [args.jobs])):
         if min(values) < 1:
             raise UserError(f"--{flag} is {min(values):g}, must be at least 1")
-    taken = [f for f in flags if f.split("=")[0] in ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", "--overwrite")]
-    if taken:
-        raise UserError(f"{taken[0]} is set by the sweep itself (--out, --budgets, --recurrences, --seeds)")
-    flags = [*flags, "--eval-recurrence", *map(str, sorted({1, *args.eval_recurrence, *args.recurrences}))]
-    plans = {}
-    for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None):
-        plans[mu] = dry_run(["--out", str(folder / "plan"), "--mean-recurrence", str(mu), "--max-flops", "1", *flags])
-    cells = [(Cell(folder, c, mu, seed, flags), plans[mu], mu) for c in sorted(args.budgets) for mu in args.recurrences for seed in args.seeds]
-    todo, same = [], ("settings", "model")
-    for cell, plan, _ in cells:
-        if (cell.path / "config.json").exists():
-            before = json.loads((cell.path / "config.json").read_text())
-            other = [k for part in same for k in plan[part] if k not in ("out", "max_flops", "seed", "device", "eval_recurrence")
-                     and before[part].get(k) != plan[part][k]]
-            if other:
-                raise UserError(f"{cell.path} was run with other settings ({', '.join(other)}): choose another --out or remove it")
-        if cell.state()[0] != "done":
-            todo.append(cell)
-    # time: the FLOP/s that finished cells of this recurrence reached, else a share of the matmul peak
-    speed = {}
-    for cell, _, mu in cells:
-        last = last_lines(cell.path / "log.jsonl")
-        if last and last[0]["seconds"]:
-            speed[mu] = last[0]["flops"] / last[0]["seconds"]
-    share = 0.3
-    rate = lambda plan, mu: speed.get(mu) or np.mean(list(speed.values()) or [share * plan["peak_flops"] / args.jobs])
+    own = [f for f in flags if f.split("=")[0] in ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", "--overwrite")]
+    if own:
+        raise UserError(f"{own[0]} is set by the sweep itself (--out, --budgets, --recurrences, --seeds)")
+    flags = [*flags, "--eval-recurrence", *map(str, sorted({*args.eval_recurrence, *args.recurrences}))]
+    plans = {mu: dry_run(["--out", folder / "plan", "--mean-recurrence", str(mu), "--max-flops", "1", *flags])
+             for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None)}
+    cells = [Cell(folder, c, mu, seed, flags, plans[mu]) for c in sorted(args.budgets) for mu in args.recurrences for seed in args.seeds]
+    for cell in cells:
+        cell.check()
+    todo = [cell for cell in cells if cell.state()["kind"] != "done"]
+    # time: by the FLOP/s that runs of this recurrence reached, else any run, else a share of the matmul peak
+    speed = {cell.mu: last["flops"] / last["seconds"] for cell in cells if (last := cell.state()).get("seconds")}
+    rate = lambda cell: speed.get(cell.mu) or np.mean(list(speed.values()) or [0.3 * cell.plan["peak_flops"] / args.jobs])
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, {sum(cell.flops for cell in todo):.3g} FLOPs to spend\n\n"
-          "    FLOPs   mu_rec   mu_bwd   FLOPs a token       tokens     steps   minutes   seeds (- finished)")
-    for c in sorted(args.budgets):
-        for mu in args.recurrences:
-            plan, names = plans[mu], [f"{seed}{'-' if Cell(folder, c, mu, seed, flags).state()[0] == 'done' else ''}" for seed in args.seeds]
-            per_token = plan["cost"][plan["settings"]["accounting"]]["flops_per_token"]
-            tokens = c / per_token
-            print(f"{c:9.3g}   {mu:6d}   {min(mu, plan['model']['backprop_depth']):6d}   {per_token:13,.0f}   {tokens:10,.0f}   "
-                  f"{tokens / plan['settings']['batch_size'] / plan['model']['block_size']:7,.0f}   {c / rate(plan, mu) / 60:7.1f}   {' '.join(names)}")
-    hours = sum(cell.flops / rate(plan, mu) for cell, plan, mu in cells if cell in todo) / args.jobs / 3600
-    print(f"about {hours:.1f} hours with {args.jobs} jobs" + ("" if speed else f", if training reaches {share:.0%} of the matmul peak measured here"))
+          "    FLOPs   mu_rec   mu_bwd   seed   FLOPs a token       tokens     steps   minutes")
+    for cell in cells:
+        settings, model = cell.plan["settings"], cell.plan["model"]
+        per_token = cell.plan["cost"][settings["accounting"]]["flops_per_token"]
+        tokens = cell.flops / per_token
+        print(f"{cell.flops:9.3g}   {cell.mu:6d}   {min(cell.mu, model['backprop_depth']):6d}   {cell.seed:4d}   {per_token:13,.0f}   "
+              f"{tokens:10,.0f}   {tokens / settings['batch_size'] / model['block_size']:7,.0f}   "
+              + (f"{cell.flops / rate(cell) / 60:7.1f}" if cell in todo else "   done"))
+    print(f"about {sum(cell.flops / rate(cell) for cell in todo) / args.jobs / 3600:.1f} hours with {args.jobs} jobs" +
+          ("" if speed else ", if training reaches 30 % of the matmul peak measured here"))
     if args.dry_run:
         return
     failed = run_cells(todo, args.jobs)
-    rows = sum((read_run(cell.path) for cell, _, _ in cells), [])
+    rows = sum((read_run(cell.path) for cell in cells), [])
     if rows:
         write_csv(folder / "table.csv", rows)
         print(f"wrote {folder / 'table.csv'}; fit it with: python scaling.py fit {folder / 'table.csv'}")
@@ -783,30 +747,28 @@ def sweep(args, flags):
 
 def run_cells(cells, jobs):
     """Run cells, `jobs` at a time, largest first, one GPU each where there are several; [(cell, last line)] of those that failed."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    slots, failed = list(range(jobs)), []
-    interrupted = threading.Event()
+    gpus = torch.cuda.device_count()
+    slots, failed, interrupted = list(range(jobs)), [], threading.Event()
 
     def work(cell):
         if interrupted.is_set():
             return
         slot = slots.pop()
-        environment = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 else {})
-        line = cell.run(environment)
+        line = cell.run({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} |
+                        ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 else {}))
         slots.append(slot)
         if line is not None:
             failed.append((cell, line))
 
-    spent = lambda: sum(min(cell.state()[1], cell.flops) for cell in cells)
+    spent = lambda: sum(min(cell.state()["flops"], cell.flops) for cell in cells)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, \
             tqdm(total=sum(cell.flops for cell in cells), initial=spent(), unit="FLOP", unit_scale=True, desc="sweep", disable=None) as bar:
         futures = [pool.submit(work, cell) for cell in sorted(cells, key=lambda cell: -cell.flops)]
         try:
             while not all(future.done() for future in futures):
                 time.sleep(1)
-                bar.n = spent()
-                bar.set_postfix_str(f"{sum(f.done() for f in futures)} of {len(cells)} cells" + (f", {len(failed)} failed" if failed else ""))
+                bar.n, done = spent(), sum(future.done() for future in futures)
+                bar.set_postfix_str(f"{done} of {len(cells)} cells" + (f", {len(failed)} failed" if failed else ""))
         except KeyboardInterrupt:  # the runs got it too: they save and stop
             interrupted.set()
     for future in futures:
@@ -817,48 +779,32 @@ def run_cells(cells, jobs):
 
 
 def default_tables():
-    return sorted((HERE / "results").glob("sweep*.csv"))
-
-
-def choose(rows, accounting):
-    """The rows of one accounting: the one asked for, else exact, else whatever there is."""
-    there = sorted({row["accounting"] for row in rows})
-    if accounting and accounting not in there:
-        raise UserError(f"--accounting is {accounting}, these tables have {', '.join(there)}")
-    accounting = accounting or ("exact" if "exact" in there else there[0])
-    return [row for row in rows if row["accounting"] == accounting]
+    tables = sorted((HERE / "results").glob("sweep*.csv"))
+    if not tables:
+        raise UserError(f"{HERE / 'results'} holds no sweep*.csv: run a sweep, or name a table")
+    return tables
 
 
 def fit(args):
-    tables = args.tables or default_tables()
-    if not tables:
-        raise UserError(f"{HERE / 'results'} holds no sweep*.csv: run a sweep, or name a table")
-    rows = read_tables(tables)
-    out, fits = fit_table(choose(rows, args.accounting), args.resamples)
+    rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
+    out, fits = fit_table([row for row in rows if row["accounting"] == accounting], args.resamples)
     report(out)
-    others = {} if args.accounting else {row["accounting"] for row in rows} - {out["accounting"]}
-    for accounting in sorted(others):
-        optima, laws, _ = isoflop(choose([r for r in rows if r["model"] == out["model"]], accounting), args.resamples)
-        out.setdefault("other_accounting", {})[accounting] = {
-            "isoflop": optima, "power_laws": {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}}
-        print(f"\nby {accounting} FLOPs: " + (", ".join(f"{label} ~ C^{laws[k]['exponent']:.3f} {span(laws[k]['ci'])}"
+    for other in sorted({row["accounting"] for row in rows} - {accounting} if not args.accounting else ()):
+        optima, laws, _ = isoflop([row for row in rows if row["accounting"] == other and row["model"] == out["model"]], args.resamples)
+        laws = {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}
+        out.setdefault("other_accounting", {})[other] = {"isoflop": optima, "power_laws": laws}
+        print(f"\nby {other} FLOPs: " + (", ".join(f"{label} ~ C^{laws[k]['exponent']:.3f} {span(laws[k]['ci'])}"
               for k, label in (("mu_rec", "mu*"), ("tokens", "D*"))) if laws else "no power law"))
     if args.json:
         Path(f"{args.json}.tmp").write_text(json.dumps(out, indent=1))
         os.replace(f"{args.json}.tmp", args.json)
         print("wrote", args.json)
-    folder = Path(args.figures)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(out, fits, folder)
+    draw(out, fits, Path(args.figures))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="command")
-
-    def tables(add):
-        add("tables", nargs="*", metavar="DIR|CSV", help="runs or tables (default: results/sweep*.csv)")
-        add("--accounting", metavar="NAME", help="rows to use (default: exact, then the others' power laws)")
     add = commands.add_parser("sweep", help="train a grid of budgets and recurrences; unknown flags go to train.py").add_argument
     add("--budgets", type=float, nargs="+", required=True, metavar="C", help="training FLOPs")
     add("--recurrences", type=int, nargs="+", required=True, metavar="MU", help="mean recurrences; mu_bwd is ceil(mu / 2) unless given")
@@ -870,7 +816,8 @@ def parse_args():
     add("--dry-run", action="store_true", help="print the grid and stop")
     for name, about in (("fit", "fit the laws and draw"), ("predict", "the best recurrence and tokens for a budget")):
         add = commands.add_parser(name, help=about).add_argument
-        tables(add)
+        add("tables", nargs="*", metavar="DIR|CSV", help="runs or tables (default: results/sweep*.csv)")
+        add("--accounting", metavar="NAME", help="rows to use (default: exact, then the others' power laws)")
         if name == "fit":
             add("--json", metavar="FILE", help="write every fitted number")
             add("--figures", default="results", metavar="DIR", help="where figures go (default: %(default)s)")
@@ -880,8 +827,9 @@ def parse_args():
             add("--preset", metavar="NAME", help="a model of train.py (default: the model fitted)")
     add = commands.add_parser("coverage", help="do the intervals hold the truth? made-up sweeps of known laws").add_argument
     add("--repeats", type=int, default=200, metavar="N", help="sweeps for each noise level (default: %(default)s)")
-    add("--noise", type=float, nargs="+", default=[0.002, 0.005, 0.01], metavar="SD", help="of the loss, relative (default: 0.002 0.005 0.01)")
-    add("--laws", action="store_true", help="the training law and phi as well (slow)")
+    add("--noise", type=float, nargs="+", default=[0.002, 0.005, 0.01], metavar="SD",
+        help="of the loss, relative (default: 0.002 0.005 0.01)")
+    add("--laws", action="store_true", help="the training law and phi as well (some minutes)")
     args, flags = parser.parse_known_args()
     if args.command is None and not flags:
         args = parser.parse_args(["fit"])
@@ -891,13 +839,14 @@ def parse_args():
 
 
 def main(args, flags):
+    torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
     if args.command == "sweep":
         sweep(args, flags)
     elif args.command == "coverage":
         for noise in args.noise:
-            found = coverage(args.repeats, noise) | (coverage_laws(args.repeats, noise) if args.laws else {})
             print(f"noise {noise:.1%}, {args.repeats} sweeps: " + "; ".join(
-                f"{name} off by {error:+.4f}, interval holds the truth {share:.1%}" for name, (error, share) in found.items()))
+                f"{name} off by {error:+.4f}, interval holds the truth {share:.1%}"
+                for name, (error, share) in coverage(args.repeats, noise, args.laws).items()))
     else:
         {"fit": fit, "predict": predict}[args.command](args)
 

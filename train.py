@@ -251,10 +251,11 @@ class Run:
 def describe(args, config, model, device, dtype, peak):
     """What config.json holds: every setting, and what else the numbers of a run depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    cost = {name: dict(zip(("params_noncore", "params_core"), model.matmul_params(name)),
+                       flops_per_token=model.flops_per_token(accounting=name)) for name in ("exact", "paper")}
     return {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "dry_run")},
             "model": asdict(config), "data": args.data, "parameters": sum(p.numel() for p in model.parameters()),
-            "cost": {name: dict(zip(("params_noncore", "params_core"), model.matmul_params(name)),
-                                flops_per_token=model.flops_per_token(accounting=name)) for name in ("exact", "paper")}, "device": str(device), "dtype": str(dtype),
+            "cost": cost, "device": str(device), "dtype": str(dtype),
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "ranks": process()[1], "threads": torch.get_num_threads(), "peak_flops": peak, "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -308,8 +309,7 @@ def train(args):
               f"{args.data}: {len(loader) * config.block_size:,} train tokens\n"
               f"{world} x {device}, {dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
     if args.compile:
-        for block in [*model.prelude, *model.recurrent, *model.coda]:
-            block.compile(dynamic=True)
+        model.compile_layers()
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     stop = []  # signals received
