@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import UserError
+from model import PRESETS, Parcae, ParcaeConfig, UserError
 
 COLUMNS = {"model": str, "params_core": float, "params_noncore": float, "flops": float, "accounting": str, "mu_rec": float,
            "mu_bwd": float, "tokens": float, "recurrence": float, "val_loss": float, "seed": int}
@@ -286,7 +286,7 @@ def minimise(law, data, starts, weights=None, fixed=None):
         error = LAWS[law][1](parameters(law, theta), data).log() - target
         huber = torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=1e-3) * 1e6
         return (huber if weights is None else huber * weights).sum(1)
-    optimizer = torch.optim.LBFGS([theta], max_iter=600, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-7,
+    optimizer = torch.optim.LBFGS([theta], max_iter=300, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-7,
                                   tolerance_change=1e-11)
 
     def closure():
@@ -312,15 +312,16 @@ def starts_for(law, rows, n, seed):
     return torch.stack([value[name] for name in LAWS[law][0].split()], 1)
 
 
-def fit_law(law, rows, starts=24, resamples=RESAMPLES, fixed=None, seed=0):
+def fit_law(law, rows, starts=64, resamples=RESAMPLES, fixed=None, seed=0):
     """The best of many fits, and bootstrap fits over the runs.
 
     Returns {"law", "units", "theta" (parameters,), "samples" (resamples, parameters), "objective"}."""
     N = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
     units = {"N": math.exp(np.log(N).mean()), "D": math.exp(np.log(column(rows, "tokens")).mean())}
-    data = columns(rows, units)
-    theta, objective = minimise(law, data, starts_for(law, rows, starts, seed), fixed=fixed)
-    theta, objective = minimise(law, data, theta[objective.argmin()][None], fixed=fixed)
+    data, theta = columns(rows, units), starts_for(law, rows, starts, seed)
+    for keep in (starts // 8, 1, 1):  # bad starts hold up the line search of the others
+        theta, objective = minimise(law, data, theta, fixed=fixed)
+        theta = theta[objective.argsort()[:keep]]
     samples = torch.empty(0, theta.shape[1])
     if resamples:
         runs = list(map(run_key, rows))
@@ -328,7 +329,7 @@ def fit_law(law, rows, starts=24, resamples=RESAMPLES, fixed=None, seed=0):
         counts = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
         weights = torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
         samples, _ = minimise(law, data, theta.repeat(resamples, 1), weights, fixed)
-    return {"law": law, "units": units, "theta": theta[0], "samples": samples, "objective": objective.item()}
+    return {"law": law, "units": units, "theta": theta[0], "samples": samples, "objective": objective.min().item()}
 
 
 def predict_law(fit, rows, samples=False):
@@ -401,14 +402,14 @@ def fit_table(rows, resamples=RESAMPLES):
     attempt("training_law", "training", own, mu_rec=3, tokens=3)
     attempt("unified", "unified", main, mu_rec=3, tokens=3, recurrence=3)
     at_mu = {run_key(row): row["val_loss"] for row in own}
-    if "unified" in out:
-        excess = [row | {"L_mu": at_mu[run_key(row)]} for row in main if run_key(row) in at_mu]
+    excess = [row | {"L_mu": at_mu[run_key(row)]} for row in main if run_key(row) in at_mu]
+    if "unified" in out and excess:
         out["unified"]["error_given_loss_at_mu"] = error_of(fit_law("excess", excess, resamples=0), excess)
     out["test_time"] = []
     for key in dict.fromkeys(map(run_key, main)):
         data = [row for row in main if run_key(row) == key]
         if key[1] > 1 and len(data) >= 4:
-            fits["test_time"][key] = fit = fit_law("test time", data, starts=8, resamples=0)
+            fits["test_time"][key] = fit = fit_law("test time", data, starts=16, resamples=0)
             p = {name: value for name, value in natural(fit).items() if name != "ci"}
             out["test_time"].append(dict(zip(("model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"), key)) | p |
                                     {"error": error_of(fit, data)})
@@ -465,7 +466,7 @@ def report(out):
             print(f"{label}: " + ", ".join(f"{k} {text(law[k])} {span(ci)}" for k, ci in law["ci"].items()))
             if law["held_out_error"] is not None:
                 print(f"  error on the largest budget, fitted without it: {law['held_out_error']:.2%}   published: {PUBLISHED[key]}")
-    if "unified" in out:
+    if "error_given_loss_at_mu" in out.get("unified", {}):
         print(f"  error of the test-time term alone, loss at T = mu_rec given: {out['unified']['error_given_loss_at_mu']:.2%}   "
               f"published: {PUBLISHED['excess']}")
     if out["test_time"]:
@@ -518,8 +519,9 @@ def draw(out, fits, folder):
             axes.plot(x, np.exp(np.polyval(o["parabola"], np.log(x))), "-", lw=1, **style)
             if o["inside"]:
                 axes.plot(o["mu_rec"], o["val_loss"], "*", ms=13, mec="k", zorder=3, **style)
-    axes.legend(fontsize=8)
-    save(figure, "isoflop")
+    if cells:
+        axes.legend(fontsize=8)
+        save(figure, "isoflop")
 
     if fits["laws"]:
         figure, both = plt.subplots(1, 2, figsize=(8.5, 3.8), constrained_layout=True)
@@ -597,9 +599,12 @@ def predict(args):
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs ({accounting})")
     size, costs, intervals = rows[0], costs_of(rows), {}
     if args.preset:
-        plans = {float(mu): dry_run(["--preset", args.preset, "--mean-recurrence", str(mu)])["cost"][accounting] for mu in sorted(costs)}
-        costs = {mu: plan["flops_per_token"] for mu, plan in plans.items()}
-        size = rows[0] | plans[1.0 if 1.0 in plans else min(plans)]
+        if args.preset not in PRESETS:
+            raise UserError(f"--preset is {args.preset}, must be one of {', '.join(PRESETS)}")
+        with torch.device("meta"):
+            models = {mu: Parcae(ParcaeConfig(**PRESETS[args.preset] | {"mean_recurrence": int(mu)})) for mu in costs}
+        costs = {mu: model.flops_per_token(accounting=accounting) for mu, model in models.items()}
+        size = size | dict(zip(("params_noncore", "params_core"), models[min(models)].matmul_params(accounting)))
         ratio = (size["params_core"] + size["params_noncore"]) / (rows[0]["params_core"] + rows[0]["params_noncore"])
         print(f"{args.preset}: {ratio:.3g} times the parameters of the model fitted" +
               ("" if 1 / 1.5 < ratio < 1.5 else ": the laws were not measured at this size, take this as a direction"))
@@ -805,7 +810,8 @@ def fit(args):
 def parse_args():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="command")
-    add = commands.add_parser("sweep", help="train a grid of budgets and recurrences; unknown flags go to train.py").add_argument
+    add = commands.add_parser("sweep", help="train a grid of budgets and recurrences; unknown flags go to train.py",
+                              allow_abbrev=False).add_argument
     add("--budgets", type=float, nargs="+", required=True, metavar="C", help="training FLOPs")
     add("--recurrences", type=int, nargs="+", required=True, metavar="MU", help="mean recurrences; mu_bwd is ceil(mu / 2) unless given")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
