@@ -49,7 +49,9 @@ WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(name, docs=()):
-    """A tiktoken.Encoding: "bytes", "gpt2" (fetched by tiktoken), or "bpe:N" trained on docs (strings)."""
+    """A tiktoken.Encoding: "bytes", "gpt2" (fetched by tiktoken), "bpe:N" trained on docs (strings), or that of a directory."""
+    if Path(name).is_dir():
+        return load_tokenizer(name)
     if name == "gpt2":
         return tiktoken.get_encoding("gpt2")
     ranks = {bytes([i]): i for i in range(256)}
@@ -57,7 +59,8 @@ def make_tokenizer(name, docs=()):
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,256})", mergeable_ranks=ranks, special_tokens={EOT: 256})
     kind, _, size = name.partition(":")
     if kind != "bpe" or not size.isdigit() or not 257 <= int(size) <= 65536:
-        raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, or bpe:N with N from 257 to 65536")
+        raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, bpe:N with N from 257 to 65536, or a directory with "
+                        "tokenizer.json")
     ranks = train_bpe(docs, int(size) - 1)
     return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
@@ -113,26 +116,92 @@ def save_tokenizer(tokenizer, path):
     """Write a tiktoken.Encoding as JSON; one that tiktoken knows by name is kept as that name."""
     saved = {"name": tokenizer.name}
     if tokenizer.name not in tiktoken.list_encoding_names():
-        ranks = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
-        saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens,
-                  "tokens": [base64.b64encode(token).decode() for token in ranks]}
+        tokens, ids = zip(*sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]))
+        saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens, "ids": ids,
+                  "tokens": [base64.b64encode(token).decode() for token in tokens]}
     Path(path).write_text(json.dumps(saved))
 
 
 def load_tokenizer(path):
-    """The tiktoken.Encoding in a data or run directory."""
+    """The tiktoken.Encoding in a data or run directory; a Hugging Face byte-level BPE tokenizer.json becomes one with the
+    same token ids. Raises UserError."""
     path = Path(path) / "tokenizer.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if "model" in saved:
+            return from_hugging_face(saved)
         if "tokens" not in saved:
             return tiktoken.get_encoding(saved["name"])
-        ranks = {base64.b64decode(token): i for i, token in enumerate(saved["tokens"])}
+        ranks = {base64.b64decode(token): i for token, i in zip(saved["tokens"], saved.get("ids", range(len(saved["tokens"]))))}
         return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks,
                                  special_tokens=saved["special"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizer of this project or a Hugging Face byte-level BPE: {error}") from None
+
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def from_hugging_face(saved):
+    """A tiktoken.Encoding from the JSON of a Hugging Face tokenizer. Raises UserError for what is not plain byte-level BPE.
+
+    tiktoken merges the adjacent pair whose union has the lowest id; Hugging Face the pair that comes first in a list.
+    Both agree where the merges that can happen come in the order of the ids they make, which is checked."""
+    def need(ok, what):
+        if not ok:
+            raise UserError(f"{what}: not byte-level BPE as it is implemented here")
+    model = saved["model"]
+    need(model.get("type", "BPE") == "BPE", f"model is {model.get('type')}")
+    need(not saved.get("normalizer"), f"normalizer is {(saved.get('normalizer') or {}).get('type')}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        need(not model.get(name), f"{name} is {model.get(name)!r}")
+    steps = saved.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    need(steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space"),
+         f"pre_tokenizer ends with {steps[-1].get('type')}, add_prefix_space {steps[-1].get('add_prefix_space')}")
+    pattern = [GPT2_PATTERN] if steps[-1].get("use_regex", True) else []
+    for step in steps[:-1]:
+        need(step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert") and "Regex" in step["pattern"],
+             f"pre_tokenizer has {step['type']}")
+        pattern.append(step["pattern"]["Regex"])
+    need(len(pattern) == 1, f"pre_tokenizer splits by {len(pattern)} patterns")
+
+    special = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; the others follow 255
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    to_bytes = lambda token: bytes(byte[c] for c in token)
+    ranks = {to_bytes(token): i for token, i in model["vocab"].items() if token not in special}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    order = {(to_bytes(a), to_bytes(b)): i for i, (a, b) in enumerate(merges)}
+    need(all(bytes([b]) in ranks for b in range(256)), "the vocabulary lacks some of the 256 bytes")
+    last = -1
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = [bytes([b]) for b in token]
+            while len(parts) > 2:  # as tiktoken would
+                _, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+                if ranks.get(parts[i] + parts[i + 1], rank) >= rank:
+                    break
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:  # else neither ever makes this token
+                need(order.get(tuple(parts), -1) > last, f"token {rank} ({token!r}) does not follow the order of the merges")
+                last = order[tuple(parts)]
+    return tiktoken.Encoding("hugging-face", pat_str=pattern[0], mergeable_ranks=ranks, special_tokens=special)
+
+
+BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")
+
+
+def begin_token(tokenizer):
+    """The id of the token with which documents begin. Raises UserError where there is none."""
+    for name in BEGIN:
+        if name in tokenizer._special_tokens:
+            return tokenizer._special_tokens[name]
+    raise UserError(f"the tokenizer has none of the special tokens {', '.join(BEGIN)}")
 
 
 def decode_stream(tokenizer, tokens):
@@ -214,7 +283,7 @@ def download(url, path):
 
 def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number of tokens."""
-    eot = np.array([tokenizer.eot_token], dtype=np.uint16)
+    eot = np.array([begin_token(tokenizer)], dtype=np.uint16)
     arrays = []
     for doc in tqdm(docs, desc=f"tokenizing {split}", unit="doc", leave=False):
         arrays += [eot, tokenizer.encode_to_numpy(doc, disallowed_special=()).astype(np.uint16)]
@@ -340,7 +409,8 @@ def main():
     parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
     parser.add_argument("--out", metavar="DIR", help="data directory to make (default: data/SOURCE)")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
-                        help="bytes (default), gpt2, or bpe:N, a vocabulary of N tokens trained on the text")
+                        help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a directory with a "
+                             "tokenizer.json, ours or Hugging Face's")
     parser.add_argument("--shards", type=int, default=1, metavar="N",
                         help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
     parser.add_argument("--url", help="another place to download from: shakespeare's file, fineweb-edu's folder")

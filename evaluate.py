@@ -1,23 +1,58 @@
-"""Bits per byte and perplexity of a run on its val text, at chosen numbers of loops.
+"""Bits per byte, perplexity and CORE of a model, at chosen numbers of loops.
 
     python evaluate.py --run out/default --recurrence 1 2 4 8 16
+    python evaluate.py --run out/default --text book.txt
     python evaluate.py --run out/default --kv-cache shared     the price of keeping the last loop's keys and values only
+    python evaluate.py --run out/default --core eval_data --max-per-task 100
+    python evaluate.py --init-from SandyResearch/parcae-140m --text book.txt
+
+CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the centred accuracy, (accuracy - baseline) / (1 - baseline).
+--core takes the public bundle's eval_data folder. Three kinds of task: multiple choice (one context, several
+continuations) and schema (several contexts, one continuation) are right where the right option has the lowest mean
+loss over the continuation; language modelling where greedy decoding gives the whole continuation.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Loader, load_tokenizer
-from model import KVCache, Parcae, UserError, pick_device, pick_dtype
+from data import Loader, begin_token, load_tokenizer
+from model import KVCache, Parcae, UserError, local_files, pick_device, pick_dtype
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
+
+# name: (file, kind, examples shown, what comes between context and continuation, accuracy of chance in %)
+TASKS = {
+    "hellaswag_zeroshot": ("language_understanding/hellaswag", "choice", 0, " ", 25),
+    "jeopardy": ("world_knowledge/jeopardy_all", "language", 10, "\nAnswer: ", 0),
+    "bigbench_qa_wikidata": ("world_knowledge/bigbench_qa_wikidata", "language", 10, " ", 0),
+    "arc_easy": ("world_knowledge/arc_easy", "choice", 10, "\nAnswer: ", 25),
+    "arc_challenge": ("world_knowledge/arc_challenge", "choice", 10, "\nAnswer: ", 25),
+    "copa": ("commonsense_reasoning/copa", "choice", 0, " ", 50),
+    "commonsense_qa": ("commonsense_reasoning/commonsense_qa", "choice", 10, " ", 20),
+    "piqa": ("commonsense_reasoning/piqa", "choice", 10, "\nAnswer: ", 50),
+    "openbook_qa": ("commonsense_reasoning/openbook_qa", "choice", 0, " ", 25),
+    "lambada_openai": ("language_understanding/lambada_openai", "language", 0, " ", 0),
+    "hellaswag": ("language_understanding/hellaswag", "choice", 10, " ", 25),
+    "winograd": ("language_understanding/winograd_wsc", "schema", 0, " ", 50),
+    "winogrande": ("language_understanding/winogrande", "schema", 0, " ", 50),
+    "bigbench_dyck_languages": ("symbolic_problem_solving/bigbench_dyck_languages", "language", 10, " ", 0),
+    "agi_eval_lsat_ar": ("symbolic_problem_solving/agi_eval_lsat_ar", "choice", 3, " ", 20),
+    "bigbench_cs_algorithms": ("symbolic_problem_solving/bigbench_cs_algorithms", "language", 10, " ", 0),
+    "bigbench_operators": ("symbolic_problem_solving/bigbench_operators", "language", 10, " ", 0),
+    "bigbench_repeat_copy_logic": ("symbolic_problem_solving/bigbench_repeat_copy_logic", "language", 10, " ", 0),
+    "squad": ("reading_comprehension/squad", "language", 10, " ", 0),
+    "coqa": ("reading_comprehension/coqa", "language", 0, " ", 0),
+    "boolq": ("reading_comprehension/boolq", "choice", 10, "\nAnswer: ", 62),
+    "bigbench_language_identification": ("language_understanding/bigbench_language_identification", "choice", 10, " ", 9.1),
+}
 
 
 def parse_args():
@@ -25,15 +60,21 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
-    add("--data", metavar="DIR", help="data directory (default: the run's)")
+    add("--init-from", metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
     add("--recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
-    add("--sequences", type=int, default=512, metavar="N", help="val sequences to read (default: %(default)s)")
+    add("--data", metavar="DIR", help="data directory whose val tokens are read (default: the run's)")
+    add("--text", metavar="FILE", help="read this text instead")
+    add("--sequences", type=int, default=512, metavar="N", help="sequences of block_size tokens to read (default: %(default)s)")
+    add("--core", metavar="DIR", help="measure CORE too, on the tasks in this folder (eval_data of the public bundle)")
+    add("--max-per-task", type=int, metavar="N", help="items of a task, the first N after shuffling (default: all)")
     add("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (default: %(default)s)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the last loop's keys and values only")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
     return parser, parser.parse_args()
+
+# ----------------------------------------------------------------------------- bits per byte
 
 
 @torch.no_grad()
@@ -47,37 +88,199 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
-def main(args):
-    for flag, values in (("recurrence", args.recurrence), ("sequences", [args.sequences]), ("batch-size", [args.batch_size])):
-        if min(values) < 1:
-            raise UserError(f"--{flag} is {min(values)}, must be at least 1")
-    device = pick_device(args.device)
-    model = Parcae.from_pretrained(args.run).to(device)
-    model.compute_dtype = pick_dtype(device, args.dtype)
-    data = args.data or json.loads((Path(args.run) / "config.json").read_text())["data"]
-    tokenizer = load_tokenizer(args.run)
-    loader = Loader(data, "val", model.config.block_size, tokenizer.n_vocab, EVAL_SEED)
-    token_bytes = torch.tensor([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
-    token_bytes[tokenizer.eot_token] = 0  # separates texts, is none
-    recurrence = args.recurrence if model.config.n_recurrent else [1]
+def text_windows(file, tokenizer, block_size):
+    """[(idx, targets)] of a text file, one after the other, each (1, T), the last one shorter. Raises UserError."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--text {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {file} is not UTF-8 text") from None
+    tokens = torch.tensor([[begin_token(tokenizer), *tokenizer.encode_ordinary(text)]])
+    if tokens.shape[1] < 2:
+        raise UserError(f"--text {file} is empty")
+    return [(tokens[:, i:i + block_size][:, :tokens.shape[1] - 1 - i], tokens[:, i + 1:i + 1 + block_size])
+            for i in range(0, tokens.shape[1] - 1, block_size)]
+
+
+def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache):
+    """Rows of val_loss (nats per token), perplexity and bits per byte, one for each number of loops, and the tokens and bytes read.
+
+    batches: [(idx, targets)] or a generator of them."""
+    token_bytes = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)  # those that separate texts are none
+    for token, i in tokenizer._mergeable_ranks.items():
+        token_bytes[i] = len(token)
     nats, tokens, size = torch.zeros(len(recurrence), dtype=torch.float64), 0, 0
-    samples = range(min(args.sequences, len(loader)))
-    for start in tqdm(range(0, len(samples), args.batch_size), desc="evaluating", unit="batch", leave=False, disable=None):
-        idx, targets = loader.batch(samples[start:start + args.batch_size])
+    device = model.wte.weight.device
+    for idx, targets in batches:
         size += int(token_bytes[targets].sum())
         tokens += targets.numel()
         for i, T in enumerate(recurrence):
-            losses = token_losses(model, idx.to(device), targets.to(device), T, args.kv_cache)
-            nats[i] += losses.double().sum().item()
-    print(f"{args.run} on {tokens:,} val tokens ({size:,} bytes) of {data}, KV cache: {args.kv_cache}")
-    print("recurrence T   nats per token   perplexity   bits per byte")
-    results = []
-    for T, total in zip(recurrence, nats.tolist()):
-        results.append({"recurrence": T, "val_loss": total / tokens, "perplexity": math.exp(total / tokens),
-                        "bits_per_byte": total / math.log(2) / size})
-        print("{recurrence:12d}   {val_loss:14.4f}   {perplexity:10.3f}   {bits_per_byte:13.4f}".format(**results[-1]))
-    path = Path(args.run) / "eval.json"
-    record = {"data": data, "sequences": len(samples), "tokens": tokens, "bytes": size, "kv_cache": args.kv_cache, "results": results}
+            nats[i] += token_losses(model, idx.to(device), targets.to(device), T, kv_cache).double().sum().item()
+    return [{"recurrence": T, "val_loss": n / tokens, "perplexity": math.exp(n / tokens), "bits_per_byte": n / math.log(2) / size}
+            for T, n in zip(recurrence, nats.tolist())], tokens, size
+
+# ----------------------------------------------------------------------------- CORE
+
+
+def read_task(file):
+    """Items of a task, shuffled. Raises UserError that names the file."""
+    try:
+        items = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a task: {error}") from None
+    random.Random(1337).shuffle(items)
+    return items
+
+
+def options(item, kind, delimiter):
+    """[(context, continuation)] of an item's options, and the number of the right one."""
+    if kind == "choice":
+        return [(item["query"] + delimiter, choice) for choice in item["choices"]], item["gold"]
+    if kind == "schema":
+        return [(context + delimiter, item["continuation"]) for context in item["context_options"]], item["gold"]
+    return [(item["context"].strip() + delimiter, item["continuation"])], 0
+
+
+class Item:
+    """The token rows of an item's options and, for each, where the scored part starts; the right option."""
+
+    def __init__(self, i, items, kind, shots, delimiter, tokenizer, block_size):
+        others = [j for j in range(len(items)) if j != i]
+        shown = [options(items[j], kind, delimiter) for j in random.Random(1234 + i).sample(others, min(shots, len(others)))]
+        before = "".join("".join(pairs[gold]) + "\n\n" for pairs, gold in shown)
+        pairs, self.gold = options(items[i], kind, delimiter)
+        encode = lambda text: [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
+        rows = [encode(before + context + continuation) for context, continuation in pairs]
+        if kind == "choice":  # what differs comes last
+            starts = [shared(rows)] * len(rows)
+        elif kind == "schema":  # what differs comes first, the same continuation is scored
+            starts = [len(row) - shared([row[::-1] for row in rows]) for row in rows]
+        else:
+            starts = [shared([encode((before + pairs[0][0]).strip()), rows[0]])]
+        cut = [max(0, len(row) - block_size - 1) for row in rows]  # a long context loses its beginning
+        self.rows = [row[n:] for row, n in zip(rows, cut)]
+        self.starts = [max(1, min(start, len(row) - 1) - n) for start, row, n in zip(starts, rows, cut)]  # at least one token counts
+        self.prefix = min([shared(self.rows) if len(rows) > 1 else len(rows[0]), *(start - 1 for start in self.starts)])
+
+
+def shared(rows):
+    """Length of the common prefix."""
+    return next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
+
+
+@torch.no_grad()
+def score(model, items, recurrence):
+    """For each item, for each option: (mean loss of the scored part in nats per token, whether greedy decoding gives it).
+
+    The shortest prefix that an item's options share is run once for each item, into a KV cache; the rest of every option
+    then reads from it. Options are padded at their ends, which nothing before the padding sees."""
+    device, T = model.wte.weight.device, recurrence
+    rows = [(i, row[:-1], row[1:], start - 1) for i, item in enumerate(items) for row, start in zip(item.rows, item.starts)]
+    n, longest = min(item.prefix for item in items), max(len(inputs) for _, inputs, _, _ in rows)
+    cache = KVCache(model.config, len(items), longest, T, device, model.compute_dtype or model.wte.weight.dtype)
+    if n:
+        model.hidden(torch.tensor([item.rows[0][:n] for item in items], device=device), T, cache=cache)
+    cache = cache.rows(torch.tensor([i for i, *_ in rows], device=device))
+    idx = torch.tensor([inputs[n:] + [0] * (longest - len(inputs)) for _, inputs, _, _ in rows], device=device)
+    x = model.hidden(idx, T, cache=cache)
+    results = [[] for _ in items]
+    for (i, inputs, targets, start), x_ in zip(rows, x):
+        targets = torch.tensor(targets[start:], device=device)
+        logits = model.lm_head(x_[start - n:len(inputs) - n]).float()
+        results[i].append((F.cross_entropy(logits, targets).item(), bool((logits.argmax(-1) == targets).all())))
+    return results
+
+
+def accuracy(model, tokenizer, items, kind, shots, delimiter, recurrence, batch_size=32, limit=None, bar=None):
+    """Share of the items, or of the first `limit`, that the model gets right."""
+    items = [Item(i, items, kind, shots, delimiter, tokenizer, model.config.block_size) for i in range(len(items))[:limit]]
+    items.sort(key=lambda item: (item.prefix, max(map(len, item.rows))))  # items of like length side by side
+    right, batch = 0, []
+    for i, item in enumerate(items):
+        batch.append(item)
+        if i + 1 == len(items) or sum(len(other.rows) for other in batch) + len(items[i + 1].rows) > batch_size:
+            for item_, scores in zip(batch, score(model, batch, recurrence)):
+                losses = [loss for loss, _ in scores]
+                right += scores[0][1] if kind == "language" else losses.index(min(losses)) == item_.gold
+            if bar:
+                bar.update(len(batch))
+            batch = []
+    return right / len(items)
+
+
+def core(model, tokenizer, folder, recurrence, batch_size, limit):
+    """{task: {"items", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the tasks in the folder."""
+    present = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items() if (Path(folder) / f"{task[0]}.jsonl").exists()}
+    if not present:
+        raise UserError(f"--core {folder} holds none of the tasks, such as {next(iter(TASKS.values()))[0]}.jsonl")
+    tasks = {name: read_task(file) for name, file in present.items()}
+    results = {}
+    with tqdm(total=sum(len(items[:limit]) for items in tasks.values()) * len(recurrence), unit="item", leave=False, disable=None) as bar:
+        for name, items in tasks.items():
+            _, kind, shots, delimiter, baseline = TASKS[name]
+            bar.set_description(name)
+            try:
+                right = {T: accuracy(model, tokenizer, items, kind, shots, delimiter, T, batch_size, limit, bar) for T in recurrence}
+            except (KeyError, TypeError, IndexError) as error:
+                raise UserError(f"{present[name]} has an item that is not of kind {kind}: {error}") from None
+            results[name] = {"items": len(items[:limit]), "baseline": baseline / 100, "accuracy": right,
+                             "centered": {T: (a - baseline / 100) / (1 - baseline / 100) for T, a in right.items()}}
+    return results
+
+
+def show_core(results, recurrence):
+    """Print the tasks and their mean; returns its name and {T: mean}."""
+    print(f"\naccuracy (centred) by loops{'':10s}  items" + "".join(f"{f'T = {T}':>18s}" for T in recurrence))
+    for name, task in results.items():
+        print(f"{name:35s}  {task['items']:7d}" + "".join(f"{task['accuracy'][T]:9.3f} ({task['centered'][T]:+.3f})" for T in recurrence))
+    missing = [name for name in TASKS if name not in results]
+    label = "CORE" if not missing else f"mean of {len(results)} of the 22 tasks, not CORE"
+    mean = {T: sum(task["centered"][T] for task in results.values()) / len(results) for T in recurrence}
+    print(f"{label:44s}" + "".join(f"{'':9s} ({mean[T]:+.3f})" for T in recurrence))
+    if missing:
+        print("missing:", ", ".join(missing))
+    return label, mean
+
+# ----------------------------------------------------------------------------- command line
+
+
+def main(args):
+    for flag in ("recurrence", "sequences", "batch_size", "max_per_task"):
+        value = getattr(args, flag)
+        value = min(value) if isinstance(value, list) else value
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} is {value}, must be at least 1")
+    device = pick_device(args.device)
+    source = local_files(args.init_from or args.run)
+    model = Parcae.from_pretrained(source).to(device)
+    model.compute_dtype = pick_dtype(device, args.dtype)
+    tokenizer = load_tokenizer(source)
+    settings = json.loads((source / "config.json").read_text())
+    recurrence = args.recurrence if model.config.n_recurrent else [1]
+    data = args.text or args.data or settings.get("data")
+    record = {"kv_cache": args.kv_cache, "dtype": str(model.compute_dtype)}
+    if args.text:
+        batches = text_windows(args.text, tokenizer, model.config.block_size)[:args.sequences]
+    elif data:
+        loader = Loader(data, "val", model.config.block_size, tokenizer.n_vocab, EVAL_SEED)
+        samples = range(min(args.sequences, len(loader)))
+        batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
+        batches = map(loader.batch, tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None))
+    elif not args.core:
+        raise UserError(f"{source} names no data: give --data DIR, --text FILE or --core DIR")
+    if data:
+        rows, tokens, size = bits_per_byte(model, batches, tokenizer, recurrence, args.kv_cache)
+        print(f"{source} on {tokens:,} tokens ({size:,} bytes) of {data}, KV cache: {args.kv_cache}")
+        print("recurrence T   nats per token   perplexity   bits per byte")
+        for row in rows:
+            print("{recurrence:12d}   {val_loss:14.4f}   {perplexity:10.3f}   {bits_per_byte:13.4f}".format(**row))
+        record |= {"data": data, "tokens": tokens, "bytes": size, "results": rows}
+    if args.core:
+        tasks = core(model, tokenizer, args.core, recurrence, args.batch_size, args.max_per_task)
+        label, mean = show_core(tasks, recurrence)
+        record["core"] = {"label": label, "mean": mean, "max_per_task": args.max_per_task, "tasks": tasks}
+    path = source / "eval.json"
     Path(f"{path}.tmp").write_text(json.dumps(record, indent=1))
     os.replace(f"{path}.tmp", path)
 

@@ -25,9 +25,12 @@ and, departing from the published code:
 """
 
 import contextlib
+import copy
 import ctypes
 import json
 import math
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,12 +299,21 @@ class KVCache:
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
         P, R, C = config.n_prelude, config.n_recurrent, config.n_coda
         loops = recurrence if kind == "per-loop" else 1
-        head_dim = config.n_embd // config.n_head
-        self.kv = torch.empty(P + loops * R + C, 2, batch_size, config.n_head, capacity, head_dim, device=device, dtype=dtype)
-        loop = [P + (t % loops) * R + r for t in range(recurrence) for r in range(R)]
-        pairs = [tuple(pair) for pair in self.kv]
-        self.pairs = [pairs[slot] for slot in (*range(P), *loop, *range(P + loops * R, len(pairs)))]
+        self.slot = [*range(P), *(P + t % loops * R + r for t in range(recurrence) for r in range(R)),
+                     *range(P + loops * R, P + loops * R + C)]  # of each layer in the order in which layers run
+        self.hold(torch.empty(P + loops * R + C, 2, batch_size, config.n_head, capacity, config.n_embd // config.n_head,
+                              device=device, dtype=dtype))
         self.pos = 0  # tokens held
+
+    def hold(self, kv):
+        self.kv, pairs = kv, [tuple(pair) for pair in kv]
+        self.pairs = [pairs[slot] for slot in self.slot]
+
+    def rows(self, index):
+        """A copy with the sequences of an index (N,), which may name one several times."""
+        other = copy.copy(self)
+        other.hold(self.kv[:, :, index])
+        return other
 
     def slots(self):
         """(keys, values, tokens held) of each layer in the order in which layers run."""
@@ -380,6 +392,15 @@ class Parcae(nn.Module):
         depths: (B,) int64, loops for each; neither: sampled in train mode, mean_recurrence in eval
         mode. In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
         cache: a KVCache that holds the tokens before idx. Raises UserError on bad shapes or depths."""
+        x = self.hidden(idx, recurrence, depths, cache)
+        if self.training and targets is not None and idx.numel() > CHUNK:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        logits = self.lm_head(x).float()
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits, loss
+
+    def hidden(self, idx, recurrence=None, depths=None, cache=None):
+        """What the head reads, (B, T, C); arguments as in forward."""
         cfg = self.config
         B, T = idx.shape
         pos = cache.pos if cache is not None else 0
@@ -410,14 +431,9 @@ class Parcae(nn.Module):
         if sort:
             x, *ve = each(lambda z: z[inverse], x, *ve)
         x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
-        x = self.norm_f(x)
-        if self.training and targets is not None and B * T > CHUNK:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        logits = self.lm_head(x).float()
         if cache is not None:
             cache.pos += T
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        return logits, loss
+        return self.norm_f(x)
 
     def loop(self, e, ve, depths, run):
         """C_proj h_T (B, T, C) from e (B, T, C); depths: B numbers, falling; run(blocks, x, ve) runs layers."""
@@ -554,31 +570,143 @@ class Parcae(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """A model in eval mode from a run directory of train.py, or from a directory in the published
-        format (config.json beside pytorch_model.bin or model.pt). Raises UserError."""
-        path = Path(path)
-        try:
-            settings = json.loads((path / "config.json").read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path} holds no model: {path / 'config.json'} does not exist") from None
-        except ValueError as error:
-            raise UserError(f"{path / 'config.json'} is not JSON: {error}") from None
+        """A model in eval mode from a run directory of train.py, from a directory in the published format (config.json
+        beside pytorch_model.bin or model.pt), or from the Hugging Face hub ("owner/name"). Raises UserError."""
+        path = local_files(path)
+        config, settings = read_config(path), json.loads((path / "config.json").read_text())
         if "model" in settings:
             weights = load_checkpoint(path / "ckpt.pt")["model"]
-            config = ParcaeConfig(**settings["model"])
         else:
             file = next((path / f for f in ("pytorch_model.bin", "model.pt") if (path / f).exists()), path / "model.pt")
-            weights = {_our_name(name): w for name, w in load_checkpoint(file).items() if not name.endswith("freqs_cis")}
-            try:
-                config = _our_config(settings, any(name.startswith("value_embeds") for name in weights))
-            except KeyError as error:
-                raise UserError(f"{path / 'config.json'} has no {error}") from None
+            weights = load_checkpoint(file)
+            if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+                raise UserError(f"{file} must hold a plain state dict, names and tensors")
+            weights = {_our_name(name): w for name, w in weights.items() if not name.endswith("freqs_cis")}
+            config.value_embeds = any(name.startswith("value_embeds") for name in weights)
+            if config.tie_embeddings and "wte.weight" in weights:
+                weights["lm_head.weight"] = weights["wte.weight"]
         model = cls(config)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"the weights in {path} do not fit its config.json: {' '.join(str(error).split())}") from None
+        expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+        found = {name: tuple(w.shape) for name, w in weights.items()}
+        for what, names in (("no", expected.keys() - found), ("an unknown", found.keys() - expected)):
+            if names:
+                raise UserError(f"the weights in {path} do not fit its config.json: {what} {', '.join(sorted(names))}")
+        wrong = [f"{name} is {found[name]}, must be {shape}" for name, shape in expected.items() if found[name] != shape]
+        if wrong:
+            raise UserError(f"the weights in {path} do not fit its config.json: {'; '.join(wrong)}")
+        model.load_state_dict(weights)
         return model.eval()
+
+    def export(self, directory):
+        """Write the model in the published format: config.json and pytorch_model.bin, float32."""
+        cfg, directory = self.config, Path(directory)
+        looped = cfg.n_recurrent > 0
+        settings = PUBLISHED_FIXED | {theirs: getattr(cfg, ours) for theirs, ours in PUBLISHED_FIELDS.items()} | {
+            "model_class_name": "Parcae" if looped else "GPT", "vocab_size": cfg.vocab_size, "num_key_value_heads": cfg.n_head,
+            "recurrent_embedding_dimension": cfg.n_embd, "recurrent_intermediation_embedding_dimension": cfg.mlp_width,
+            "state_init": "zero" if cfg.state_init == "zero" else "like-init",
+            "rope_settings": {"use_rope": True, "rope_condense_ratio": 1, "rope_base": cfg.rope_base}}
+        weights = {_their_name(name): w.float().cpu() for name, w in self.state_dict().items()}
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, directory / "pytorch_model.bin.tmp")
+        (directory / "config.json.tmp").write_text(json.dumps(settings, indent=1))
+        for name in ("pytorch_model.bin", "config.json"):
+            os.replace(directory / f"{name}.tmp", directory / name)
+
+# ----------------------------------------------------------------------------- files
+
+# The published config.json: fields that are ours under another name; fields that must have one value, since nothing else is
+# implemented here; fields on which the function that the model computes does not depend. Any other field that is not
+# switched off (false, null, 0 or empty) is refused.
+PUBLISHED_FIELDS = {
+    "padded_vocab_size": "vocab_size", "block_size": "block_size", "n_embd": "n_embd", "num_attention_heads": "n_head",
+    "n_layers_in_prelude": "n_prelude", "n_layers_in_recurrent_block": "n_recurrent", "n_layers_in_coda": "n_coda",
+    "intermediate_size": "mlp_width", "mean_recurrence": "mean_recurrence", "mean_backprop_depth": "backprop_depth",
+    "injection_type": "injection", "prelude_norm": "prelude_norm", "qk_norm": "qk_norm", "tie_embeddings": "tie_embeddings",
+    "norm_eps": "norm_eps"}
+PUBLISHED_FIXED = {
+    "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm", "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2",
+    "mup_model_scaling_factor": 1}
+PUBLISHED_FREE = {
+    "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_strategy", "init_orthogonal", "skip_initialization",
+    "use_fused_head", "activation_checkpoint_impl", "simple_ops", "strategy", "sampling_scheme", "lockstep_n", "lockstep_k",
+    "curriculum_target", "recurrent_iteration_method", "_class_name", "model_class_name", "architecture_class_name"}
+
+
+def local_files(path):
+    """A directory with a model: path itself, or what the Hugging Face hub has under the name "owner/name"."""
+    if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{path} is no directory here; if it is a model on the Hugging Face hub: pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["config.json", "pytorch_model.bin", "model.pt", "tokenizer.json"]))
+    except Exception as error:  # whatever the network or the hub makes of it
+        raise UserError(f"{path} is no directory here and was not fetched from the hub: {str(error).splitlines()[0]}") from None
+
+
+def read_config(path):
+    """The ParcaeConfig of a run directory or of a directory in the published format. Raises UserError."""
+    file = Path(path) / "config.json"
+    try:
+        settings = json.loads(file.read_text())
+        if "model" in settings:
+            return ParcaeConfig(**settings["model"])
+        return _published_config(settings)
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no model: {file} does not exist") from None
+    except KeyError as error:
+        raise UserError(f"{file} has no {error}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+
+
+def _published_config(settings):
+    """A ParcaeConfig from the fields of a published config.json; raises UserError for what is not implemented here."""
+    c, rope = dict(settings), settings["rope_settings"]
+    if "n_layer" in c:  # a GPT
+        c |= {"n_layers_in_prelude": c.pop("n_layer"), "n_layers_in_recurrent_block": 0, "n_layers_in_coda": 0}
+    for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth"):  # of no meaning without a loop
+        if c.get("n_layers_in_recurrent_block") == 0:
+            c.setdefault(name, getattr(ParcaeConfig(), PUBLISHED_FIELDS[name]))
+    required = PUBLISHED_FIXED | {
+        "num_key_value_heads": c["num_attention_heads"], "recurrent_num_attention_heads": c["num_attention_heads"],
+        "recurrent_embedding_dimension": c["n_embd"], "recurrent_intermediation_embedding_dimension": c["intermediate_size"]}
+    for name, value in [*c.items(), *((f"rope_settings.{k}", v) for k, v in rope.items())]:
+        known = name in PUBLISHED_FIELDS or name in PUBLISHED_FREE or name in ("state_init", "rope_settings", "rope_settings.rope_base")
+        allowed = {"rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}.get(name, required.get(name))
+        if not known and value != allowed and (value or name in PUBLISHED_FIXED or name == "rope_settings.use_rope"):
+            raise UserError(f"{name} is {value!r}, which is not implemented here" + (f", only {allowed!r}" if allowed is not None else ""))
+    states = {"zero": "zero", "normal": "normal", "like-init": "normal"}
+    if c.get("state_init", "normal") not in states:
+        raise UserError(f"state_init is {c['state_init']!r}, must be one of {', '.join(states)}")
+    return ParcaeConfig(**{ours: c[theirs] for theirs, ours in PUBLISHED_FIELDS.items()}, rope_base=rope["rope_base"],
+                        state_init=states[c.get("state_init", "normal")])
+
+
+RENAMED = (("transformer.adapter.A_log", "injection.log_A"), ("transformer.adapter.", "injection."), ("transformer.h.", "prelude."),
+           ("transformer.core_block.", "recurrent."), ("transformer.C.", "C_proj."), ("transformer.ln_f.", "norm_f."),
+           ("transformer.ln_prelude.", "norm_prelude."))
+
+
+def _our_name(name):
+    """Our name for a tensor of the published format."""
+    for theirs, ours in RENAMED:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name.removeprefix("transformer.")
+
+
+def _their_name(name):
+    """The published format's name for a tensor of ours."""
+    for theirs, ours in RENAMED:
+        if name.startswith(ours) and theirs != "transformer.h.":
+            return theirs + name.removeprefix(ours)
+    return name if name.startswith(("value_embeds.", "lm_head.")) else f"transformer.{name}"
 
 
 def load_checkpoint(path):
@@ -602,29 +730,6 @@ def sample(logits, temperature, top_k, top_p, generator):
     if top_p is not None:
         probs[probs.cumsum(-1) - probs >= top_p] = 0  # what comes before already holds top_p
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
-
-
-def _our_name(name):
-    """Our name for a tensor of the published format."""
-    name = name.removeprefix("transformer.")
-    for theirs, ours in (("adapter.A_log", "injection.log_A"), ("adapter.", "injection."), ("core_block.", "recurrent."),
-                         ("C.weight", "C_proj.weight"), ("ln_f.", "norm_f."), ("ln_prelude.", "norm_prelude.")):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
-def _our_config(c, value_embeds):
-    """A ParcaeConfig from the published config.json."""
-    return ParcaeConfig(
-        vocab_size=c["padded_vocab_size"], block_size=c["block_size"], n_embd=c["n_embd"],
-        n_head=c["num_attention_heads"], n_prelude=c["n_layers_in_prelude"],
-        n_recurrent=c["n_layers_in_recurrent_block"], n_coda=c["n_layers_in_coda"],
-        mlp_width=c["intermediate_size"], mean_recurrence=c["mean_recurrence"], backprop_depth=c["mean_backprop_depth"],
-        injection=c["injection_type"], prelude_norm=c["prelude_norm"], qk_norm=c["qk_norm"],
-        value_embeds=value_embeds, tie_embeddings=c["tie_embeddings"],
-        state_init="zero" if c["state_init"] == "zero" else "normal",
-        rope_base=c["rope_settings"]["rope_base"], norm_eps=c["norm_eps"])
 
 
 def pick_device(device="auto"):

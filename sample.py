@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import decode_stream, load_tokenizer
+from data import begin_token, decode_stream, load_tokenizer
 from model import Parcae, UserError, pick_device, pick_dtype
 
 
@@ -64,7 +64,7 @@ def main(args):
         model.step = torch.compile(model.step, dynamic=True)
     tokenizer = load_tokenizer(args.run)
     prompt = read_prompt(args)
-    idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt or "")]], device=device)
+    idx = torch.tensor([[begin_token(tokenizer), *tokenizer.encode_ordinary(prompt or "")]], device=device)
     recurrence = args.recurrence or [model.config.mean_recurrence]
     if not model.config.n_recurrent:
         print("a plain transformer: nothing loops, --recurrence has no effect")

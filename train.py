@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Loader, decode_stream, load_tokenizer, prepare, save_tokenizer
+from data import Loader, begin_token, decode_stream, load_tokenizer, prepare, save_tokenizer
 from model import PRESETS, Parcae, ParcaeConfig, UserError, keep_freed_memory, load_checkpoint, matmul_peak, pick_device, pick_dtype
 
 DEFAULT_DATA = "data/stdlib"
@@ -385,7 +385,7 @@ def report(args, model, tokenizer, state, losses):
     print(f"\na sample (more with: python sample.py --run {args.out}):")
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = model.stream(torch.tensor([[tokenizer.eot_token]], device=device), 300, temperature=0.7, generator=generator)
+    tokens = model.stream(torch.tensor([[begin_token(tokenizer)]], device=device), 300, temperature=0.7, generator=generator)
     for text in decode_stream(tokenizer, tokens):
         print(text, end="", flush=True)
     print()

@@ -11,7 +11,7 @@ import regex
 from conftest import ROOT
 
 import data
-from data import Loader, UserError, download, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
+from data import Loader, UserError, begin_token, download, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n", "naïve café, 你好世界, здравствуй, שלום, ไทย",
          "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\ufeff\u2028", "\x00\x01\r\n\t\v\f   \n\n\n     x",
@@ -70,7 +70,7 @@ def test_bpe_compresses_and_stops_when_nothing_is_left(corpus, bpe):
 
 @pytest.mark.parametrize("name", ["bpe", "bpe:256", "bpe:x", "words", "bpe:70000"])
 def test_unknown_tokenizers_are_refused(name):
-    with pytest.raises(UserError, match="must be bytes, gpt2, or bpe:N"):
+    with pytest.raises(UserError, match="must be bytes, gpt2, bpe:N"):
         make_tokenizer(name)
 
 
@@ -276,3 +276,63 @@ def test_mistakes_get_one_line(arguments, message, tmp_path):
                          cwd=ROOT)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+# ------------------------------------------------------------------ Hugging Face tokenizers
+
+SPLITS = {"gpt2": None, "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                                  r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
+
+
+def hugging_face(corpus, directory, split, first=()):
+    """Train a byte-level BPE with the tokenizers package; first: special tokens that take the first ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import pre_tokenizers as pre
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=split == "gpt2")
+    tokenizer.pre_tokenizer = level if split == "gpt2" else pre.Sequence([
+        pre.Split(tokenizers.Regex(SPLITS[split]), "isolated"), level])
+    tokenizer.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=list(first), initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(["<|bos|>"])
+    directory.mkdir(exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("split, first", [("gpt2", ()), ("cl100k", ("<|endoftext|>", "<|pad|>"))])
+def test_a_hugging_face_tokenizer_keeps_its_ids(corpus, tmp_path, split, first):
+    theirs = hugging_face([*corpus, *TEXTS], tmp_path / "hf", split, first)
+    ours = load_tokenizer(tmp_path / "hf")
+    assert ours.n_vocab == theirs.get_vocab_size()
+    texts = [*(text for text in TEXTS if "<|" not in text), *corpus[:1],  # their encoder takes special tokens from text
+             "   \t  spaces \n\n\n   x" + " " * 70 + "y",
+             "naïve café — “quotes” don't DON'T we'll", "日本語のテキスト 한국어 עברית العربية",
+             "🙂👩‍👩‍👧‍👦🇫🇷 emoji", "\x00\x01\x7f\u00ad\u2028\ufeff", "1234567890 3.14159 0x1F", "def f(x):\n\treturn x**2  # ok\r\n"]
+    rng = np.random.default_rng(0)
+    texts += ["".join(map(chr, rng.integers(1, 0xD800, 200))) for _ in range(20)]
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode_ordinary(text)) == text
+    assert begin_token(ours) == theirs.token_to_id("<|endoftext|>" if first else "<|bos|>")
+    save_tokenizer(ours, tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path)
+    assert [again.encode_ordinary(text) for text in texts] == [ours.encode_ordinary(text) for text in texts]
+    directory = prepare("text", tmp_path / "data", str(tmp_path / "hf"), [ROOT / "data.py"])
+    assert load_tokenizer(directory).encode_ordinary("def f") == theirs.encode("def f").ids
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t.update(normalizer={"type": "NFC"}), "normalizer is NFC"),
+    (lambda t: t["model"].update(type="Unigram"), "model is Unigram"),
+    (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space True"),
+    (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "ends with Metaspace"),
+    (lambda t: t["model"]["merges"].insert(40, t["model"]["merges"].pop(300)), "does not follow the order of the merges"),
+    (lambda t: t["model"]["vocab"].pop("a"), "lacks some of the 256 bytes"),
+    (lambda t: t["model"].pop("merges"), "is not a tokenizer of this project")])
+def test_other_tokenizers_are_refused(corpus, tmp_path, change, said):
+    hugging_face(corpus, tmp_path, "gpt2")
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(saved)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(tmp_path)
