@@ -588,12 +588,11 @@ class Parcae(nn.Module):
         model = cls(config)
         expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
         found = {name: tuple(w.shape) for name, w in weights.items()}
-        for what, names in (("no", expected.keys() - found), ("an unknown", found.keys() - expected)):
-            if names:
-                raise UserError(f"the weights in {path} do not fit its config.json: {what} {', '.join(sorted(names))}")
-        wrong = [f"{name} is {found[name]}, must be {shape}" for name, shape in expected.items() if found[name] != shape]
-        if wrong:
-            raise UserError(f"the weights in {path} do not fit its config.json: {'; '.join(wrong)}")
+        problems = [f"no {name}" for name in sorted(expected.keys() - found)] + \
+            [f"unknown {name}" for name in sorted(found.keys() - expected)] + \
+            [f"{name} is {found[name]}, must be {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
+        if problems:
+            raise UserError(f"the weights in {path} do not fit its config.json: {'; '.join(problems)}")
         model.load_state_dict(weights)
         return model.eval()
 

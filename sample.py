@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import begin_token, decode_stream, load_tokenizer
-from model import Parcae, UserError, pick_device, pick_dtype
+from model import Parcae, UserError, local_files, pick_device, pick_dtype
 
 
 def parse_args():
@@ -20,6 +20,7 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
+    add("--init-from", metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
     add("--prompt", metavar="TEXT", help="text to continue (default: none, a new document)")
     add("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
     add("--recurrence", type=int, nargs="+", metavar="T", help="loops, one block of text for each (default: the model's mean)")
@@ -58,11 +59,12 @@ def main(args):
     if args.tokens < 1:
         raise UserError(f"--tokens is {args.tokens}, must be at least 1")
     device = pick_device(args.device)
-    model = Parcae.from_pretrained(args.run).to(device)
+    source = local_files(args.init_from or args.run)
+    model = Parcae.from_pretrained(source).to(device)
     model.compute_dtype = pick_dtype(device, args.dtype)
     if args.compile:
         model.step = torch.compile(model.step, dynamic=True)
-    tokenizer = load_tokenizer(args.run)
+    tokenizer = load_tokenizer(source)
     prompt = read_prompt(args)
     idx = torch.tensor([[begin_token(tokenizer), *tokenizer.encode_ordinary(prompt or "")]], device=device)
     recurrence = args.recurrence or [model.config.mean_recurrence]

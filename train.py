@@ -4,6 +4,7 @@
     python train.py --mean-recurrence 1 --out out/fixed    the same layers, run once
     python train.py --preset gpt-nano --max-flops 1e13 --out out/plain
     python train.py --resume                               go on with an interrupted run
+    python train.py --init-from out/default --data data/mine --out out/mine --muon-lr 1e-2 --adamw-lr 1e-2    fine-tune
     torchrun --standalone --nproc-per-node=8 train.py --preset parcae-140m --data data/fineweb-edu
 
 Writes a run directory: config.json (all settings), log.jsonl (one line a step or evaluation),
@@ -25,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Loader, begin_token, decode_stream, load_tokenizer, prepare, save_tokenizer
-from model import PRESETS, Parcae, ParcaeConfig, UserError, keep_freed_memory, load_checkpoint, matmul_peak, pick_device, pick_dtype
+from model import (
+    PRESETS,
+    Parcae,
+    ParcaeConfig,
+    UserError,
+    keep_freed_memory,
+    load_checkpoint,
+    local_files,
+    matmul_peak,
+    pick_device,
+    pick_dtype,
+)
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
@@ -56,6 +68,9 @@ def parse_args():
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="of data.py (default: %(default)s, made if missing)")
     add("--preset", default="parcae-nano", metavar="NAME",
         help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
+
+    add("--init-from", metavar="DIR", help="start from the weights of another run, or of a model in the published format (a directory, "
+        "or owner/name on the Hugging Face hub), in place of --preset; flags of the model that keep its weights may change")
 
     add = parser.add_argument_group(f"budget (the first one spent ends the run; default: {DEFAULT_STEPS} steps)").add_argument
     add("--max-steps", type=float, metavar="N", help="optimiser steps")
@@ -261,6 +276,20 @@ def describe(args, config, model, device, dtype, peak):
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
+def read_start(source, tokenizer, data):
+    """The model of --init-from. Raises UserError where it was trained on other tokens than `data` holds."""
+    source = local_files(source)
+    model = Parcae.from_pretrained(source)
+    if (source / "tokenizer.json").exists():
+        other = load_tokenizer(source)
+        if (other._mergeable_ranks, other._special_tokens) != (tokenizer._mergeable_ranks, tokenizer._special_tokens):
+            raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
+                            f"python data.py ... --tokenizer {source}")
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from {source} {model.config.vocab_size}")
+    return model
+
+
 def train(args):
     check(args)
     rank, world = process()
@@ -285,13 +314,23 @@ def train(args):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     given = {f.name: getattr(args, f.name) for f in fields(ParcaeConfig)[1:] if getattr(args, f.name) is not None}
-    vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-    config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
+    if args.init_from:
+        start = read_start(args.init_from, tokenizer, args.data)
+        config = replace(start.config, **({"backprop_depth": None} if "mean_recurrence" in given else {}) | given)
+    else:
+        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
+        config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
     loader = Loader(args.data, "train", config.block_size, tokenizer.n_vocab, args.seed)
     val_loader = Loader(args.data, "val", config.block_size, tokenizer.n_vocab, EVAL_SEED)
 
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
+    if args.init_from:
+        try:
+            model.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            detail = str(error).splitlines()[1].strip()
+            raise UserError(f"--init-from {args.init_from} does not fit these flags of the model: {detail}") from None
     model.compute_dtype = dtype = pick_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
     state, peak = run.state, matmul_peak(device, dtype) * world

@@ -1,5 +1,7 @@
 import json
 import math
+import sys
+import types
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -367,3 +369,78 @@ def test_bad_files_are_refused(build, tmp_path):
     torch.save({"model": {"wte.weight": model.wte.weight}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="do not fit its config.json: no C_proj.weight"):
         Parcae.from_pretrained(tmp_path)
+
+# ------------------------------------------------------------------ the published format
+
+
+def test_the_published_names_come_back(published):
+    before = torch.load(published / "pytorch_model.bin", weights_only=True)
+    Parcae.from_pretrained(published).export(published / "again")
+    after = torch.load(published / "again" / "pytorch_model.bin", weights_only=True)
+    del before["freqs_cis"]
+    assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
+    assert not list((published / "again").glob("*.tmp"))
+    ours, theirs = json.loads((published / "again" / "config.json").read_text()), PARITY["config"]
+    assert {k: v for k, v in ours.items() if k in theirs and k != "state_init"} == {k: theirs[k] for k in ours if k != "state_init"}
+
+
+@pytest.mark.parametrize("config", [
+    {"value_embeds": True}, {"tie_embeddings": False, "prelude_norm": False}, {"injection": "concat"}, {"injection": "add"},
+    {"n_prelude": 3, "n_recurrent": 0, "n_coda": 0, "value_embeds": True}, {"state_init": "zero", "mean_recurrence": 1, "mlp_width": 80}],
+    ids=["looped", "untied", "concat", "add", "plain", "fixed depth"])
+def test_an_exported_model_reads_back_identical(build, tokens, tmp_path, config):
+    model = build(**config).eval()
+    model.export(tmp_path)
+    again = Parcae.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(tokens, recurrence=3)[0], model(tokens, recurrence=3)[0])
+
+
+def test_a_gpt_in_one_stack_is_read(build, tokens, tmp_path):
+    model = build(n_prelude=2, n_recurrent=0, n_coda=0).eval()
+    model.export(tmp_path)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save({name.replace(".prelude.", ".h."): w for name, w in weights.items()}, tmp_path / "model.pt")
+    (tmp_path / "pytorch_model.bin").unlink()
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for name in ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "injection_type", "prelude_norm",
+                 "mean_recurrence", "mean_backprop_depth", "recurrent_embedding_dimension"):
+        del settings[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"n_layer": 2}))
+    assert torch.equal(Parcae.from_pretrained(tmp_path)(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"logit_softcap": 30.0}, "logit_softcap is 30.0, which is not implemented here"), ({"bias": True}, "bias is True"),
+    ({"nonlin_name": "GELU"}, "nonlin_name is 'GELU', which is not implemented here, only 'ReLU2'"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads is 1, which is not implemented here, only 2"),
+    ({"rope_settings": {"use_rope": False, "rope_base": 1e4}}, "rope_settings.use_rope is False"), ({"a_new_thing": 3}, "a_new_thing is 3"),
+    ({"injection_type": "gated"}, "injection is 'gated', must be one of diagonal"), ({"state_init": "embed"}, "state_init is 'embed'"),
+    ({"block_size": "x"}, "is not the JSON of a model"), ({"recurrent_embedding_dimension": 64}, "recurrent_embedding_dimension is 64"),
+    ({"n_embd": 64, "recurrent_embedding_dimension": 64}, r"C_proj.weight is \(32, 32\), must be \(64, 64\)"),
+    ({"n_layers_in_coda": 1}, "no coda.0.attn.ve_gate.weight; .*unknown coda.1"), ({"n_layers_in_coda": 3}, "no coda.2")])
+def test_what_is_not_implemented_is_refused_by_name(published, change, said):
+    (published / "config.json").write_text(json.dumps(PARITY["config"] | change))
+    with pytest.raises(UserError, match=said):
+        Parcae.from_pretrained(published)
+
+
+def test_foreign_files_are_refused(published):
+    torch.save({"model": {"state": 1}}, published / "pytorch_model.bin")
+    with pytest.raises(UserError, match="must hold a plain state dict"):
+        Parcae.from_pretrained(published)
+    for content, said in (("[1]", "is not the JSON of a model"), ("{", "is not the JSON of a model"), ("{}", "has no 'rope_settings'")):
+        (published / "config.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            Parcae.from_pretrained(published)
+
+
+def test_models_on_the_hub_need_its_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="some/model is no directory here.*pip install huggingface_hub"):
+        Parcae.from_pretrained("some/model")
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: str(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(UserError, match=f"{tmp_path} holds no model"):
+        Parcae.from_pretrained("some/model")

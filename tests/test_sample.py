@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 from data import make_tokenizer, save_tokenizer
+from model import Parcae
 
 
 @pytest.fixture
@@ -50,3 +51,11 @@ def test_prompt_from_file_and_standard_input(run_directory):
 def test_mistakes_get_one_line(run_directory, flags, message):
     run = sample(run_directory, *flags)
     assert run.returncode == 2 and message in run.stderr.decode() and run.stderr.count(b"\n") == 1
+
+
+def test_a_model_in_the_published_format(run_directory, tmp_path):
+    Parcae.from_pretrained(run_directory).export(tmp_path / "published")
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "published" / "tokenizer.json")
+    text = lambda out: [line for line in out.stdout.decode().split("\n") if "tokens/s" not in line]
+    ours, theirs = sample(run_directory, "--tokens", "20"), sample("nowhere", "--init-from", tmp_path / "published", "--tokens", "20")
+    assert theirs.returncode == 0 and text(ours) == text(theirs)

@@ -126,6 +126,25 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     assert log(train.out / "n")[-1]["skipped"] == 10
 
 
+def test_training_starts_from_another_model(train, tmp_path):
+    train("first", "--max-steps", 60)
+    Parcae.from_pretrained(tmp_path / "first").export(tmp_path / "published")
+    (tmp_path / "published" / "tokenizer.json").write_text((tmp_path / "first" / "tokenizer.json").read_text())
+    small = TINY[4:]  # the sizes come with the model
+    for source in ("first", "published"):
+        train("more", "--init-from", tmp_path / source, "--mean-recurrence", 6, "--max-steps", 3, "--overwrite", tiny=small)
+        config = json.loads((tmp_path / "more" / "config.json").read_text())["model"]
+        assert (config["n_embd"], config["mean_recurrence"], config["backprop_depth"]) == (32, 6, 3)
+        assert losses(tmp_path / "more")[0] < losses(tmp_path / "first")[0] - 1
+    train("more", "--resume", "--max-steps", 5, tiny=[])
+    assert len(losses(tmp_path / "more")) == 5
+    assert "does not fit these flags" in train("x", "--init-from", tmp_path / "first", "--n-embd", 64, code=2, tiny=small).stderr
+    prepare("text", tmp_path / "other", "bpe:300", [ROOT / "model.py"])
+    assert "has other tokens than --init-from" in train("x", "--init-from", tmp_path / "first", "--data", tmp_path / "other", code=2,
+                                                        tiny=small).stderr
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--preset", "huge"], "--preset is huge, must be one of parcae-140m"),
     (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
