@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Loader, begin_token, load_tokenizer
-from model import KVCache, Parcae, UserError, local_files, pick_device, pick_dtype
+from model import KVCache, Parcae, UserError, keep_freed_memory, local_files, pick_device, pick_dtype
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 
@@ -158,9 +158,9 @@ class Item:
             starts = [len(row) - shared([row[::-1] for row in rows]) for row in rows]
         else:
             starts = [shared([encode((before + pairs[0][0]).strip()), rows[0]])]
-        cut = [max(0, len(row) - block_size - 1) for row in rows]  # a long context loses its beginning
-        self.rows = [row[n:] for row, n in zip(rows, cut)]
-        self.starts = [max(1, min(start, len(row) - 1) - n) for start, row, n in zip(starts, rows, cut)]  # at least one token counts
+        cut = max(0, max(map(len, rows)) - block_size - 1)  # a long context loses its beginning, the same for all options
+        self.rows = [row[cut:] for row in rows]
+        self.starts = [max(1, min(start, len(row) - 1) - cut) for start, row in zip(starts, rows)]  # at least one token counts
         self.prefix = min([shared(self.rows) if len(rows) > 1 else len(rows[0]), *(start - 1 for start in self.starts)])
 
 
@@ -251,6 +251,7 @@ def main(args):
         value = min(value) if isinstance(value, list) else value
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}, must be at least 1")
+    keep_freed_memory()
     device = pick_device(args.device)
     source = local_files(args.init_from or args.run)
     model = Parcae.from_pretrained(source).to(device)
