@@ -3,6 +3,7 @@
     python evaluate.py --run out/default --recurrence 1 2 4 8 16
     python evaluate.py --run out/default --text book.txt
     python evaluate.py --run out/default --kv-cache shared     the price of keeping the last loop's keys and values only
+    python evaluate.py --run out/default --exit-threshold 0.1 0.01 0.001 --sequences 32     what stopping early costs
     python evaluate.py --run out/default --core eval_data --max-per-task 100
     python evaluate.py --init-from SandyResearch/parcae-140m --text book.txt
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Loader, begin_token, load_tokenizer
-from model import KVCache, Parcae, UserError, keep_freed_memory, local_files, pick_device, pick_dtype
+from model import KVCache, Parcae, Settled, UserError, keep_freed_memory, local_files, pick_device, pick_dtype
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 
@@ -70,6 +71,8 @@ def parse_args():
     add("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (default: %(default)s)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the last loop's keys and values only")
+    add("--exit-threshold", type=float, nargs="+", metavar="EPS", help="also with a depth of its own for each token: its loop ends, at "
+        "the largest --recurrence at the latest, when its prediction changes by less than EPS nats (shared cache, token by token)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
     return parser, parser.parse_args()
@@ -78,13 +81,14 @@ def parse_args():
 
 
 @torch.no_grad()
-def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """Loss in nats (B, T) of each target, all at once or, with a cache, one token after the other."""
+def token_losses(model, idx, targets, recurrence, kv_cache="none", until=None):
+    """Loss in nats (B, T) of each target, all at once or, with a cache, one token after the other; until: see Settled, for B = 1."""
     if kv_cache == "none":
         logits, _ = model(idx, recurrence=recurrence)
     else:
         cache = KVCache(model.config, *idx.shape, recurrence, idx.device, model.compute_dtype, kv_cache)
-        logits = torch.cat([model(token, recurrence=recurrence, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+        x = torch.cat([model.hidden(token, recurrence, cache=cache, until=until) for token in idx.split(1, dim=1)], dim=1)
+        logits = model.lm_head(x).float()
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
@@ -103,10 +107,9 @@ def text_windows(file, tokenizer, block_size):
             for i in range(0, tokens.shape[1] - 1, block_size)]
 
 
-def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache):
-    """Rows of val_loss (nats per token), perplexity and bits per byte, one for each number of loops, and the tokens and bytes read.
-
-    batches: [(idx, targets)] or a generator of them."""
+def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache, until=None):
+    """Rows of val_loss (nats per token), perplexity and bits per byte, one for each number of loops, and the tokens and bytes
+    read. batches: an iterable of (idx, targets)."""
     token_bytes = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)  # those that separate texts are none
     for token, i in tokenizer._mergeable_ranks.items():
         token_bytes[i] = len(token)
@@ -116,7 +119,7 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache):
         size += int(token_bytes[targets].sum())
         tokens += targets.numel()
         for i, T in enumerate(recurrence):
-            nats[i] += token_losses(model, idx.to(device), targets.to(device), T, kv_cache).double().sum().item()
+            nats[i] += token_losses(model, idx.to(device), targets.to(device), T, kv_cache, until).double().sum().item()
     return [{"recurrence": T, "val_loss": n / tokens, "perplexity": math.exp(n / tokens), "bits_per_byte": n / math.log(2) / size}
             for T, n in zip(recurrence, nats.tolist())], tokens, size
 
@@ -262,21 +265,29 @@ def main(args):
     data = args.text or args.data or settings.get("data")
     record = {"kv_cache": args.kv_cache, "dtype": str(model.compute_dtype)}
     if args.text:
-        batches = text_windows(args.text, tokenizer, model.config.block_size)[:args.sequences]
+        windows = text_windows(args.text, tokenizer, model.config.block_size)[:args.sequences]
+        batches = lambda size: windows
     elif data:
         loader = Loader(data, "val", model.config.block_size, tokenizer.n_vocab, EVAL_SEED)
         samples = range(min(args.sequences, len(loader)))
-        batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-        batches = map(loader.batch, tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None))
+        batches = lambda size: map(loader.batch, tqdm([samples[i:i + size] for i in range(0, len(samples), size)], desc="evaluating",
+                                                      unit="batch", leave=False, disable=None))
     elif not args.core:
         raise UserError(f"{source} names no data: give --data DIR, --text FILE or --core DIR")
     if data:
-        rows, tokens, size = bits_per_byte(model, batches, tokenizer, recurrence, args.kv_cache)
+        rows, tokens, size = bits_per_byte(model, batches(args.batch_size), tokenizer, recurrence, args.kv_cache)
         print(f"{source} on {tokens:,} tokens ({size:,} bytes) of {data}, KV cache: {args.kv_cache}")
         print("recurrence T   nats per token   perplexity   bits per byte")
+        line = "{recurrence:12.4g}   {val_loss:14.4f}   {perplexity:10.3f}   {bits_per_byte:13.4f}"
         for row in rows:
-            print("{recurrence:12d}   {val_loss:14.4f}   {perplexity:10.3f}   {bits_per_byte:13.4f}".format(**row))
+            print(line.format(**row))
         record |= {"data": data, "tokens": tokens, "bytes": size, "results": rows}
+        for threshold in args.exit_threshold or ():
+            until = Settled(model, threshold)
+            row, = bits_per_byte(model, batches(1), tokenizer, [max(recurrence)], "shared", until)[0]
+            row |= {"recurrence": sum(until.loops) / len(until.loops), "exit_threshold": threshold, "most": max(recurrence)}
+            print(line.format(**row) + f"   exit threshold {threshold:g}: mean of loops used, at most {max(recurrence)}")
+            record.setdefault("exit", []).append(row)
     if args.core:
         tasks = core(model, tokenizer, args.core, recurrence, args.batch_size, args.max_per_task)
         label, mean = show_core(tasks, recurrence)

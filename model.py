@@ -320,6 +320,24 @@ class KVCache:
         return [(keys, values, self.pos) for keys, values in self.pairs]
 
 
+class Settled:
+    """Ends the loop for a token once its prediction changes, from one loop to the next, by less than `threshold` nats of KL
+    divergence (recurrent-depth models, arXiv 2502.05171). Tokens that stop early have no keys and values for later loops,
+    so this needs the shared cache, in which each layer shows the last ones. loops: how many each token took."""
+
+    def __init__(self, model, threshold):
+        if not threshold >= 0:
+            raise UserError(f"exit threshold is {threshold}, must be at least 0")
+        self.head, self.threshold, self.loops = model.lm_head, threshold, []
+
+    def __call__(self, x, t):
+        before, self.log_p = getattr(self, "log_p", None), self.head(x).float().log_softmax(-1)
+        if t == 1:
+            self.loops.append(0)
+        self.loops[-1] = t
+        return t > 1 and F.kl_div(before, self.log_p, reduction="sum", log_target=True).item() < self.threshold
+
+
 class Parcae(nn.Module):
     """See the head of this file. `compute_dtype` is the dtype of the activations; None: that of the weights."""
 
@@ -399,10 +417,11 @@ class Parcae(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         return logits, loss
 
-    def hidden(self, idx, recurrence=None, depths=None, cache=None):
-        """What the head reads, (B, T, C); arguments as in forward."""
+    def hidden(self, idx, recurrence=None, depths=None, cache=None, until=None):
+        """What the head reads, (B, T, C); arguments as in forward. until(x, t): called after each loop t = 1, 2, ... with
+        what the head would read if it were the last; where it returns True, it is the last."""
         cfg = self.config
-        B, T = idx.shape
+        (B, T), P, R, C = idx.shape, cfg.n_prelude, cfg.n_recurrent, cfg.n_coda
         pos = cache.pos if cache is not None else 0
         if pos + T > cfg.block_size:
             raise UserError(f"{pos + T} tokens do not fit block_size {cfg.block_size}")
@@ -418,25 +437,30 @@ class Parcae(nn.Module):
         ve = [self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
               for i in range(cfg.n_layer)]
         rope = self.rope[:, pos:pos + T].to(x.dtype)
-        slots = iter(cache.slots() if cache is not None else ())
+        slots = cache.slots() if cache is not None else [None] * (P + max(depths) * R + C)
 
-        def run(blocks, x, ve):
-            for block, v in zip(blocks, ve):
-                x = block(x, rope, v, next(slots, None))
+        def run(blocks, x, ve, slots):
+            for block, v, slot in zip(blocks, ve, slots):
+                x = block(x, rope, v, slot)
             return x
 
-        x = run(self.prelude, x, ve)
-        if cfg.n_recurrent:
-            x = self.loop(self.norm_prelude(x), ve[cfg.n_prelude:][:cfg.n_recurrent], depths, run)
+        def finish(x):
+            return self.norm_f(run(self.coda, x, ve[P + R:], slots[len(slots) - C:]))
+
+        x = run(self.prelude, x, ve, slots)
+        if R:
+            x = self.loop(self.norm_prelude(x), ve[P:P + R], depths, lambda x, ve, t: run(self.recurrent, x, ve, slots[P + t * R:]),
+                          until and (lambda h, t: until(finish(self.C_proj(h)), t)))
         if sort:
             x, *ve = each(lambda z: z[inverse], x, *ve)
-        x = run(self.coda, x, ve[cfg.n_prelude + cfg.n_recurrent:])
+        x = finish(x)
         if cache is not None:
             cache.pos += T
-        return self.norm_f(x)
+        return x
 
-    def loop(self, e, ve, depths, run):
-        """C_proj h_T (B, T, C) from e (B, T, C); depths: B numbers, falling; run(blocks, x, ve) runs layers."""
+    def loop(self, e, ve, depths, block, until=None):
+        """C_proj h_T (B, T, C) from e (B, T, C). depths: B numbers, falling; block(x, ve, t) runs the recurrent block for the
+        t-th time, t = 0, 1, ...; until(h, t): whether to stop after t loops."""
         h = torch.zeros_like(e[:1])
         if self.training and self.config.state_init == "normal":
             h = torch.randn_like(h) * self.init_std
@@ -450,7 +474,9 @@ class Parcae(nn.Module):
                 if live < len(h):
                     finished.append(h[live:])
                     h, *inputs = each(lambda z: z[:live], h, *inputs)  # noqa: B023
-                h = run(self.recurrent, self.injection(h, inputs[0]), inputs[1:])
+                h = block(self.injection(h, inputs[0]), inputs[1:], t)
+                if until and until(h, t + 1):
+                    break
             return torch.cat([h, *reversed(finished)])
 
         with torch.no_grad():
@@ -485,11 +511,12 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, *, recurrence=None, temperature=1.0, top_k=None, top_p=None, generator=None,
-               kv_cache="per-loop"):
+               kv_cache="per-loop", until=None):
         """Yield max_new_tokens next tokens (B, 1), each sampled given the last block_size before it.
 
-        Arguments as in `generate`. The cache serves until the context is full; from then on the
-        window slides, which moves every token in it, and each token costs a full forward pass."""
+        Arguments as in `generate`; until: see Settled, for B = 1 and the shared cache. The cache
+        serves until the context is full; from then on the window slides, which moves every token in it,
+        and each token costs a full forward pass."""
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise UserError("the prompt is empty, must hold at least one token")
         if not temperature >= 0:
@@ -508,6 +535,8 @@ class Parcae(nn.Module):
             for _ in range(max_new_tokens):
                 if idx.shape[1] > capacity:
                     logits, _ = self(idx[:, -capacity:], recurrence=recurrence)
+                elif cache.pos and until:
+                    logits = self.lm_head(self.hidden(idx[:, cache.pos:], recurrence, cache=cache, until=until)).float()
                 elif cache.pos:
                     logits = self.step(idx[:, cache.pos:], recurrence, cache)
                 else:

@@ -2,6 +2,7 @@
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
     cat prompt.txt | python sample.py --prompt-file -
+    python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop would predict, as a picture
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import begin_token, decode_stream, load_tokenizer
-from model import Parcae, UserError, local_files, pick_device, pick_dtype
+from model import Parcae, Settled, UserError, local_files, pick_device, pick_dtype
 
 
 def parse_args():
@@ -30,6 +31,10 @@ def parse_args():
     add("--top-p", type=float, metavar="P", help="sample from the fewest tokens with total probability P (default: all)")
     add("--kv-cache", choices=("per-loop", "shared"), default="per-loop",
         help="shared: keep keys and values of the last loop only, less memory, not exact (default: %(default)s)")
+    add("--trace", metavar="FILE", help="no new text: draw what the model would predict after each loop at each token of the prompt "
+        "(the last 40), up to the largest --recurrence (default: twice the model's mean), as PNG")
+    add("--exit-threshold", type=float, metavar="EPS", help="end each token's loop when its prediction changes by less than EPS nats "
+        "(KL) from one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
@@ -55,6 +60,57 @@ def read_prompt(args):
     return text
 
 
+@torch.no_grad()
+def trace(model, idx, recurrence):
+    """What coda and head make of every state of the loop: probabilities (loops, T, vocab_size) for idx (1, T), and how far
+    each loop moved the state, |h_t - h_{t-1}| / |h_t|, (loops, T)."""
+    states, probs = [torch.zeros(1)], []
+    hook = model.C_proj.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][0].float()))
+    for t in range(1, recurrence + 1):
+        probs.append(model(idx, recurrence=t)[0][0].softmax(-1))
+    hook.remove()
+    states[0] = torch.zeros_like(states[1])
+    moved = [(new - old).norm(dim=-1) / new.norm(dim=-1) for old, new in zip(states, states[1:])]
+    return torch.stack(probs), torch.stack(moved)
+
+
+def draw_trace(probs, moved, tokenizer, idx, path):
+    """The picture of a trace: the likeliest token and its probability, boxed where the prediction has settled."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--trace needs matplotlib: pip install matplotlib") from None
+    loops, T, _ = probs.shape
+    name = lambda i: repr(decode(tokenizer, [i]))[1:-1].replace(" ", "\u2423") if i < tokenizer.n_vocab else "?"
+    p, top = (z.tolist() for z in probs.max(-1))
+    figure, (axes, below) = plt.subplots(2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, constrained_layout=True,
+                                         gridspec_kw={"height_ratios": [loops, 3]})
+    image = axes.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i in range(T):
+        settled = max([t for t in range(1, loops) if top[t][i] != top[t - 1][i]], default=0)  # nothing changes from here on
+        axes.add_patch(plt.Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
+        for t in range(loops):
+            axes.text(i, t, name(top[t][i])[:5], ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k")
+    axes.set_yticks(range(loops), range(1, loops + 1))
+    axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
+    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+    below.semilogy(moved[1:].T, lw=1)
+    for t, color in zip(range(1, loops), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+        below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
+    below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
+    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7)
+    temporary = Path(f"{path}.tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def decode(tokenizer, tokens):
+    return "".join(decode_stream(tokenizer, tokens))
+
+
 def main(args):
     if args.tokens < 1:
         raise UserError(f"--tokens is {args.tokens}, must be at least 1")
@@ -71,16 +127,27 @@ def main(args):
     if not model.config.n_recurrent:
         print("a plain transformer: nothing loops, --recurrence has no effect")
         recurrence = [1]
+    if args.trace:
+        if not model.config.n_recurrent or idx.shape[1] < 2:
+            raise UserError("--trace needs a model that loops and a prompt")
+        idx, model.compute_dtype = idx[:, -40:], torch.float32
+        loops = max(args.recurrence or [2 * model.config.mean_recurrence])
+        probs, moved = trace(model, idx, loops)
+        draw_trace(probs.cpu(), moved.cpu(), tokenizer, idx, args.trace)
+        print(f"wrote {args.trace}: {idx.shape[1]} tokens, {loops} loops")
+        return
     for T in recurrence:
+        until = None if args.exit_threshold is None else Settled(model, args.exit_threshold)
         generator = torch.Generator(device).manual_seed(args.seed)
         tokens = model.stream(idx, args.tokens, recurrence=T, temperature=args.temperature, top_k=args.top_k,
-                              top_p=args.top_p, generator=generator, kv_cache=args.kv_cache)
+                              top_p=args.top_p, generator=generator, kv_cache="shared" if until else args.kv_cache, until=until)
         print(f"--- recurrence {T}\n{prompt or ''}", end="")
         start = time.perf_counter()
         for text in decode_stream(tokenizer, tokens):
             print(text, end="", flush=True)
         seconds = time.perf_counter() - start
-        print(f"\n--- {args.tokens} tokens, {args.tokens / seconds:,.1f} tokens/s")
+        used = f", {sum(until.loops) / len(until.loops):.2f} loops a token" if until and until.loops else ""
+        print(f"\n--- {args.tokens} tokens, {args.tokens / seconds:,.1f} tokens/s{used}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def test_losses_through_the_cache(build, tokens, kv_cache, same):
     assert torch.allclose(once, shared, atol=1e-4)  # one loop: nothing to share either
 
 
+def test_exit_thresholds(run):
+    done = call("--run", run, "--recurrence", 4, "--sequences", 3, "--exit-threshold", 0, 1e9, "--dtype", "float32")
+    saved = json.loads((run / "eval.json").read_text())
+    assert done.returncode == 0 and [row["recurrence"] for row in saved["exit"]] == [4, 2], done.stderr
+    assert saved["exit"][0]["val_loss"] != saved["exit"][1]["val_loss"]
+
+
 def test_mistakes_get_one_line(run, tmp_path):
     for flags, message in ((["--run", "nowhere"], "nowhere holds no model"), (["--run", run, "--recurrence", 0], "--recurrence is 0"),
                            (["--run", run, "--data", tmp_path / "none"], "has no val_")):

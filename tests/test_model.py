@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, UserError, _our_name
+from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, Settled, UserError, _our_name
 
 PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())
 
@@ -369,6 +369,33 @@ def test_bad_files_are_refused(build, tmp_path):
     torch.save({"model": {"wte.weight": model.wte.weight}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="do not fit its config.json: no C_proj.weight"):
         Parcae.from_pretrained(tmp_path)
+
+# ------------------------------------------------------------------ depth of its own for each token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold, loops", [(0.0, 5), (math.inf, 2)])
+def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops):
+    model = build(value_embeds=True).eval()
+    until = Settled(model, threshold)
+    caches = [KVCache(model.config, 1, 16, n, "cpu", torch.float32, "shared") for n in (5, loops)]
+    for t in range(16):
+        ours = model.hidden(tokens[:1, t:t + 1], 5, cache=caches[0], until=until)
+        fixed = model.hidden(tokens[:1, t:t + 1], loops, cache=caches[1])
+        torch.testing.assert_close(ours, fixed)
+    assert until.loops == [loops] * 16
+
+
+@torch.no_grad()
+def test_tokens_stop_when_their_prediction_settles(build, tokens):
+    model = build().eval()
+    cache, until = KVCache(model.config, 1, 16, 30, "cpu", torch.float32, "shared"), Settled(model, 1e-4)
+    x = torch.cat([model.hidden(token, 30, cache=cache, until=until) for token in tokens[:1].split(1, dim=1)], 1)
+    full = model.hidden(tokens[:1], 30)
+    assert 2 < sum(until.loops) / 16 < 30 and len(set(until.loops)) > 1
+    torch.testing.assert_close(model.lm_head(x).softmax(-1), model.lm_head(full).softmax(-1), atol=0.05, rtol=0)
+    with pytest.raises(UserError, match="exit threshold is -1"):
+        Settled(model, -1)
 
 # ------------------------------------------------------------------ the published format
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from data import make_tokenizer, save_tokenizer
 from model import Parcae
+from sample import trace
 
 
 @pytest.fixture
@@ -59,3 +60,20 @@ def test_a_model_in_the_published_format(run_directory, tmp_path):
     text = lambda out: [line for line in out.stdout.decode().split("\n") if "tokens/s" not in line]
     ours, theirs = sample(run_directory, "--tokens", "20"), sample("nowhere", "--init-from", tmp_path / "published", "--tokens", "20")
     assert theirs.returncode == 0 and text(ours) == text(theirs)
+
+
+def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
+    model = Parcae.from_pretrained(run_directory)
+    idx = torch.arange(12)[None]
+    probs, moved = trace(model, idx, 5)
+    assert torch.allclose(probs[3], model(idx, recurrence=4)[0][0].softmax(-1)) and probs.shape == (5, 12, 320)
+    assert torch.allclose(moved[0], torch.ones(12)) and (moved[4] < moved[1]).all()
+    done = sample(run_directory, "--prompt", "x = [1, 2]\n", "--trace", tmp_path / "t.png", "--recurrence", "4")
+    assert done.returncode == 0 and (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+    assert b"needs a model that loops and a prompt" in sample(run_directory, "--trace", tmp_path / "t.png").stderr
+
+
+def test_an_exit_threshold_saves_loops(run_directory):
+    done = sample(run_directory, "--tokens", "12", "--recurrence", "6", "--exit-threshold", "1e9")
+    assert done.returncode == 0 and b", 2.00 loops a token" in done.stdout, done.stderr
