@@ -217,6 +217,9 @@ class Diagonal(nn.Module):
         A_bar = torch.exp(-F.softplus(self.dt_bias.float()) * self.log_A.float().exp())
         return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)  # float32 would round the ends to 0 and 1
 
+    def spectral_radius(self):
+        return self.A_bar().max()
+
     def input(self, e):
         """What e adds to the state, (B, T, C): the same at every loop, so computed once."""
         return F.linear(e, self.B.to(e.dtype)) * F.softplus(self.dt_bias).to(e.dtype)
@@ -232,6 +235,9 @@ class Add(nn.Module):
     def __init__(self, d):
         super().__init__()
 
+    def spectral_radius(self):
+        return torch.ones(())
+
     def input(self, e):
         return e
 
@@ -245,6 +251,10 @@ class Concat(nn.Module):
     def __init__(self, d, a0=A0):
         super().__init__()
         self.W = nn.Parameter(torch.cat([a0 * torch.eye(d), -math.log(a0) * torch.eye(d)], dim=1))
+
+    def spectral_radius(self):
+        """Of the half of W that sees the state: above 1, the loop alone lets it grow (table 2)."""
+        return torch.linalg.eigvals(self.W[:, :len(self.W)].float()).abs().max()
 
     def input(self, e):
         return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))

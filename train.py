@@ -197,20 +197,31 @@ def update(optimizers, args, progress):
 
 @torch.no_grad()
 def evaluate(model, loader, sequences, batch_size, recurrence):
-    """Mean val loss in nats per token at each recurrence: {T: loss}. Every rank reads its share."""
+    """What the log has of an evaluation: mean val loss in nats per token and root mean square of the last state at each number
+    of loops, {T: value}, and the injection's spectral radius. Every rank reads its share of the sequences."""
     rank, world = process()
     device = model.wte.weight.device
     model.eval()
-    total = torch.zeros(len(recurrence) + 1, device=device)
+    norms, looped = [], model.config.n_recurrent > 0
+    if looped:
+        hook = model.C_proj.register_forward_pre_hook(lambda module, inputs: norms.append(inputs[0].float().square().mean()))
+    total = torch.zeros(2 * len(recurrence) + 1, device=device)
     mine = range(rank, min(sequences, len(loader)), world)
     for start in range(0, len(mine), batch_size):
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         losses = [model(idx, targets, recurrence=T)[1] for T in recurrence]
-        total += torch.stack([*losses, torch.ones_like(losses[0])]) * len(idx)
+        total += torch.stack([*losses, *(norms or losses), torch.ones_like(losses[0])]) * len(idx)
+        norms.clear()
     if world > 1:
         dist.all_reduce(total)
     model.train()
-    return dict(zip(recurrence, (total[:-1] / total[-1]).tolist()))
+    losses, squares = (total[:-1] / total[-1]).view(2, -1).tolist()
+    values = {"val_loss": dict(zip(recurrence, losses))}
+    if looped:
+        hook.remove()
+        values |= {"state_rms": {T: math.sqrt(square) for T, square in zip(recurrence, squares)},
+                   "spectral_radius": model.injection.spectral_radius().item()}
+    return values
 
 
 def process():
@@ -393,21 +404,22 @@ def train(args):
             dist.all_reduce(signals)
             stop += [signal.SIGTERM] * int(signals > 0)
         if (step + 1) % args.eval_every == 0 and progress() < 1:
-            losses = evaluate(model, val_loader, args.eval_sequences, micro, [config.mean_recurrence])
-            run.log("eval", val_loss=losses)
+            T = config.mean_recurrence
+            values = evaluate(model, val_loader, args.eval_sequences, micro, [T])
+            run.log("eval", **values)
             run.save()
             if rank == 0:
-                tqdm.write(f"step {step + 1}, {progress():.0%}: train loss {loss:.4f}, val loss {losses[config.mean_recurrence]:.4f} "
-                           f"at T = {config.mean_recurrence}, {state['tokens'] / state['seconds']:,.0f} tok/s", file=sys.stdout)
+                tqdm.write(f"step {step + 1}, {progress():.0%}: train loss {loss:.4f}, val loss {values['val_loss'][T]:.4f} "
+                           f"at T = {T}, {state['tokens'] / state['seconds']:,.0f} tok/s", file=sys.stdout)
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
     run.save()
     if not stop:
-        losses = evaluate(model, val_loader, 8 * args.eval_sequences, micro, args.eval_recurrence if config.n_recurrent else [1])
-        run.log("done", val_loss=losses)
+        values = evaluate(model, val_loader, 8 * args.eval_sequences, micro, args.eval_recurrence if config.n_recurrent else [1])
+        run.log("done", **values)
     if rank == 0:
-        report(args, model, tokenizer, state, None if stop else losses)
+        report(args, model, tokenizer, state, None if stop else values["val_loss"])
     if world > 1:
         dist.destroy_process_group()
 

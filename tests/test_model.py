@@ -370,6 +370,21 @@ def test_bad_files_are_refused(build, tmp_path):
     with pytest.raises(UserError, match="do not fit its config.json: no C_proj.weight"):
         Parcae.from_pretrained(tmp_path)
 
+def test_spectral_radius_is_the_growth_of_the_state_alone():
+    for rule in INJECTIONS.values():
+        injection = rule(16)
+        with torch.no_grad():
+            for p in injection.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+            h = torch.randn(1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            injection.double()
+            norms = []
+            for _ in range(4000):
+                h = injection(h, torch.zeros_like(h))
+                norms.append(h.norm())
+                h = h / norms[-1]
+        assert torch.stack(norms[2000:]).log().mean().exp().item() == pytest.approx(injection.spectral_radius().item(), rel=1e-3)
+
 # ------------------------------------------------------------------ depth of its own for each token
 
 

@@ -54,6 +54,8 @@ def test_a_run_learns_and_writes_its_directory(train):
     assert losses(out)[0] > 5 and sum(losses(out)[-10:]) / 10 < 2.7  # bytes of Python; their unigram entropy is above 3
     done, = log(out, "done")
     assert [*done["val_loss"]] == ["1", "2", "4", "8", "16"] and done["val_loss"]["4"] < 2.8
+    assert [*done["state_rms"]] == ["1", "2", "4", "8", "16"] and all(0 < rms < 100 for rms in done["state_rms"].values())
+    assert 0 < done["spectral_radius"] < 1
     assert "recurrence T" in run.stdout and "a sample" in run.stdout
     assert len(log(out, "eval")) == 1 and log(out)[0].keys() >= {"step", "tokens", "flops", "loss", "lr", "tok_per_s", "mfu"}
     config = json.loads((out / "config.json").read_text())
