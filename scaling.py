@@ -25,6 +25,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -681,6 +682,8 @@ def dry_run(flags):
 class Cell:
     """One run of a sweep: a budget, a recurrence, a seed. plan: what dry_run says of such runs."""
 
+    process = None
+
     def __init__(self, folder, flops, mu, seed, flags, plan):
         self.path, self.flops, self.mu, self.seed, self.plan = folder / f"C{flops:.3g}-mu{mu}-seed{seed}", flops, mu, seed, plan
         self.flags = ["--out", self.path, "--max-flops", repr(flops), "--mean-recurrence", str(mu), "--seed", str(seed), *flags]
@@ -702,8 +705,9 @@ class Cell:
         resume = ["--resume"] if (self.path / "ckpt.pt").exists() else []
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "output.txt", "w") as file:
-            subprocess.run([sys.executable, HERE / "train.py", *self.flags, *resume], stdout=file, stderr=subprocess.STDOUT,
-                           env=os.environ | environment)
+            self.process = subprocess.Popen([sys.executable, HERE / "train.py", *self.flags, *resume], stdout=file,
+                                            stderr=subprocess.STDOUT, env=os.environ | environment)
+            self.process.wait()
         if self.state()["kind"] != "done":
             return ((self.path / "output.txt").read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
 
@@ -754,6 +758,8 @@ def run_cells(cells, jobs):
     """Run cells, `jobs` at a time, largest first, one GPU each where there are several; [(cell, last line)] of those that failed."""
     gpus = torch.cuda.device_count()
     slots, failed, interrupted = list(range(jobs)), [], threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore unless told otherwise
 
     def work(cell):
         if interrupted.is_set():
@@ -774,8 +780,11 @@ def run_cells(cells, jobs):
                 time.sleep(1)
                 bar.n, done = spent(), sum(future.done() for future in futures)
                 bar.set_postfix_str(f"{done} of {len(cells)} cells" + (f", {len(failed)} failed" if failed else ""))
-        except KeyboardInterrupt:  # the runs got it too: they save and stop
+        except KeyboardInterrupt:
             interrupted.set()
+            for cell in cells:
+                if cell.process:
+                    cell.process.terminate()  # it saves and stops
     for future in futures:
         future.result()
     return failed

@@ -138,22 +138,22 @@ def test_bad_input_gets_one_line(args, said, tmp_path):
 
 def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py", ROOT / "scaling.py", ROOT / "data.py", ROOT / "train.py"])
-    sweep = ["sweep", "--budgets", "4e9", "2e10", "--recurrences", "1", "2", "3", "--jobs", "2", "--out", "sweep", "--eval-recurrence", "1",
+    sweep = ["sweep", "--budgets", "4e9", "2e10", "--recurrences", "1", "3", "--jobs", "2", "--out", "sweep", "--eval-recurrence", "2",
              "--data", tmp_path / "data", "--n-embd", "32", "--n-head", "2", "--block-size", "32", "--batch-size", "4", "--device", "cpu",
              "--eval-sequences", "2", "--eval-every", "20", "--dtype", "float32"]
     plan = run(*sweep, "--dry-run", cwd=tmp_path).stdout
-    assert "6 cells, 0 of them finished, 7.2e+10 FLOPs to spend" in plan and not list(tmp_path.glob("sweep/*/log.jsonl"))
+    assert "4 cells, 0 of them finished, 4.8e+10 FLOPs to spend" in plan and not list(tmp_path.glob("sweep/*/log.jsonl"))
 
     process = subprocess.Popen([sys.executable, ROOT / "scaling.py", *map(str, sweep)], cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 90
     while not any('"step": 5,' in log.read_text() for log in tmp_path.glob("sweep/*/log.jsonl")) and time.time() < deadline:
         time.sleep(0.1)
-    subprocess.os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
     process.communicate(timeout=60)
     done = [log for log in tmp_path.glob("sweep/*/log.jsonl") if '"done"' in log.read_text()]
     before = {log: log.stat().st_mtime_ns for log in done}
-    assert len(done) < 6
+    assert len(done) < 4
 
     said = run(*sweep, cwd=tmp_path).stdout
     assert f"{len(done)} of them finished" in said
@@ -162,11 +162,8 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     for row in rows:
         budget = min((4e9, 2e10), key=lambda c: abs(c - row["flops"]))
         assert budget <= row["flops"] <= 1.4 * budget, row  # a step more at most
-    assert {(row["mu_rec"], row["recurrence"]) for row in rows} == {(m, t) for m in (1, 2, 3) for t in (1, 2, 3)}
-    assert len(rows) == 2 * 9
+    assert {(row["mu_rec"], row["recurrence"]) for row in rows} == {(m, t) for m in (1, 3) for t in (1, 2, 3)}
+    assert len(rows) == 2 * 6
 
     other = [*sweep[:-1], "bfloat16"]
     assert "was run with other settings (dtype)" in run(*other, cwd=tmp_path, code=2).stderr
-    (tmp_path / "sweep" / "C4e+09-mu1-seed0" / "log.jsonl").write_text("")  # damaged: run again, and fail
-    failing = run(*sweep[:-2], "--dtype", "float32", "--micro-batch", "3", cwd=tmp_path, code=2).stderr
-    assert "micro-batch" in failing
