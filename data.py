@@ -14,6 +14,7 @@ document begins with the end-of-text token, which also serves as "begin of text"
 import argparse
 import base64
 import codecs
+import contextlib
 import heapq
 import json
 import os
@@ -206,10 +207,10 @@ def begin_token(tokenizer):
 
 def decode_stream(tokenizer, tokens):
     """Yield the text of each token as it comes; bytes that are not UTF-8 show as U+FFFD, numbers
-    beyond the vocabulary (a model's is rounded up) as nothing."""
+    that are no token (a model's vocabulary is rounded up) as nothing."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
-        if int(token) < tokenizer.n_vocab:
+        with contextlib.suppress(KeyError):
             yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)
 
