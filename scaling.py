@@ -426,14 +426,19 @@ def fit_table(rows, resamples=RESAMPLES):
 
 
 def gains(rows):
-    """Loss at mu_rec = 1 less the lowest at each budget, runs of several seeds averaged; rows at T = mu_rec."""
+    """What looping gains over mu_rec = 1 at each budget at which runs were made, by the recurrence that gains most on average:
+    differences of val loss between runs of the same seed. rows: at T = mu_rec."""
     result = []
-    for c, W, mu in budgets_of(rows):
-        losses = {m: (np.exp(W @ np.log(column(rows, "val_loss"))))[mu == m] for m in sorted(set(mu))}
-        if 1 in losses:
-            best = min(losses, key=lambda m: losses[m].mean())
-            result.append({"flops": c, "best": best, "gain": losses[1].mean() - losses[best].mean(), "fixed": losses[1].mean(),
-                           "seeds": [len(losses[m]) for m in (1, best)], "spread": [float(np.ptp(losses[m])) for m in (1, best)]})
+    for c, W, _ in budgets_of(rows):
+        losses = {}
+        for row in (rows[i] for i in W.argmax(1) if np.array_equal(np.unique(W), [0, 1])):  # not those read off between budgets
+            losses.setdefault(row["mu_rec"], {})[row["seed"]] = row["val_loss"]
+        fixed = losses.pop(1, {})
+        paired = {mu: [fixed[seed] - loss for seed, loss in seeds.items() if seed in fixed] for mu, seeds in losses.items()}
+        paired = {mu: differences for mu, differences in paired.items() if differences}
+        if paired:
+            best = max(paired, key=lambda mu: np.mean(paired[mu]))
+            result.append({"flops": c, "mu_rec": best, "gain": np.mean(paired[best]), "by_seed": paired[best]})
     return result
 
 
@@ -449,13 +454,13 @@ def report(out):
     """Print the fits beside the published figures."""
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
     if out["isoflop"]:
-        print("\n     FLOPs   mu* [95 %]                 D*         loss at mu*   lowest run   gain over mu_rec = 1")
+        print("\n     FLOPs   mu* [95 %]                 D*         loss at mu*   gain over mu_rec = 1 (of each seed)")
         gain = {g["flops"]: g for g in out["gain"]}
         for o in out["isoflop"]:
             g = gain.get(o["flops"])
             at = f"{text(o['mu_rec'])} {span(o['ci'])}" if o["inside"] else "outside the recurrences"
             print(f"{o['flops']:10.3g}   {at:24s}   {text(o['tokens']):9s}  {text(o['val_loss'], 5):11s}   " +
-                  (f"mu_rec {g['best']:<3g}   {g['gain']:+.4f}" if g else ""))
+                  (f"{g['gain']:+.4f} by mu_rec {g['mu_rec']:g} ({', '.join(f'{d:+.4f}' for d in g['by_seed'])})" if g else ""))
     for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
         if name in out["power_laws"]:
             law = out["power_laws"][name]
@@ -502,26 +507,35 @@ def draw(out, fits, folder):
         plt.close(figure)
         print("wrote", folder / f"{name}.png")
 
-    def panel(**labels):
-        figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    def recurrence_axis(axes):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+    def panel(**labels):
+        figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+        recurrence_axis(axes)
         axes.set(**labels)
         return figure, axes
 
-    figure, axes = panel(xlabel="mean recurrence mu_rec in training (loops)", ylabel="val loss at T = mu_rec (nats per token)",
-                         title=f"Equal FLOPs and parameters ({out['model']}); stars: optima")
     cells, optima = budgets_of(rows), {o["flops"]: o for o in out["isoflop"]}
+    figure, both = plt.subplots(1, 2, figsize=(10.5, 4.2), constrained_layout=True)
     for i, (c, W, mu) in enumerate(cells):
-        style, o = dict(color=shade(i, len(cells))), optima.get(c)
-        axes.plot(mu, np.exp(W @ np.log(column(rows, "val_loss"))), markers[i % 10], **style, label=f"{c:.2g} FLOPs")
-        if o:
-            x = np.geomspace(mu.min(), mu.max(), 100)
-            axes.plot(x, np.exp(np.polyval(o["parabola"], np.log(x))), "-", lw=1, **style)
-            if o["inside"]:
-                axes.plot(o["mu_rec"], o["val_loss"], "*", ms=13, mec="k", zorder=3, **style)
+        style, o, log_loss = dict(color=shade(i, len(cells))), optima.get(c), W @ np.log(column(rows, "val_loss"))
+        x = np.geomspace(mu.min(), mu.max(), 100)
+        curve = np.polyval(o["parabola"], np.log(x)) if o else x * np.nan
+        lowest = np.nanmin([*curve, *([] if o else log_loss)])
+        for axes, scale in zip(both, (np.exp, lambda y: 100 * (np.exp(y - lowest) - 1))):  # noqa: B023
+            axes.plot(mu, scale(log_loss), markers[i % 10], label=f"{c:.2g} FLOPs", **style)
+            axes.plot(x, scale(curve), "-", lw=1, **style)
+            if o and o["inside"]:
+                axes.plot(o["mu_rec"], scale(math.log(o["val_loss"])), "*", ms=13, mec="k", zorder=3, **style)
+    for axes in both:
+        recurrence_axis(axes)
+        axes.set(xlabel="mean recurrence mu_rec in training (loops)")
+    both[0].set(ylabel="val loss at T = mu_rec (nats per token)", title=f"Equal FLOPs and parameters ({out['model']})")
+    both[1].set(ylabel="above the parabola's lowest (%)", ylim=(-1, 4), title="The same, from each budget's optimum (star)")
     if cells:
-        axes.legend(fontsize=8)
+        both[0].legend(fontsize=8)
         save(figure, "isoflop")
 
     if fits["laws"]:
@@ -554,7 +568,7 @@ def draw(out, fits, folder):
         axes.plot(mu, tokens, "o", color="0.6", ms=3, label="runs")
         budgets = np.geomspace(column(rows, "flops").min(), column(rows, "flops").max(), 40)
         frontier = [efficient(fits["training_law"], rows[0], costs_of(rows), c) for c in budgets]
-        axes.plot([f[0] for f in frontier], [f[1] for f in frontier], "k-", lw=2, label="efficient frontier")
+        axes.plot([f[0] for f in frontier], [f[1] for f in frontier], "k-", lw=2, label="efficient frontier\n(mu_bwd rounds up: steps)")
         axes.legend(fontsize=8)
         save(figure, "contours")
 

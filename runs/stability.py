@@ -25,11 +25,12 @@ rows = []
 for (rate, rule), lines in sorted(runs.items()):
     done, evals = lines[-1], [line for line in lines if line["kind"] in ("eval", "done")]
     finished = done["kind"] == "done"
+    last, final = evals[-1] if evals else {}, done if finished else {}
+    value = lambda line, key, T: line.get(key, {}).get(T, math.nan)
     rows.append({"rule": rule, "rate": rate, "finished": finished, "steps": done["step"], "skipped": done["skipped"],
-                 "val_loss_8": done["val_loss"]["8"] if finished else math.nan, "val_loss_64": done["val_loss"]["64"] if finished else math.nan,
-                 "state_rms_8": evals[-1]["state_rms"]["8"] if evals else math.nan,
-                 "state_rms_64": done["state_rms"]["64"] if finished else math.nan,
-                 "spectral_radius": evals[-1]["spectral_radius"] if evals else math.nan})
+                 "val_loss_8": value(final, "val_loss", "8"), "val_loss_64": value(final, "val_loss", "64"),
+                 "state_rms_8": value(last, "state_rms", "8"), "state_rms_64": value(final, "state_rms", "64"),
+                 "spectral_radius": last.get("spectral_radius", math.nan)})
 with open(results / "stability.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
