@@ -117,8 +117,8 @@ def main(args):
         raise UserError(f"--tokens is {args.tokens}, must be at least 1")
     device = pick_device(args.device)
     source = local_files(args.init_from or args.run)
-    on_cpu = device.type == "cpu" and args.dtype == "auto"  # one token at a time, CPUs multiply bfloat16 no faster unless ...
-    dtype = torch.float32 if on_cpu or args.trace else pick_dtype(device, args.dtype)  # ... the model is too large for the cache
+    exact = args.trace or device.type == "cpu" and args.dtype == "auto"  # token by token, bfloat16 is no faster for small models
+    dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
     model = Parcae.from_pretrained(source).to(device, dtype)
     if args.compile:
         model.step = torch.compile(model.step, dynamic=True)

@@ -537,6 +537,8 @@ def draw(out, fits, folder):
     if cells:
         both[0].legend(fontsize=8)
         save(figure, "isoflop")
+    else:
+        plt.close(figure)
 
     if fits["laws"]:
         figure, both = plt.subplots(1, 2, figsize=(8.5, 3.8), constrained_layout=True)
