@@ -29,7 +29,8 @@ from model import KVCache, Parcae, Settled, UserError, keep_freed_memory, local_
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 
-# name: (file, kind, examples shown, what comes between context and continuation, accuracy of chance in %)
+# name: (file, kind, examples shown, what comes between context and continuation, baseline accuracy in %); the baselines are
+# those with which CORE has been reported: some are the largest class's share, and DCLM corrected some later (its issue 114)
 TASKS = {
     "hellaswag_zeroshot": ("language_understanding/hellaswag", "choice", 0, " ", 25),
     "jeopardy": ("world_knowledge/jeopardy_all", "language", 10, "\nAnswer: ", 0),
