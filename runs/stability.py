@@ -53,7 +53,7 @@ for i, rate in enumerate(rates):
         if lines and lines[-1]["kind"] == "done":
             norms = lines[-1]["state_rms"]
             axes[1].loglog([int(T) for T in norms], norms.values(), style[1:], color=color, label=label)
-        axes[2].plot([e["step"] for e in evals], [e["spectral_radius"] for e in evals], style[1:], color=color, label=label)
+        axes[2].semilogy([e["step"] for e in evals], [e["spectral_radius"] for e in evals], style[1:], color=color, label=label)
 axes[0].set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)", title="Final loss (no point: it broke off)")
 axes[1].set(xlabel="loops T", ylabel="root mean square of h_T", title="Size of the state")
 axes[2].set(xlabel="step", ylabel="spectral radius", title="What multiplies the state")
