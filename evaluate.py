@@ -196,10 +196,9 @@ def score(model, items, recurrence):
     return results
 
 
-def accuracy(model, tokenizer, items, kind, shots, delimiter, recurrence, batch_size=32, limit=None, bar=None):
-    """Share of the items, or of the first `limit`, that the model gets right."""
-    items = [Item(i, items, kind, shots, delimiter, tokenizer, model.config.block_size) for i in range(len(items))[:limit]]
-    items.sort(key=lambda item: (item.prefix, max(map(len, item.rows))))  # items of like length side by side
+def accuracy(model, items, kind, recurrence, batch_size=32, bar=None):
+    """Share of the items (Item) that the model gets right."""
+    items = sorted(items, key=lambda item: (item.prefix, max(map(len, item.rows))))  # items of like length side by side
     right, batch = 0, []
     for i, item in enumerate(items):
         batch.append(item)
@@ -225,10 +224,11 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
             _, kind, shots, delimiter, baseline = TASKS[name]
             bar.set_description(name)
             try:
-                right = {T: accuracy(model, tokenizer, items, kind, shots, delimiter, T, batch_size, limit, bar) for T in recurrence}
+                items = [Item(i, items, kind, shots, delimiter, tokenizer, model.config.block_size) for i in range(len(items))[:limit]]
+                right = {T: accuracy(model, items, kind, T, batch_size, bar) for T in recurrence}
             except (KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{present[name]} has an item that is not of kind {kind}: {error}") from None
-            results[name] = {"items": len(items[:limit]), "baseline": baseline / 100, "accuracy": right,
+            results[name] = {"items": len(items), "baseline": baseline / 100, "accuracy": right,
                              "centered": {T: (a - baseline / 100) / (1 - baseline / 100) for T, a in right.items()}}
     return results
 

@@ -65,13 +65,12 @@ def read_prompt(args):
 def trace(model, idx, recurrence):
     """What coda and head make of every state of the loop: probabilities (loops, T, vocab_size) for idx (1, T), and how far
     each loop moved the state, |h_t - h_{t-1}| / |h_t|, (loops, T)."""
-    states, probs = [torch.zeros(1)], []
+    states, probs = [], []
     hook = model.C_proj.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][0].float()))
     for t in range(1, recurrence + 1):
         probs.append(model(idx, recurrence=t)[0][0].softmax(-1))
     hook.remove()
-    states[0] = torch.zeros_like(states[1])
-    moved = [(new - old).norm(dim=-1) / new.norm(dim=-1) for old, new in zip(states, states[1:])]
+    moved = [(new - old).norm(dim=-1) / new.norm(dim=-1) for old, new in zip([torch.zeros_like(states[0]), *states], states)]
     return torch.stack(probs), torch.stack(moved)
 
 
@@ -84,7 +83,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     except ImportError:
         raise UserError("--trace needs matplotlib: pip install matplotlib") from None
     loops, T, _ = probs.shape
-    name = lambda i: repr(decode(tokenizer, [i]))[1:-1].replace(" ", "\u2423") if i < tokenizer.n_vocab else "?"
+    name = lambda i: repr("".join(decode_stream(tokenizer, [i])))[1:-1].replace(" ", "\u2423") if i < tokenizer.n_vocab else "?"
     p, top = (z.tolist() for z in probs.max(-1))
     figure, (axes, below) = plt.subplots(2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, constrained_layout=True,
                                          gridspec_kw={"height_ratios": [loops, 3]})
@@ -106,10 +105,6 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
     temporary.replace(path)
-
-
-def decode(tokenizer, tokens):
-    return "".join(decode_stream(tokenizer, tokens))
 
 
 def main(args):

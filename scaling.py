@@ -77,9 +77,11 @@ def read_csv(path):
 
 
 def last_line(path):
-    """The last line of a log as a dict; {"kind": None, "flops": 0} where there is none."""
+    """The last line of a log as a dict; {"kind": None, "flops": 0} where there is none. Reads its end alone: a sweep asks often."""
     try:
-        return json.loads(path.read_text().splitlines()[-1])
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            return json.loads(file.read().splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return {"kind": None, "flops": 0.0}
 
@@ -377,6 +379,11 @@ def main_model(rows):
     return [row for row in rows if row["model"] == name]
 
 
+def without_bands(laws):
+    """Power laws as --json writes them, without the samples that figures and predictions need."""
+    return {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}
+
+
 def fit_table(rows, resamples=RESAMPLES):
     """Everything that can be fitted to a table of one accounting: the dict that --json writes, and the fits themselves
     (for figures and predictions). The laws of the main model, that with most runs; the worth of a recurrence from all."""
@@ -384,7 +391,7 @@ def fit_table(rows, resamples=RESAMPLES):
     own = trained_depth(main)
     optima, laws, notes = isoflop(main, resamples)
     out = {"model": main[0]["model"], "accounting": main[0]["accounting"], "runs": len(set(map(run_key, main))),
-           "power_laws": {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}, "isoflop": optima}
+           "power_laws": without_bands(laws), "isoflop": optima}
     fits = {"rows": main, "laws": laws, "test_time": {}}
 
     def attempt(key, law, data, **least):
@@ -430,8 +437,10 @@ def gains(rows):
     differences of val loss between runs of the same seed. rows: at T = mu_rec."""
     result = []
     for c, W, _ in budgets_of(rows):
+        if not np.isin(W, (0, 1)).all():  # read off between budgets, not made there
+            continue
         losses = {}
-        for row in (rows[i] for i in W.argmax(1) if np.array_equal(np.unique(W), [0, 1])):  # not those read off between budgets
+        for row in (rows[i] for i in W.argmax(1)):
             losses.setdefault(row["mu_rec"], {})[row["seed"]] = row["val_loss"]
         fixed = losses.pop(1, {})
         paired = {mu: [fixed[seed] - loss for seed, loss in seeds.items() if seed in fixed] for mu, seeds in losses.items()}
@@ -821,8 +830,7 @@ def fit(args):
     report(out)
     for other in sorted({row["accounting"] for row in rows} - {accounting} if not args.accounting else ()):
         optima, laws, _ = isoflop([row for row in rows if row["accounting"] == other and row["model"] == out["model"]], args.resamples)
-        laws = {name: {k: v for k, v in law.items() if k != "band"} for name, law in laws.items()}
-        out.setdefault("other_accounting", {})[other] = {"isoflop": optima, "power_laws": laws}
+        out.setdefault("other_accounting", {})[other] = {"isoflop": optima, "power_laws": without_bands(laws)}
         print(f"\nby {other} FLOPs: " + (", ".join(f"{label} ~ C^{laws[k]['exponent']:.3f} {span(laws[k]['ci'])}"
               for k, label in (("mu_rec", "mu*"), ("tokens", "D*"))) if laws else "no power law"))
     if args.json:

@@ -156,7 +156,7 @@ def test_an_oracle_scores_one_and_an_untrained_model_like_chance(build, kind, sh
     oracle.lm_head = torch.nn.Identity()
     oracle.next = {tuple(item.rows[item.gold][:n]): item.rows[item.gold][n]
                    for item in items_of(kind, shots, 256, items) for n in range(1, len(item.rows[item.gold]))}
-    right = lambda model: evaluate.accuracy(model, TOKENIZER, items, kind, shots, " ", 2)
+    right = lambda model: evaluate.accuracy(model, items_of(kind, shots, 256, items), kind, 2)
     assert right(oracle) == 1
     chance = {"choice": 0.25, "schema": 0.5, "language": 0}[kind]
     assert right(build(vocab_size=257, block_size=256).eval()) == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 160) ** 0.5)
