@@ -5,6 +5,7 @@
     python data.py shakespeare
     python data.py text book.txt notes.txt    your own files
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
+    python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
 
 A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
 magic 20240520, version 1, number of tokens; then the tokens as uint16) and tokenizer.json. Every
@@ -253,6 +254,29 @@ def text_docs(files):
     return train, val
 
 
+def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
+    """(train, val) lists of random strings with questions about them (p-hop induction, Sanford et al. 2024, arXiv 2402.09268).
+
+    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads to what came after the
+    last occurrence of the symbol one is at: p lookups one after the other, none of which says more than where to look next."""
+    rng = np.random.default_rng(seed)
+    n = n_train + n_val
+    s = rng.integers(1, symbols, size=(n, questions)).cumsum(axis=1) % symbols  # never the same symbol twice in a row
+    u = rng.random(s.shape)
+    rows, last, hop, possible = np.arange(n), np.full((n, symbols), -1), np.zeros_like(s), np.zeros_like(s)
+    for i in range(questions):
+        to = hop[:, i] = last[rows, s[:, i]] + 1  # 0: this symbol has not been there before
+        possible[:, i] = np.where(to > 0, possible[rows, to] + 1, 0)
+        last[rows, s[:, i]] = i
+    p = (u * (possible.clip(max=hops) + 1)).astype(int)
+    at = np.broadcast_to(np.arange(questions), s.shape)
+    for k in range(hops):
+        at = np.where(k < p, np.take_along_axis(hop, at, 1), at)
+    text = np.stack([p + ord("0"), s + ord("a"), np.take_along_axis(s, at, 1) + ord("A")], axis=-1).astype(np.uint8)
+    docs = [row.tobytes().decode() for row in text]
+    return docs[:n_train], docs[n_train:]
+
+
 def download(url, path):
     """Fetch url to path, through path.part: an interrupted download goes on where it stopped. Raises UserError."""
     part = Path(f"{path}.part")
@@ -387,7 +411,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
             files = [out.with_name("shakespeare.txt")]
             if not files[0].exists():
                 download(url or URLS[source], files[0])
-        train, val = stdlib_docs() if source == "stdlib" else text_docs(files)
+        train, val = {"stdlib": stdlib_docs, "p-hop": p_hop_docs}.get(source, lambda: text_docs(files))()
         encoding = make_tokenizer(tokenizer, train)
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
         save_tokenizer(encoding, temporary / "tokenizer.json")
@@ -405,8 +429,8 @@ def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default="stdlib", metavar="SOURCE",
-                        choices=("stdlib", "shakespeare", "fineweb-edu", "text"),
-                        help="stdlib (default), shakespeare, fineweb-edu, or text followed by files")
+                        choices=("stdlib", "shakespeare", "fineweb-edu", "p-hop", "text"),
+                        help="stdlib (default), shakespeare, fineweb-edu, p-hop, or text followed by files")
     parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
     parser.add_argument("--out", metavar="DIR", help="data directory to make (default: data/SOURCE)")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",

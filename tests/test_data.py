@@ -110,6 +110,22 @@ def test_stdlib_is_split_by_file_and_repeats():
     assert sum(map(len, train)) > 5e6
 
 
+def test_p_hop_answers_follow_the_definition():
+    docs, others = data.p_hop_docs(n_train=200, n_val=10)
+    assert len(docs) == 200 and len(others) == 10 and not set(docs) & set(others)
+    asked = Counter()
+    for doc in docs:
+        hops, string, answers = doc[0::3], doc[1::3], doc[2::3]
+        assert len(string) == 64 and all(a != b for a, b in zip(string, string[1:]))
+        for i, (p, answer) in enumerate(zip(hops, answers)):
+            for _ in range(int(p)):
+                i = string.rindex(string[i], 0, i) + 1
+            assert answer == string[i].upper()
+        asked.update(hops)
+    assert sorted(asked) == list("012345678") and min(asked.values()) > 500
+    assert data.p_hop_docs(n_train=200, n_val=10) == (docs, others)
+
+
 def test_large_texts_are_split_over_shards(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(data, "SHARD_TOKENS", 20_000)
     tokenizer = make_tokenizer("bytes")
