@@ -5,8 +5,8 @@
 
 Compares, at one width, the looped model at several numbers of loops T with three plain transformers: one of
 the same parameters, one of about twice the parameters (whose quality the looped one is said to match), and one
-of the same unrolled depth. Every prediction stands beside its measurement. Weights and caches in inference are
-bfloat16. Writes results/bench-<device>.json and, with matplotlib, results/memory-<device>.png.
+of the same unrolled depth. Every prediction stands beside its measurement. Memory in inference is counted for
+bfloat16 weights and caches. Writes results/bench-<device>-<preset>.json and, with matplotlib, results/memory-<preset>.png.
 """
 
 import argparse

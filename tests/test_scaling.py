@@ -12,6 +12,7 @@ from conftest import ROOT
 import scaling
 from data import prepare
 from model import UserError
+from runs.coverage import BUDGETS, coverage, made_up, parabolic, parametric
 
 
 def rng(seed=0):
@@ -20,22 +21,22 @@ def rng(seed=0):
 
 def table(noise=0.002, loops=(1, 2, 4, 8, 16), phi=1.0, sizes=(1.0,)):
     """A sweep that follows the unified law, evaluated at several T."""
-    rows = scaling.made_up(lambda row: scaling.parametric(row, phi), noise, rng(), sizes)
+    rows = made_up(lambda row: parametric(row, phi), noise, rng(), sizes)
     later = lambda row, T: row | {"recurrence": float(T), "val_loss": row["val_loss"] + 0.1 * math.exp(-2 * T / row["mu_rec"])}
     return [later(row, T) for row in rows for T in sorted({row["mu_rec"], *loops})]
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.01])
 def test_exponents_are_recovered_and_their_intervals_hold_the_truth(noise):
-    found = scaling.coverage(60, noise)
+    found = coverage(60, noise)
     for name in ("mu_rec", "tokens"):
         error, share = found[name]
-        assert abs(error) < 0.03 and share >= 0.85, found  # the study with 200 sweeps: python scaling.py coverage
+        assert abs(error) < 0.03 and share >= 0.85, found  # the study with 200 sweeps: python runs/coverage.py
 
 
 def test_the_optimum_of_exact_data_is_the_laws():
-    optima, laws, notes = scaling.isoflop(scaling.made_up(scaling.parabolic, 0, rng()), resamples=50)
-    assert [o["mu_rec"] for o in optima] == pytest.approx([4 * (c / 4e12) ** 0.4 for c in scaling.BUDGETS], rel=1e-6)
+    optima, laws, notes = scaling.isoflop(made_up(parabolic, 0, rng()), resamples=50)
+    assert [o["mu_rec"] for o in optima] == pytest.approx([4 * (c / 4e12) ** 0.4 for c in BUDGETS], rel=1e-6)
     for o in optima:
         assert o["tokens"] == pytest.approx(o["flops"] / 1e5 / (2 + o["mu_rec"]), rel=5e-3)
     assert laws["mu_rec"]["exponent"] == pytest.approx(0.4) and laws["mu_rec"]["coefficient"] == pytest.approx(4 / 4e12 ** 0.4)
@@ -48,25 +49,25 @@ def test_laws_are_recovered():
     assert (law["x"], law["y"], law["z"]) == pytest.approx((0.4, 0.6, 2), rel=0.1) and law["E"] == pytest.approx(0.8, abs=0.05)
     assert law["held_out_error"] < 0.002 and law["error_given_loss_at_mu"] < 0.006
     assert all(run["error"] < 0.001 for run in out["test_time"]) and len(out["test_time"]) == 5 * 6  # not for mu_rec = 1
-    law = scaling.natural(scaling.fit_law("training", scaling.made_up(scaling.parametric, 1e-4, rng()), resamples=0))
+    law = scaling.natural(scaling.fit_law("training", made_up(parametric, 1e-4, rng()), resamples=0))
     assert (law["x"], law["y"]) == pytest.approx((0.4, 0.6), rel=0.1)
     assert law["X"] == pytest.approx(40, rel=0.5) and law["Y"] == pytest.approx(3e3, rel=0.5)
 
 
 def test_phi_is_recovered_from_several_sizes():
-    rows = scaling.made_up(lambda row: scaling.parametric(row, 0.5), 0.002, rng(), sizes=(0.5, 1, 2))
+    rows = made_up(lambda row: parametric(row, 0.5), 0.002, rng(), sizes=(0.5, 1, 2))
     worth = scaling.fit_table(rows, resamples=40)[0]["recurrence_worth"]
     assert worth["phi"] == pytest.approx(0.5, abs=0.05) and worth["ci"][0] < 0.5 < worth["ci"][1]
     assert worth["objective"]["free"] < min(worth["objective"]["phi = 0"], worth["objective"]["phi = 1"]) / 1.2
 
 
 def test_budgets_planned_by_another_accounting_are_interpolated():
-    rows = scaling.made_up(scaling.parabolic, 0, rng())
+    rows = made_up(parabolic, 0, rng())
     other = [row | {"flops": row["flops"] * (1 + 0.05 * row["mu_rec"])} for row in rows]
     assert all(len(set(mu)) == 7 for _, _, mu in scaling.budgets_of(other))
     _, laws, _ = scaling.isoflop(other, resamples=0)
-    _, direct, _ = scaling.isoflop([row | {"val_loss": scaling.parabolic(row | {"flops": row["flops"] / (1 + 0.05 * row["mu_rec"])})}
-                                    for row in scaling.made_up(scaling.parabolic, 0, rng())], resamples=0)
+    _, direct, _ = scaling.isoflop([row | {"val_loss": parabolic(row | {"flops": row["flops"] / (1 + 0.05 * row["mu_rec"])})}
+                                    for row in made_up(parabolic, 0, rng())], resamples=0)
     assert laws["mu_rec"]["exponent"] == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
 
 
@@ -112,7 +113,7 @@ def run(*args, cwd, code=0):
 
 
 def test_fit_and_predict_from_the_command_line(tmp_path):
-    scaling.write_csv(tmp_path / "t.csv", scaling.made_up(scaling.parabolic, 0.002, rng()))
+    scaling.write_csv(tmp_path / "t.csv", made_up(parabolic, 0.002, rng()))
     said = run("fit", "t.csv", "--json", "fit.json", "--figures", "figures", "--resamples", 30, cwd=tmp_path).stdout
     assert "published: C^0.40" in said
     fit = json.loads((tmp_path / "fit.json").read_text())

@@ -1,0 +1,64 @@
+"""Table and figure of runs/half.sh: python runs/half.py out/half results"""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).parent.parent))
+from model import Parcae, ParcaeConfig
+
+NAMES = {"looped": "looped, T = 4", "plain": "transformer", "longer": "transformer, as many FLOPs",
+         "deep": "transformer, twice the layers", "wide": "transformer, 1.5 times the width"}
+
+folder, results = map(Path, sys.argv[1:])
+rows = []
+for path in sorted(folder.iterdir()):
+    name, rate, seed = path.name.split("-", 1)[0], *path.name.split("-", 1)[1].rsplit("-", 1)
+    config = json.loads((path / "config.json").read_text())
+    done = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
+    model = Parcae(ParcaeConfig(**config["model"]))
+    T = model.config.mean_recurrence if model.config.n_recurrent else 1
+    layers = model.config.n_prelude + model.config.n_coda + T * model.config.n_recurrent
+    loss = done["val_loss"][str(T)]
+    rows.append({"model": name, "rate": float(rate), "seed": int(seed), "parameters": config["parameters"], "tokens": done["tokens"],
+                 "training_flops": f"{done['flops']:.4g}", "inference_flops_per_token": model.flops_per_token(T, 0),
+                 "cache_bytes_per_token": 2 * 2 * layers * model.config.n_embd, "val_loss": round(loss, 5),
+                 "bits_per_byte": round(loss / math.log(2), 5)})
+with open(results / "half.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+runs = {name: [row for row in rows if (row["model"], row["rate"]) == (name, 3e-2)] for name in NAMES}
+loss = {name: np.array([row["val_loss"] for row in sorted(mine, key=lambda row: row["seed"])]) for name, mine in runs.items()}
+print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | val loss | bits per byte |\n|" + "---|" * 7)
+for name, mine in runs.items():
+    row, values = mine[0], loss[name]
+    print(f"| {NAMES[name]} | {row['parameters']:,} | {row['training_flops']} | {row['inference_flops_per_token']:,.0f} | "
+          f"{row['cache_bytes_per_token']:,} B | {values.mean():.4f} ({', '.join(f'{v:.4f}' for v in values)}) | "
+          f"{values.mean() / math.log(2):.3f} |")
+for name in ("deep", "wide"):
+    share = (loss["plain"] - loss["looped"]) / (loss["plain"] - loss[name])
+    print(f"share of the gap to {NAMES[name]} that looping closes: {share.mean():.0%} ({', '.join(f'{s:.0%}' for s in share)})")
+print(f"looped less transformer on as many FLOPs: {(loss['looped'] - loss['longer']).mean():+.4f}")
+for name in NAMES:
+    print(name, *(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in rows if row["model"] == name and row["seed"] == 0))
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
+for name, mine in runs.items():
+    marker = "o" if name == "looped" else "s"
+    for ax, key in zip(axes, ("parameters", "training_flops")):
+        x = float(mine[0][key])
+        ax.plot([x] * len(mine), loss[name], marker, color="C3" if name == "looped" else "0.4", ms=5, alpha=0.7)
+        ax.annotate(NAMES[name], (x, loss[name].mean()), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
+axes[0].set(xlabel="parameters", ylabel="val loss (nats per byte)", title="What it is worth: parameters", xlim=(7e4, 2e5))
+axes[1].set(xlabel="training FLOPs", title="What it costs: FLOPs", xlim=(6e12, 1.7e13))
+figure.savefig(results / "half.png", dpi=150)

@@ -1,0 +1,66 @@
+"""Table and figure of runs/p-hop.sh: python runs/p-hop.py out/p-hop results
+
+Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings kept for validation."""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).parent.parent))
+from data import open_shard
+from model import Parcae
+
+LOOPS, HOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32], range(9)
+
+
+@torch.no_grad()
+def accuracies(model, docs, T):
+    """Share of right answers for each number of hops. docs: (N, 1 + 3 * questions), begin, then hops, symbol, answer, hops, ..."""
+    right, hops = [], docs[:, 1::3] - ord("0")
+    for batch in docs.split(100):
+        logits, _ = model(batch[:, :-1], recurrence=T)
+        right.append(logits[:, 2::3].argmax(-1) == batch[:, 3::3])
+    right = torch.cat(right).float()
+    return [right[hops == p].mean().item() for p in HOPS]
+
+
+folder, results = map(Path, sys.argv[1:])
+docs = torch.from_numpy(open_shard(Path("data/p-hop/val_000000.bin")).astype(np.int64).reshape(1000, -1))
+rows = []
+for path in sorted(folder.iterdir()):
+    model, (name, seed) = Parcae.from_pretrained(path), path.name.rsplit("-", 1)
+    for T in LOOPS if name == "looped" else [1]:
+        rows += [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(a, 4)} for p, a in zip(HOPS, accuracies(model, docs, T))]
+with open(results / "p-hop.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def seeds(name, T, p):
+    return [row["accuracy"] for row in rows if (row["model"], row["T"], row["p"]) == (name, T, p)]
+
+
+print("accuracy, mean of the seeds (range)\n" + " " * 16 + "".join(f"p = {p}{'':13}" for p in HOPS))
+for name, T in sorted({(row["model"], row["T"]) for row in rows}):
+    print(f"{name:8} T = {T:<3}" + "".join(f"{np.mean(a):6.3f} ({min(a):.2f}-{max(a):.2f})" for a in (seeds(name, T, p) for p in HOPS)))
+
+figure, axes = plt.subplots(figsize=(6.6, 4), constrained_layout=True)
+for p in HOPS:
+    color = plt.cm.viridis(p / 9)
+    axes.plot(LOOPS, [np.mean(seeds("looped", T, p)) for T in LOOPS], "o-", ms=3, color=color, label=f"p = {p}")
+    axes.plot(0.7, np.mean(seeds("once", 1, p)), "x", color=color)
+axes.axhline(1 / 4, color="0.8", zorder=0)
+axes.set_xscale("log", base=2)
+axes.set_xticks([0.7, 1, 2, 4, 8, 16, 32], ["run once", 1, 2, 4, 8, 16, 32])
+axes.set(xlabel="loops T at test time (trained with 8 on average)", ylabel="accuracy", ylim=(0, 1.02),
+         title="p lookups in a row, by one layer: a loop a lookup")
+axes.legend(fontsize=8, ncols=2)
+figure.savefig(results / "p-hop.png", dpi=150)
