@@ -1,5 +1,10 @@
+import contextlib
+import io
+import runpy
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +14,23 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small models: threads cost more than they bring
 
 from model import Parcae, ParcaeConfig  # noqa: E402
+
+
+def script(name, *args, stdin=b"", cwd="."):
+    """Run a script as from the command line, but in this process: importing torch takes seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = sys.argv, sys.stdin, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, sys.stdin = [name, *map(str, args)], io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv, sys.stdin, handlers = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture

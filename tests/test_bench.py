@@ -1,11 +1,9 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import script
 
 import bench
 from model import PRESETS, KVCache, Parcae, ParcaeConfig
@@ -61,14 +59,14 @@ def test_runs_alternate_after_a_warm_up():
 def test_mistakes_get_one_line(tmp_path):
     for flags, message in ((["--preset", "gpt-nano"], "--preset is gpt-nano, must be one of parcae-140m"),
                            (["--recurrence", "0"], "--recurrence is 0"), (["--context", "0"], "--context is 0")):
-        run = subprocess.run([sys.executable, ROOT / "bench.py", *flags, "--out", tmp_path / "r"], capture_output=True, text=True)
+        run = script("bench.py", *flags, "--out", tmp_path / "r")
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "r").exists()
 
 
 def test_tables_and_json(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "bench.py", "--preset", "parcae-nano", "--context", "32", "--batch", "2", "--rounds", "2",
-                          "--recurrence", "1", "4", "--out", tmp_path], capture_output=True, text=True)
+    run = script("bench.py", "--preset", "parcae-nano", "--context", 32, "--batch", 2, "--rounds", 2, "--recurrence", 1, 4,
+                 "--out", tmp_path)
     assert run.returncode == 0, run.stderr
     for words in ("Memory in MB", "Training", "Generation", "break-even", "plain, twice the parameters"):
         assert words in run.stdout

@@ -1,14 +1,12 @@
 import http.server
 import json
-import subprocess
-import sys
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 import regex
-from conftest import ROOT
+from conftest import ROOT, script
 
 import data
 from data import Loader, UserError, begin_token, download, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
@@ -288,8 +286,7 @@ def test_shakespeare(server, tmp_path):
     (["fineweb-edu", "--shards", "0"], "--shards is 0, must be 1 to 99"), (["text", "none.txt"], "none.txt: No such file"),
     (["text", "model.py", "--tokenizer", "bpe:9"], "tokenizer is 'bpe:9'")])
 def test_mistakes_get_one_line(arguments, message, tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "data.py", *arguments, "--out", tmp_path / "d"], capture_output=True, text=True,
-                         cwd=ROOT)
+    run = script("data.py", *arguments, "--out", tmp_path / "d", cwd=ROOT)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -1,13 +1,11 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 
 import evaluate
 from data import load_tokenizer, make_tokenizer, prepare
@@ -26,7 +24,7 @@ def run(build, tmp_path):
 
 
 def call(*flags):
-    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, flags)], capture_output=True, text=True)
+    return script("evaluate.py", *flags)
 
 
 def test_bits_per_byte_and_perplexity(run):

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 import scaling
 from data import prepare
@@ -107,7 +107,7 @@ def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
 
 
 def run(*args, cwd, code=0):
-    done = subprocess.run([sys.executable, ROOT / "scaling.py", *map(str, args)], capture_output=True, text=True, cwd=cwd)
+    done = script("scaling.py", *args, cwd=cwd)
     assert done.returncode == code, done.stderr[-2000:]
     return done
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 
 from data import open_shard, prepare
 from model import Parcae
@@ -28,9 +28,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def train(corpus, tmp_path):
     def train(name, *flags, ranks=1, code=0, tiny=TINY):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        run = subprocess.run([sys.executable, *launch, ROOT / "train.py", "--data", corpus, "--out", tmp_path / name, *tiny,
-                              *map(str, flags)], capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD)
+        flags = ["--data", corpus, "--out", tmp_path / name, *tiny, *map(str, flags)]
+        run = script("train.py", *flags, cwd=tmp_path) if ranks == 1 else subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", ROOT / "train.py", *flags],
+            capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD)
         assert run.returncode == code, run.stderr[-2000:]
         return run
     train.out = tmp_path
@@ -81,8 +82,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     assert 0 < stopped < 12
     with open(parts / "log.jsonl", "a") as file:  # a line after the checkpoint, as of a run that was killed
         file.write(json.dumps({"kind": "train", "step": stopped + 1, "loss": 0}) + "\n")
-    run = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", parts], capture_output=True, text=True,
-                         env=ONE_THREAD)
+    run = script("train.py", "--resume", "--out", parts)
     assert run.returncode == 0, run.stderr
     assert losses(parts) == losses(whole)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(parts).items())
