@@ -642,8 +642,9 @@ class Parcae(nn.Module):
         settings = PUBLISHED_FIXED | {theirs: getattr(cfg, ours) for theirs, ours in PUBLISHED_FIELDS.items()} | {
             "model_class_name": "Parcae" if looped else "GPT", "vocab_size": cfg.vocab_size, "num_key_value_heads": cfg.n_head,
             "recurrent_embedding_dimension": cfg.n_embd, "recurrent_intermediation_embedding_dimension": cfg.mlp_width,
-            "state_init": "zero" if cfg.state_init == "zero" else "like-init",
-            "rope_settings": {"use_rope": True, "rope_condense_ratio": 1, "rope_base": cfg.rope_base}}
+            "state_init": "zero" if cfg.state_init == "zero" else "like-init"}
+        rope = ("use_rope", "rope_condense_ratio", "rope_base")
+        settings["rope_settings"] = {name: settings.pop(f"rope_settings.{name}") for name in rope}
         weights = {_their_name(name): w.float().cpu() for name, w in self.state_dict().items()}
         directory.mkdir(parents=True, exist_ok=True)
         torch.save(weights, directory / "pytorch_model.bin.tmp")
@@ -661,10 +662,10 @@ PUBLISHED_FIELDS = {
     "n_layers_in_prelude": "n_prelude", "n_layers_in_recurrent_block": "n_recurrent", "n_layers_in_coda": "n_coda",
     "intermediate_size": "mlp_width", "mean_recurrence": "mean_recurrence", "mean_backprop_depth": "backprop_depth",
     "injection_type": "injection", "prelude_norm": "prelude_norm", "qk_norm": "qk_norm", "tie_embeddings": "tie_embeddings",
-    "norm_eps": "norm_eps"}
+    "norm_eps": "norm_eps", "rope_settings.rope_base": "rope_base"}
 PUBLISHED_FIXED = {
     "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm", "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2",
-    "mup_model_scaling_factor": 1}
+    "mup_model_scaling_factor": 1, "rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}
 PUBLISHED_FREE = {
     "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_strategy", "init_orthogonal", "skip_initialization",
     "use_fused_head", "activation_checkpoint_impl", "simple_ops", "strategy", "sampling_scheme", "lockstep_n", "lockstep_k",
@@ -705,7 +706,8 @@ def read_config(path):
 
 def _published_config(settings):
     """A ParcaeConfig from the fields of a published config.json; raises UserError for what is not implemented here."""
-    c, rope = dict(settings), settings["rope_settings"]
+    c = dict(settings)
+    c |= {f"rope_settings.{name}": value for name, value in c.pop("rope_settings").items()}
     if "n_layer" in c:  # a GPT
         c |= {"n_layers_in_prelude": c.pop("n_layer"), "n_layers_in_recurrent_block": 0, "n_layers_in_coda": 0}
     for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth"):  # of no meaning without a loop
@@ -714,16 +716,15 @@ def _published_config(settings):
     required = PUBLISHED_FIXED | {
         "num_key_value_heads": c["num_attention_heads"], "recurrent_num_attention_heads": c["num_attention_heads"],
         "recurrent_embedding_dimension": c["n_embd"], "recurrent_intermediation_embedding_dimension": c["intermediate_size"]}
-    for name, value in [*c.items(), *((f"rope_settings.{k}", v) for k, v in rope.items())]:
-        known = name in PUBLISHED_FIELDS or name in PUBLISHED_FREE or name in ("state_init", "rope_settings", "rope_settings.rope_base")
-        allowed = {"rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}.get(name, required.get(name))
-        if not known and value != allowed and (value or name in PUBLISHED_FIXED or name == "rope_settings.use_rope"):
-            raise UserError(f"{name} is {value!r}, which is not implemented here" + (f", only {allowed!r}" if allowed is not None else ""))
+    for name, value in c.items():
+        known = name in PUBLISHED_FIELDS or name in PUBLISHED_FREE or name == "state_init"
+        if not known and value != required.get(name) and (value or name in PUBLISHED_FIXED):
+            only = f", only {required[name]!r}" if name in required else ""
+            raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
     states = {"zero": "zero", "normal": "normal", "like-init": "normal"}
     if c.get("state_init", "normal") not in states:
         raise UserError(f"state_init is {c['state_init']!r}, must be one of {', '.join(states)}")
-    return ParcaeConfig(**{ours: c[theirs] for theirs, ours in PUBLISHED_FIELDS.items()}, rope_base=rope["rope_base"],
-                        state_init=states[c.get("state_init", "normal")])
+    return ParcaeConfig(**{ours: c[theirs] for theirs, ours in PUBLISHED_FIELDS.items()}, state_init=states[c.get("state_init", "normal")])
 
 
 RENAMED = (("transformer.adapter.A_log", "injection.log_A"), ("transformer.adapter.", "injection."), ("transformer.h.", "prelude."),
