@@ -21,14 +21,19 @@ LOOPS, HOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32], range(9)
 
 
 @torch.no_grad()
-def accuracies(model, docs, T):
-    """Share of right answers for each number of hops. docs: (N, 1 + 3 * questions), begin, then hops, symbol, answer, hops, ..."""
-    right, hops = [], docs[:, 1::3] - ord("0")
+def accuracies(model, docs):
+    """{T: share of right answers for each number of hops}. docs: (N, 1 + 3 * questions), begin, then hops, symbol, answer, hops, ..."""
+    loops = LOOPS if model.config.mean_recurrence > 1 and model.config.n_recurrent else [1]
+    right, hops = {T: [] for T in loops}, docs[:, 1::3] - ord("0")
     for batch in docs.split(100):
-        logits, _ = model(batch[:, :-1], recurrence=T)
-        right.append(logits[:, 2::3].argmax(-1) == batch[:, 3::3])
-    right = torch.cat(right).float()
-    return [right[hops == p].mean().item() for p in HOPS]
+        def read(x, t):
+            if t in loops:
+                right[t].append(model.lm_head(x[:, 2::3]).argmax(-1) == batch[:, 3::3])  # noqa: B023
+        x = model.hidden(batch[:, :-1], loops[-1], until=read)
+        if not model.config.n_recurrent:
+            read(x, 1)
+    right = {T: torch.cat(answers).float() for T, answers in right.items()}
+    return {T: [answers[hops == p].mean().item() for p in HOPS] for T, answers in right.items()}
 
 
 folder, results = map(Path, sys.argv[1:])
@@ -36,8 +41,8 @@ docs = torch.from_numpy(open_shard(Path("data/p-hop/val_000000.bin")).astype(np.
 rows = []
 for path in sorted(folder.iterdir()):
     model, (name, seed) = Parcae.from_pretrained(path), path.name.rsplit("-", 1)
-    for T in LOOPS if name == "looped" else [1]:
-        rows += [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(a, 4)} for p, a in zip(HOPS, accuracies(model, docs, T))]
+    rows += [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(a, 4)}
+             for T, shares in accuracies(model, docs).items() for p, a in zip(HOPS, shares)]
 with open(results / "p-hop.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -56,11 +61,13 @@ figure, axes = plt.subplots(figsize=(6.6, 4), constrained_layout=True)
 for p in HOPS:
     color = plt.cm.viridis(p / 9)
     axes.plot(LOOPS, [np.mean(seeds("looped", T, p)) for T in LOOPS], "o-", ms=3, color=color, label=f"p = {p}")
-    axes.plot(0.7, np.mean(seeds("once", 1, p)), "x", color=color)
+    axes.plot(0.6, np.mean(seeds("once", 1, p)), "x", color=color)
+    axes.plot(55, np.mean(seeds("layers", 1, p)), "s", ms=4, color=color)
 axes.axhline(1 / 4, color="0.8", zorder=0)
+axes.text(32, 0.23, "guessing", ha="right", va="top", color="0.5", fontsize=8)
 axes.set_xscale("log", base=2)
-axes.set_xticks([0.7, 1, 2, 4, 8, 16, 32], ["run once", 1, 2, 4, 8, 16, 32])
-axes.set(xlabel="loops T at test time (trained with 8 on average)", ylabel="accuracy", ylim=(0, 1.02),
-         title="p lookups in a row, by one layer: a loop a lookup")
+axes.set_xticks([0.6, 1, 2, 4, 8, 16, 32, 55], ["trained to\nrun once", 1, 2, 4, 8, 16, 32, "eight\nlayers"])
+axes.set(xlabel="loops T at test time of one layer, trained with 8 on average", ylabel="accuracy", ylim=(0, 1.02),
+         title="p lookups in a row: a loop for each")
 axes.legend(fontsize=8, ncols=2)
 figure.savefig(results / "p-hop.png", dpi=150)
