@@ -100,7 +100,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     for t, color in zip(range(1, loops), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
         below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
     below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
-    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7)
+    below.set_xticks(range(T), [name(i)[:5] for i in idx[0].tolist()], fontsize=7)
     temporary = Path(f"{path}.tmp")
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

@@ -48,7 +48,7 @@ for name, mine in runs.items():
 for name in ("deep", "wide"):
     share = (loss["plain"] - loss["looped"]) / (loss["plain"] - loss[name])
     print(f"share of the gap to {NAMES[name]} that looping closes: {share.mean():.0%} ({', '.join(f'{s:.0%}' for s in share)})")
-print(f"looped less transformer on as many FLOPs: {(loss['looped'] - loss['longer']).mean():+.4f}")
+print(f"looped less transformer on as many FLOPs: {loss['looped'].mean() - loss['longer'].mean():+.4f}")
 for name in NAMES:
     print(name, *(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in rows if row["model"] == name and row["seed"] == 0))
 

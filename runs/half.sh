@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
 run() {  # name rate seed flags
-    echo "--out out/half/$1-$2-$3 --muon-lr $2 --adamw-lr $2 --seed $3 ${*:4}"
+    echo "${*:4} --muon-lr $2 --adamw-lr $2 --seed $3 --out out/half/$1-$2-$3"
 }
 each() {  # rate seed
     run looped $1 $2
