@@ -1,4 +1,6 @@
-"""Table and figure of runs/half.sh: python runs/half.py out/half results"""
+"""Table and figure of runs/half.sh: python runs/half.py out/half results
+
+Of several learning rates, each model gets the one at which its seed 0 does best."""
 
 import csv
 import json
@@ -21,7 +23,8 @@ NAMES = {"looped": "looped, T = 4", "plain": "transformer", "longer": "transform
 folder, results = map(Path, sys.argv[1:])
 rows = []
 for path in sorted(folder.iterdir()):
-    name, rate, seed = path.name.split("-", 1)[0], *path.name.split("-", 1)[1].rsplit("-", 1)
+    name, _, rest = path.name.partition("-")
+    rate, _, seed = rest.rpartition("-")
     config = json.loads((path / "config.json").read_text())
     done = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
     model = Parcae(ParcaeConfig(**config["model"]))
@@ -37,8 +40,13 @@ with open(results / "half.csv", "w", newline="") as file:
     writer.writeheader()
     writer.writerows(rows)
 
-runs = {name: [row for row in rows if (row["model"], row["rate"]) == (name, 3e-2)] for name in NAMES}
-loss = {name: np.array([row["val_loss"] for row in sorted(mine, key=lambda row: row["seed"])]) for name, mine in runs.items()}
+runs = {}
+for name in NAMES:
+    mine = [row for row in rows if row["model"] == name]
+    best = min((row for row in mine if row["seed"] == 0), key=lambda row: row["val_loss"])["rate"]
+    print(f"{NAMES[name]}: seed 0 by rate", ", ".join(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in mine if row["seed"] == 0))
+    runs[name] = sorted((row for row in mine if row["rate"] == best), key=lambda row: row["seed"])
+loss = {name: np.array([row["val_loss"] for row in mine]) for name, mine in runs.items()}
 print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | val loss | bits per byte |\n|" + "---|" * 7)
 for name, mine in runs.items():
     row, values = mine[0], loss[name]
@@ -47,10 +55,8 @@ for name, mine in runs.items():
           f"{values.mean() / math.log(2):.3f} |")
 for name in ("deep", "wide"):
     share = (loss["plain"] - loss["looped"]) / (loss["plain"] - loss[name])
-    print(f"share of the gap to {NAMES[name]} that looping closes: {share.mean():.0%} ({', '.join(f'{s:.0%}' for s in share)})")
+    print(f"share of the gap to the {NAMES[name]} that looping closes: {share.mean():.0%} ({', '.join(f'{s:.0%}' for s in share)})")
 print(f"looped less transformer on as many FLOPs: {loss['looped'].mean() - loss['longer'].mean():+.4f}")
-for name in NAMES:
-    print(name, *(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in rows if row["model"] == name and row["seed"] == 0))
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
 for name, mine in runs.items():
