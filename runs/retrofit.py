@@ -22,12 +22,13 @@ from model import Parcae, UserError
 
 @torch.no_grad()
 def retrofit(gpt):
-    layers = len(gpt.prelude)
+    blocks = [*gpt.prelude, *gpt.coda]
+    layers = len(blocks)
     if gpt.config.n_recurrent or layers < 2:
         raise UserError("the model to start from must be a plain transformer of two layers or more")
     first, last = layers // 4, layers - layers // 4  # of the recurrent block, and of the coda
     looped = Parcae(replace(gpt.config, n_prelude=first, n_recurrent=last - first, n_coda=layers - last, prelude_norm=False))
-    for ours, theirs in zip([*looped.prelude, *looped.recurrent, *looped.coda], gpt.prelude):
+    for ours, theirs in zip([*looped.prelude, *looped.recurrent, *looped.coda], blocks):
         ours.load_state_dict(theirs.state_dict())
     for name in ("wte", "value_embeds", "norm_f", "lm_head"):
         getattr(looped, name).load_state_dict(getattr(gpt, name).state_dict())
@@ -46,7 +47,7 @@ if __name__ == "__main__":
         looped = retrofit(gpt)
     except UserError as error:
         parser.error(str(error))
-    idx = torch.randint(256, (1, gpt.config.block_size))
+    idx = torch.randint(gpt.config.vocab_size, (1, gpt.config.block_size))
     with torch.no_grad():
         print(f"largest difference of the logits at T = 1: {(looped(idx, recurrence=1)[0] - gpt(idx)[0]).abs().max():.1e}")
     looped.export(args.out)
