@@ -61,8 +61,8 @@ figure, axes = plt.subplots(figsize=(6.6, 4), constrained_layout=True)
 for p in HOPS:
     color = plt.cm.viridis(p / 9)
     axes.plot(LOOPS, [np.mean(seeds("looped", T, p)) for T in LOOPS], "o-", ms=3, color=color, label=f"p = {p}")
-    axes.plot(0.6, np.mean(seeds("once", 1, p)), "x", color=color)
-    axes.plot(55, np.mean(seeds("layers", 1, p)), "s", ms=4, color=color)
+    for x, name, marker in ((0.6, "once", "x"), (55, "layers", "s")):
+        axes.plot([x] * len(seeds(name, 1, p)), seeds(name, 1, p), marker, ms=4, color=color)
 axes.axhline(1 / 4, color="0.8", zorder=0)
 axes.text(32, 0.23, "guessing", ha="right", va="top", color="0.5", fontsize=8)
 axes.set_xscale("log", base=2)
