@@ -12,6 +12,9 @@ rows, table = [], defaultdict(list)
 for path in map(Path, sys.argv[1:]):
     name, seed = path.name.rsplit("-", 1)
     done = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
+    if done["kind"] != "done":
+        print(f"{path} is not finished and left out")
+        continue
     rows.append({"variant": name, "seed": int(seed), "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"]),
                  **{f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}})
     table[name].append(rows[-1])

@@ -27,6 +27,9 @@ for path in sorted(folder.iterdir()):
     rate, _, seed = rest.rpartition("-")
     config = json.loads((path / "config.json").read_text())
     done = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
+    if done["kind"] != "done":
+        print(f"{path} is not finished and left out")
+        continue
     model = Parcae(ParcaeConfig(**config["model"]))
     T = model.config.mean_recurrence if model.config.n_recurrent else 1
     layers = model.config.n_prelude + model.config.n_coda + T * model.config.n_recurrent
@@ -59,12 +62,14 @@ for name in ("deep", "wide"):
 print(f"looped less transformer on as many FLOPs: {loss['looped'].mean() - loss['longer'].mean():+.4f}")
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
-for name, mine in runs.items():
-    marker = "o" if name == "looped" else "s"
-    for ax, key in zip(axes, ("parameters", "training_flops")):
-        x = float(mine[0][key])
-        ax.plot([x] * len(mine), loss[name], marker, color="C3" if name == "looped" else "0.4", ms=5, alpha=0.7)
-        ax.annotate(NAMES[name], (x, loss[name].mean()), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
-axes[0].set(xlabel="parameters", ylabel="val loss (nats per byte)", title="What it is worth: parameters", xlim=(7e4, 2e5))
-axes[1].set(xlabel="training FLOPs", title="What it costs: FLOPs", xlim=(6e12, 1.7e13))
+for ax, key, unit, low, high in ((axes[0], "parameters", 1e3, 70, 170), (axes[1], "training_flops", 1e12, 6, 14)):
+    for name, mine in runs.items():
+        x = float(mine[0][key]) / unit
+        right = x > (low + high) / 2  # labels towards the middle
+        ax.plot([x] * len(mine), loss[name], "o" if name == "looped" else "s", color="C3" if name == "looped" else "0.4", ms=5, alpha=0.7)
+        ax.annotate(NAMES[name], (x, loss[name].mean()), xytext=(-8 if right else 8, 0), textcoords="offset points", va="center",
+                    ha="right" if right else "left", fontsize=8)
+    ax.set_xlim(low, high)
+axes[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)", title="What it is worth: parameters")
+axes[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")
 figure.savefig(results / "half.png", dpi=150)
