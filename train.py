@@ -421,6 +421,7 @@ def train(args):
     if rank == 0:
         report(args, model, tokenizer, state, None if stop else values["val_loss"])
     if world > 1:
+        dist.barrier()  # ranks leave together: gloo may abort one that leaves while another is still at work
         dist.destroy_process_group()
 
 
