@@ -67,9 +67,9 @@ def trace(model, idx, recurrence):
     each loop moved the state, |h_t - h_{t-1}| / |h_t|, (loops, T)."""
     states, probs = [], []
     hook = model.C_proj.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][0].float()))
-    for t in range(1, recurrence + 1):
-        probs.append(model(idx, recurrence=t)[0][0].softmax(-1))
+    model.hidden(idx, recurrence, until=lambda x, t: probs.append(model.lm_head(x)[0].float().softmax(-1)))
     hook.remove()
+    states.pop()  # the last one is seen once more at the end
     moved = [(new - old).norm(dim=-1) / new.norm(dim=-1) for old, new in zip([torch.zeros_like(states[0]), *states], states)]
     return torch.stack(probs), torch.stack(moved)
 
@@ -83,7 +83,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     except ImportError:
         raise UserError("--trace needs matplotlib: pip install matplotlib") from None
     loops, T, _ = probs.shape
-    name = lambda i: repr("".join(decode_stream(tokenizer, [i])))[1:-1].replace(" ", "\u2423") if i < tokenizer.n_vocab else "?"
+    name = lambda i: repr("".join(decode_stream(tokenizer, [i])))[1:-1].replace(" ", "\u2423")[:5] if i < tokenizer.n_vocab else "?"
     p, top = (z.tolist() for z in probs.max(-1))
     figure, (axes, below) = plt.subplots(2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, constrained_layout=True,
                                          gridspec_kw={"height_ratios": [loops, 3]})
@@ -92,7 +92,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
         settled = max([t for t in range(1, loops) if top[t][i] != top[t - 1][i]], default=0)  # nothing changes from here on
         axes.add_patch(plt.Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
         for t in range(loops):
-            axes.text(i, t, name(top[t][i])[:5], ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k")
+            axes.text(i, t, name(top[t][i]), ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k")
     axes.set_yticks(range(loops), range(1, loops + 1))
     axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
@@ -100,7 +100,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     for t, color in zip(range(1, loops), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
         below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
     below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
-    below.set_xticks(range(T), [name(i)[:5] for i in idx[0].tolist()], fontsize=7)
+    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7)
     temporary = Path(f"{path}.tmp")
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
