@@ -120,8 +120,9 @@ def read_tables(paths, accounting=None):
 
 
 def write_csv(path, rows):
+    """A table whose columns are the first row's; it appears whole or not at all."""
     with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if k == "val_loss" else f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
                          for row in rows)

@@ -2,7 +2,6 @@
 
 Of several learning rates, each model gets the one at which its seed 0 does best."""
 
-import csv
 import json
 import math
 import sys
@@ -15,7 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).parent.parent))
+from bench import kv_bytes
 from model import Parcae, ParcaeConfig
+from scaling import last_line, write_csv
 
 NAMES = {"looped": "looped, T = 4", "plain": "transformer", "longer": "transformer, as many FLOPs",
          "deep": "transformer, twice the layers", "wide": "transformer, 1.5 times the width"}
@@ -26,22 +27,18 @@ for path in sorted(folder.iterdir()):
     name, _, rest = path.name.partition("-")
     rate, _, seed = rest.rpartition("-")
     config = json.loads((path / "config.json").read_text())
-    done = json.loads((path / "log.jsonl").read_text().splitlines()[-1])
+    done = last_line(path / "log.jsonl")
     if done["kind"] != "done":
         print(f"{path} is not finished and left out")
         continue
     model = Parcae(ParcaeConfig(**config["model"]))
     T = model.config.mean_recurrence if model.config.n_recurrent else 1
-    layers = model.config.n_prelude + model.config.n_coda + T * model.config.n_recurrent
     loss = done["val_loss"][str(T)]
     rows.append({"model": name, "rate": float(rate), "seed": int(seed), "parameters": config["parameters"], "tokens": done["tokens"],
                  "training_flops": f"{done['flops']:.4g}", "inference_flops_per_token": model.flops_per_token(T, 0),
-                 "cache_bytes_per_token": 2 * 2 * layers * model.config.n_embd, "val_loss": round(loss, 5),
+                 "cache_bytes_per_token": kv_bytes(model.config, 1, T), "val_loss": round(loss, 5),
                  "bits_per_byte": round(loss / math.log(2), 5)})
-with open(results / "half.csv", "w", newline="") as file:
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+write_csv(results / "half.csv", rows)
 
 runs = {}
 for name in NAMES:

@@ -2,7 +2,6 @@
 
 Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings kept for validation."""
 
-import csv
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import matplotlib.pyplot as plt
 sys.path.append(str(Path(__file__).parent.parent))
 from data import open_shard
 from model import Parcae
+from scaling import write_csv
 
 LOOPS, HOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32], range(9)
 
@@ -43,10 +43,7 @@ for path in sorted(folder.iterdir()):
     model, (name, seed) = Parcae.from_pretrained(path), path.name.rsplit("-", 1)
     rows += [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(a, 4)}
              for T, shares in accuracies(model, docs).items() for p, a in zip(HOPS, shares)]
-with open(results / "p-hop.csv", "w", newline="") as file:
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+write_csv(results / "p-hop.csv", rows)
 
 
 def seeds(name, T, p):
