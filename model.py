@@ -642,7 +642,7 @@ class Parcae(nn.Module):
         settings = PUBLISHED_FIXED | {theirs: getattr(cfg, ours) for theirs, ours in PUBLISHED_FIELDS.items()} | {
             "model_class_name": "Parcae" if looped else "GPT", "vocab_size": cfg.vocab_size, "num_key_value_heads": cfg.n_head,
             "recurrent_embedding_dimension": cfg.n_embd, "recurrent_intermediation_embedding_dimension": cfg.mlp_width,
-            "state_init": "zero" if cfg.state_init == "zero" else "like-init"}
+            "state_init": "zero" if cfg.state_init == "zero" else "like-init", "rope_settings.rope_condense_ratio": 1}
         rope = ("use_rope", "rope_condense_ratio", "rope_base")
         settings["rope_settings"] = {name: settings.pop(f"rope_settings.{name}") for name in rope}
         weights = {_their_name(name): w.float().cpu() for name, w in self.state_dict().items()}
@@ -665,7 +665,7 @@ PUBLISHED_FIELDS = {
     "norm_eps": "norm_eps", "rope_settings.rope_base": "rope_base"}
 PUBLISHED_FIXED = {
     "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm", "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2",
-    "mup_model_scaling_factor": 1, "rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}
+    "mup_model_scaling_factor": 1, "rope_settings.use_rope": True}
 PUBLISHED_FREE = {
     "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_strategy", "init_orthogonal", "skip_initialization",
     "use_fused_head", "activation_checkpoint_impl", "simple_ops", "strategy", "sampling_scheme", "lockstep_n", "lockstep_k",
@@ -715,7 +715,8 @@ def _published_config(settings):
             c.setdefault(name, getattr(ParcaeConfig(), PUBLISHED_FIELDS[name]))
     required = PUBLISHED_FIXED | {
         "num_key_value_heads": c["num_attention_heads"], "recurrent_num_attention_heads": c["num_attention_heads"],
-        "recurrent_embedding_dimension": c["n_embd"], "recurrent_intermediation_embedding_dimension": c["intermediate_size"]}
+        "recurrent_embedding_dimension": c["n_embd"], "recurrent_intermediation_embedding_dimension": c["intermediate_size"],
+        "rope_settings.rope_condense_ratio": 1}
     for name, value in c.items():
         known = name in PUBLISHED_FIELDS or name in PUBLISHED_FREE or name == "state_init"
         if not known and value != required.get(name) and (value or name in PUBLISHED_FIXED):
