@@ -1,8 +1,10 @@
 import contextlib
 import io
+import json
 import runpy
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,13 @@ def script(name, *args, stdin=b"", cwd="."):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def save_run(model, directory, **settings):
+    """What other scripts read of a run directory of train.py, but for the tokenizer."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model": asdict(model.config)} | settings))
+    torch.save({"model": model.state_dict()}, directory / "ckpt.pt")
 
 
 @pytest.fixture

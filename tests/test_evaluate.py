@@ -1,11 +1,10 @@
 import json
 import math
 import random
-from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, save_run, script
 
 import evaluate
 from data import load_tokenizer, make_tokenizer, prepare
@@ -15,10 +14,7 @@ from model import Parcae
 @pytest.fixture
 def run(build, tmp_path):
     data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
-    model = build(vocab_size=320)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": asdict(model.config), "data": str(data)}))
-    torch.save({"model": model.state_dict()}, tmp_path / "run" / "ckpt.pt")
+    save_run(build(vocab_size=320), tmp_path / "run", data=str(data))
     (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())
     return tmp_path / "run"
 

@@ -1,16 +1,12 @@
-import json
-from dataclasses import asdict
-
 import torch
-from conftest import script
+from conftest import save_run, script
 
 from model import Parcae
 
 
 def test_a_retrofitted_transformer_computes_the_same_until_it_loops(build, tmp_path):
     gpt = build(n_prelude=6, n_recurrent=0, n_coda=0, value_embeds=True, vocab_size=320).eval()
-    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(gpt.config)}))
-    torch.save({"model": gpt.state_dict()}, tmp_path / "ckpt.pt")
+    save_run(gpt, tmp_path)
     done = script("runs/retrofit.py", tmp_path, tmp_path / "looped")
     assert done.returncode == 0, done.stderr
     looped, idx = Parcae.from_pretrained(tmp_path / "looped"), torch.randint(320, (2, 20))
@@ -20,8 +16,6 @@ def test_a_retrofitted_transformer_computes_the_same_until_it_loops(build, tmp_p
 
 
 def test_what_loops_already_is_refused(build, tmp_path):
-    looped = build(vocab_size=320)
-    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(looped.config)}))
-    torch.save({"model": looped.state_dict()}, tmp_path / "ckpt.pt")
+    save_run(build(vocab_size=320), tmp_path)
     done = script("runs/retrofit.py", tmp_path, tmp_path / "looped")
     assert done.returncode == 2 and "must be a plain transformer" in done.stderr and not (tmp_path / "looped").exists()

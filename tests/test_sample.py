@@ -1,9 +1,6 @@
-import json
-from dataclasses import asdict
-
 import pytest
 import torch
-from conftest import script
+from conftest import save_run, script
 
 from data import make_tokenizer, save_tokenizer
 from model import Parcae
@@ -12,9 +9,7 @@ from sample import trace
 
 @pytest.fixture
 def run_directory(build, tmp_path):
-    model = build(vocab_size=320)
-    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
-    torch.save({"model": model.state_dict()}, tmp_path / "ckpt.pt")
+    save_run(build(vocab_size=320), tmp_path)
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
     return tmp_path
 
