@@ -119,10 +119,10 @@ def read_tables(paths, accounting=None):
     return rows, accounting or ("exact" if "exact" in there else there[0])
 
 
-def write_csv(path, rows):
-    """A table whose columns are the first row's; it appears whole or not at all."""
+def write_csv(path, rows, columns=COLUMNS):
+    """A table, of a sweep or of other columns; it appears whole or not at all."""
     with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if k == "val_loss" else f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
                          for row in rows)

@@ -19,7 +19,7 @@ for path in map(Path, sys.argv[1:]):
     rows.append({"variant": name, "seed": int(seed), "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"]),
                  **{f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}})
     table[name].append(rows[-1])
-write_csv("results/ablation.csv", rows)
+write_csv("results/ablation.csv", rows, rows[0])
 loops = [key for key in rows[0] if key.startswith("val_loss")]
 print("| variant | " + " | ".join(key.replace("val_loss_", "T = ") for key in loops) + " | each seed at T = 4 | FLOPs | time |")
 print("|" + "---|" * (len(loops) + 4))

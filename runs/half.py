@@ -38,7 +38,7 @@ for path in sorted(folder.iterdir()):
                  "training_flops": f"{done['flops']:.4g}", "inference_flops_per_token": model.flops_per_token(T, 0),
                  "cache_bytes_per_token": kv_bytes(model.config, 1, T), "val_loss": round(loss, 5),
                  "bits_per_byte": round(loss / math.log(2), 5)})
-write_csv(results / "half.csv", rows)
+write_csv(results / "half.csv", rows, rows[0])
 
 runs = {}
 for name in NAMES:

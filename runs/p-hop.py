@@ -43,7 +43,7 @@ for path in sorted(folder.iterdir()):
     model, (name, seed) = Parcae.from_pretrained(path), path.name.rsplit("-", 1)
     rows += [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(a, 4)}
              for T, shares in accuracies(model, docs).items() for p, a in zip(HOPS, shares)]
-write_csv(results / "p-hop.csv", rows)
+write_csv(results / "p-hop.csv", rows, rows[0])
 
 
 def seeds(name, T, p):

@@ -33,7 +33,7 @@ for (rate, rule), lines in sorted(runs.items()):
                  "val_loss_8": value(final, "val_loss", "8"), "val_loss_64": value(final, "val_loss", "64"),
                  "state_rms_8": value(last, "state_rms", "8"), "state_rms_64": value(final, "state_rms", "64"),
                  "spectral_radius": last.get("spectral_radius", math.nan)})
-write_csv(results / "stability.csv", [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+write_csv(results / "stability.csv", [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], rows[0])
 print(f"{'rate':>6} {'rule':9} {'loss T=8':>9} {'T=64':>9} {'|h| T=8':>9} {'T=64':>9} {'rho':>7}  steps (skipped)")
 for r in rows:
     print(f"{r['rate']:6g} {r['rule']:9} {r['val_loss_8']:9.3f} {r['val_loss_64']:9.3f} {r['state_rms_8']:9.3g} {r['state_rms_64']:9.3g} "

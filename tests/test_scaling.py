@@ -86,7 +86,7 @@ def test_what_cannot_be_fitted_is_said_and_the_rest_fitted(rows, said, tmp_path,
     assert said in capsys.readouterr().out
     json.dumps(out, allow_nan=False)
     scaling.draw(out, fits, tmp_path)
-    assert (tmp_path / ("isoflop.png" if scaling.trained_depth(rows) else "test-time.png")).stat().st_size > 5000
+    assert (tmp_path / ("isoflop.png" if scaling.budgets_of(scaling.trained_depth(rows)) else "test-time.png")).stat().st_size > 5000
 
 
 def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
