@@ -218,19 +218,25 @@ def decode_stream(tokenizer, tokens):
 # ----------------------------------------------------------------------------- sources
 
 
+# What some distributions of Python have and others leave out, or make anew for each machine: without it classmates get the
+# same text from the same version of Python.
+NOT_EVERYWHERE = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils", "macholib", "lib-dynload",
+                  "site-packages", "dist-packages", "__phello__", "sitecustomize.py", "usercustomize.py", "_distutils_system_mod.py"}
+
+
 def stdlib_docs():
     """(train, val) lists of source texts; every 20th file or so, by a hash of its path, is for validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, val = [], []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if "site-packages" in name or "dist-packages" in name:
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):  # the same order on every system
+        name = path.relative_to(root)
+        if NOT_EVERYWHERE & set(name.parts) or name.parts[0].startswith(("config-", "_sysconfigdata")):
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):  # a few tests of other encodings
+        except (UnicodeDecodeError, OSError):
             continue
-        (val if zlib.crc32(name.encode()) % 20 == 0 else train).append(text)
+        (val if zlib.crc32(name.as_posix().encode()) % 20 == 0 else train).append(text)
     if not train or not val:
         raise UserError(f"no source text of the standard library in {root}; try: python data.py text FILE...")
     return train, val
