@@ -8,18 +8,18 @@
     python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
 
 A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
-magic 20240520, version 1, number of tokens; then the tokens as uint16) and tokenizer.json. Every
-document begins with the end-of-text token, which also serves as "begin of text".
+magic 20240520, version 1, number of tokens; then the tokens as uint16; or 20240801, 7 and uint32
+for vocabularies of more than 65,536) and tokenizer.json. Every document begins with the
+end-of-text token, which also serves as "begin of text".
 """
 
-import argparse
 import base64
 import codecs
 import contextlib
 import heapq
 import json
 import os
-import shutil
+import re
 import sysconfig
 import urllib.error
 import urllib.request
@@ -33,9 +33,11 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from model import UserError
+from common import Parser, UserError, number, read_json, run, some_path, whole_directory, write_text
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+# llm.c's shard formats, magic number: (version, dtype); the second one for vocabularies of more than 65,536 tokens
+FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
+HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 EOT = "<|endoftext|>"
 URLS = {
@@ -121,7 +123,7 @@ def save_tokenizer(tokenizer, path):
         tokens, ids = zip(*sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]))
         saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens, "ids": ids,
                   "tokens": [base64.b64encode(token).decode() for token in tokens]}
-    Path(path).write_text(json.dumps(saved))
+    write_text(path, json.dumps(saved))
 
 
 def load_tokenizer(path):
@@ -172,6 +174,8 @@ def from_hugging_face(saved):
         pattern.append(step["pattern"]["Regex"])
     need(len(pattern) == 1, f"pre_tokenizer splits by {len(pattern)} patterns")
 
+    for token in saved.get("added_tokens", []):  # we never take these from text; others do, where they are not special
+        need(token.get("special"), f"added token {token['content']!r} is not special")
     special = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; the others follow 255
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
@@ -189,7 +193,9 @@ def from_hugging_face(saved):
                 if ranks.get(parts[i] + parts[i + 1], rank) >= rank:
                     break
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2:  # else neither ever makes this token
+            if len(parts) != 2:  # no merge makes this token: tiktoken takes it where it is a whole word, they where merges are ignored
+                need(model.get("ignore_merges"), f"token {rank} ({token!r}) is made by no merge")
+            else:
                 need(order.get(tuple(parts), -1) > last, f"token {rank} ({token!r}) does not follow the order of the merges")
                 last = order[tuple(parts)]
     return tiktoken.Encoding("hugging-face", pat_str=pattern[0], mergeable_ranks=ranks, special_tokens=special)
@@ -314,15 +320,17 @@ def download(url, path):
 
 def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number of tokens."""
-    eot = np.array([begin_token(tokenizer)], dtype=np.uint16)
+    magic = next(magic for magic, (_, dtype) in FORMATS.items() if tokenizer.n_vocab <= np.iinfo(dtype).max + 1)
+    version, dtype = FORMATS[magic]
+    eot = np.array([begin_token(tokenizer)], dtype=dtype)
     arrays = []
     for doc in tqdm(docs, desc=f"tokenizing {split}", unit="doc", leave=False):
-        arrays += [eot, tokenizer.encode_to_numpy(doc, disallowed_special=()).astype(np.uint16)]
+        arrays += [eot, tokenizer.encode_to_numpy(doc, disallowed_special=()).astype(dtype)]
     tokens = np.concatenate(arrays)
     for i, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
         shard = tokens[start:start + SHARD_TOKENS]
         header = np.zeros(256, dtype=np.int32)
-        header[:3] = MAGIC, VERSION, len(shard)
+        header[:3] = magic, version, len(shard)
         with open(directory / f"{split}_{i:06d}.bin", "wb") as file:
             file.write(header.tobytes() + shard.tobytes())
     return len(tokens)
@@ -332,14 +340,17 @@ def open_shard(path):
     """The tokens of a shard as a read-only memory map; UserError where the file is not a whole shard."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype=np.int32, count=256)
-    if len(header) < 256 or header[0] != MAGIC:
+    if len(header) < 256 or int(header[0]) not in FORMATS:
         raise UserError(f"{path} is not a token shard: its magic number is {header[0] if len(header) else 'missing'}, "
-                        f"must be {MAGIC}")
-    if header[1] != VERSION:
-        raise UserError(f"{path} has shard version {header[1]}, must be {VERSION}")
-    if size != HEADER_BYTES + 2 * header[2] or header[2] == 0:
-        raise UserError(f"{path} is damaged: {size} bytes for {header[2]} tokens, must be {HEADER_BYTES + 2 * header[2]}")
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER_BYTES)
+                        f"must be {' or '.join(map(str, FORMATS))}")
+    version, dtype = FORMATS[int(header[0])]
+    if header[1] != version:
+        raise UserError(f"{path} has shard version {header[1]}, must be {version}")
+    count = int(header[2])
+    expected = HEADER_BYTES + count * np.dtype(dtype).itemsize
+    if size != expected or count == 0:
+        raise UserError(f"{path} is damaged: {size} bytes for {count} tokens, must be {expected}")
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
 
 
 class Loader:
@@ -388,10 +399,33 @@ class Loader:
 # ----------------------------------------------------------------------------- command line
 
 
+def check_replaceable(directory):
+    """Raise UserError where `directory` holds anything that data.py did not make: it is replaced as a whole."""
+    directory = Path(directory)
+    if directory.is_symlink():
+        raise UserError(f"--out {directory} is a link that leads round in a circle (Too many levels of symbolic links)")
+    if not directory.exists():
+        return
+    if not directory.is_dir() or directory == Path.cwd().resolve():
+        what = "the current directory" if directory.is_dir() else "no directory"
+        raise UserError(f"--out {directory} is {what}: choose a name of its own for the data")
+    for path in sorted(directory.iterdir()):
+        ours = path.is_file() and (path.name == "tokenizer.json" or re.fullmatch(r"(train|val)_\d{6}\.bin", path.name))
+        if ours and path.name == "tokenizer.json":
+            ours = "name" in read_json(path)  # those of others have a model
+        elif ours:
+            magic = np.fromfile(path, dtype=np.int32, count=1)
+            ours = len(magic) == 0 or magic[0] in FORMATS
+        if not ours:
+            raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: choose another directory")
+
+
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, url=None):
-    """Make the data directory `out` (default data/<source>) whole or not at all; returns its path."""
+    """Make the data directory `out` (default data/<source>) whole or not at all; returns its path. Raises UserError."""
     out = Path(out or Path("data") / source)
     if source == "fineweb-edu":  # each shard is checked and kept by itself, so that a long download can go on
+        if (out / "tokenizer.json").exists() and read_json(out / "tokenizer.json").get("name") != "gpt2":
+            raise UserError(f"--out {out} holds data of another tokenizer: choose another directory")
         out.mkdir(parents=True, exist_ok=True)
         for i in range(shards + 1):
             path = out / (f"train_{i - 1:06d}.bin" if i else "val_000000.bin")
@@ -405,14 +439,11 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
                     temporary.unlink()
                     raise
                 os.replace(temporary, path)
-        (out / "tokenizer.json").write_text(json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
+        write_text(out / "tokenizer.json", json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
         print(f"{out}: {shards} train and 1 val shard, tokenizer gpt2")
         return out
 
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_directory(out, check_replaceable) as temporary:
         if source == "shakespeare":
             files = [out.with_name("shakespeare.txt")]
             if not files[0].exists():
@@ -421,10 +452,6 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
         encoding = make_tokenizer(tokenizer, train)
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
         save_tokenizer(encoding, temporary / "tokenizer.json")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     characters = sum(map(len, train)) / sizes["train"]
     print(f"{out}: {sizes['train']:,} train and {sizes['val']:,} val tokens, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)")
@@ -432,30 +459,24 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", nargs="?", default="stdlib", metavar="SOURCE",
                         choices=("stdlib", "shakespeare", "fineweb-edu", "p-hop", "text"),
                         help="stdlib (default), shakespeare, fineweb-edu, p-hop, or text followed by files")
     parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
-    parser.add_argument("--out", metavar="DIR", help="data directory to make (default: data/SOURCE)")
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="data directory to make (default: data/SOURCE)")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
                         help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a directory with a "
                              "tokenizer.json, ours or Hugging Face's")
-    parser.add_argument("--shards", type=int, default=1, metavar="N",
+    parser.add_argument("--shards", type=number(int, 1, FINEWEB_SHARDS), default=1, metavar="N",
                         help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
     parser.add_argument("--url", help="another place to download from: shakespeare's file, fineweb-edu's folder")
     args = parser.parse_args()
     if (args.source == "text") != bool(args.files):
         parser.error("SOURCE text needs files: python data.py text FILE..." if args.source == "text" else
                      f"SOURCE {args.source} takes no files, got {args.files[0]}")
-    if not 1 <= args.shards <= FINEWEB_SHARDS:
-        parser.error(f"--shards is {args.shards}, must be 1 to {FINEWEB_SHARDS}")
-    try:
-        prepare(args.source, args.out, args.tokenizer, args.files, args.shards, args.url)
-    except UserError as error:
-        parser.error(str(error))
+    prepare(args.source, args.out, args.tokenizer, args.files, args.shards, args.url)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -39,10 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; scripts print it alone."""
-
+from common import UserError
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps

@@ -1,11 +1,13 @@
 import http.server
 import json
+import os
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from conftest import ROOT, script
 
 import data
@@ -349,3 +351,117 @@ def test_other_tokenizers_are_refused(corpus, tmp_path, change, said):
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=said):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("added, extra, said", [
+    ({"content": "    ", "id": 1501, "special": False}, None, "added token '    ' is not special"), (None, "xqz", "is made by no merge")])
+def test_ids_that_would_differ_are_refused(corpus, tmp_path, added, extra, said):
+    hugging_face(corpus, tmp_path, "gpt2")
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    if added:
+        saved["added_tokens"].append(added)
+    else:
+        saved["model"]["vocab"][extra] = 1501
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(tmp_path)
+    if extra:  # with this, the tokenizers package takes whole words from the vocabulary, as tiktoken does
+        saved["model"]["ignore_merges"] = True
+        (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+        assert load_tokenizer(tmp_path).encode_ordinary("xqz") == [1501]
+
+# ------------------------------------------------------------------ what must not be lost
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def foreign_directories(folder):
+    """Directories that data.py must leave alone, each with something of the user's."""
+    for name, files in {"thesis": {"thesis.tex": b"x"}, "nested": {"a/b.txt": b"x"}, "shard-like": {"train_000000.bin": b"my own numbers"},
+                        "their tokenizer": {"tokenizer.json": b'{"model": {}}'}, "input": {"notes.txt": b"abc " * 100}}.items():
+        for file, content in files.items():
+            (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / file).write_bytes(content)
+        yield folder / name
+    yield folder  # a parent
+
+
+def test_a_directory_of_the_users_is_never_replaced(tmp_path):
+    (tmp_path / "t.txt").write_text("hello " * 100)
+    for folder in list(foreign_directories(tmp_path / "d")):
+        before = tree(tmp_path)
+        done = script("data.py", "text", tmp_path / "t.txt", "--out", folder)
+        assert done.returncode == 2 and "which data.py did not make" in done.stderr and done.stderr.count("\n") == 1
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("out, said", [("", "--out is empty"), (".", "is the current directory"), ("t.txt", "is no directory"),
+                                       ("t.txt/x", "t.txt: File exists"), ("/proc/x", "/proc"),
+                                       ("loop", "Too many levels"), ("x" * 300, "too long")])
+def test_places_that_cannot_be_written_get_one_line(tmp_path, out, said):
+    (tmp_path / "t.txt").write_text("hello " * 100)
+    (tmp_path / "loop").symlink_to("loop")
+    if out == ".":
+        (tmp_path / "e").mkdir()
+    before = set(tmp_path.iterdir())
+    done = script("data.py", "text", tmp_path / "t.txt", "--out", out, cwd=tmp_path / "e" if out == "." else tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_data_is_replaced_by_data_also_through_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "d").symlink_to(tmp_path / "disk")
+    (tmp_path / "d.tmp").mkdir()  # of somebody else
+    for tokenizer in ("bytes", "bpe:300"):
+        prepare("text", tmp_path / "d", tokenizer, [ROOT / "data.py"])
+        assert load_tokenizer(tmp_path / "d").name == tokenizer
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "d.tmp", "disk"] and (tmp_path / "d").is_symlink()
+
+
+def test_an_interruption_at_any_rename_leaves_one_of_the_two_whole(tmp_path, monkeypatch):
+    out, rename = prepare("text", tmp_path / "d", "bytes", [ROOT / "data.py"]), os.rename
+    before = tree(out)
+    for fatal in (1, 2):
+        countdown = iter([None] * (fatal - 1))
+
+        def interrupted(a, b, countdown=countdown):
+            if next(countdown, "now") == "now":
+                monkeypatch.setattr(os, "rename", rename)
+                raise KeyboardInterrupt
+            rename(a, b)
+        monkeypatch.setattr(os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("text", out, "bpe:300", [ROOT / "model.py"])
+        assert tree(out) == before and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_two_preparations_at_once_both_end_well(tmp_path):
+    done = []
+    make = lambda tokenizer: done.append(prepare("text", tmp_path / "d", tokenizer, [ROOT / "data.py"]))
+    threads = [threading.Thread(target=make, args=[name]) for name in ["bytes", "bpe:280"] * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 8 and [p.name for p in tmp_path.iterdir()] == ["d"]
+    assert load_tokenizer(tmp_path / "d").name in ("bytes", "bpe:280") and len(Loader(tmp_path / "d", "train", 32, 300)) > 0
+
+
+def test_ids_above_65535_are_kept(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b" T": 70_000}
+    tokenizer = tiktoken.Encoding("large", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={data.EOT: 128_000})
+    data.write_shards(tmp_path, "train", [" T T"], tokenizer)
+    assert open_shard(tmp_path / "train_000000.bin").tolist() == [128_000, 70_000, 70_000]
+    assert list(np.fromfile(tmp_path / "train_000000.bin", dtype=np.int32, count=3)) == [20240801, 7, 3]
+
+
+def test_a_shard_of_more_than_2_to_the_30_tokens_opens(tmp_path):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, 1_100_000_000
+    with open(tmp_path / "s.bin", "wb") as file:
+        file.write(header.tobytes())
+        file.truncate(1024 + 2 * 1_100_000_000)  # sparse
+    assert len(open_shard(tmp_path / "s.bin")) == 1_100_000_000

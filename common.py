@@ -1,0 +1,209 @@
+"""What every script needs: the one-line error, checked flags, files that appear whole, a lock.
+
+Nothing here knows of models. Files are written to a temporary name and renamed, so that whatever
+happens, a reader finds the old file or the new one, never a half.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+class UserError(ValueError):
+    """A value from outside is wrong. The message says which and what is allowed; `run` prints it alone."""
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def run(main):
+    """Call main(). What a user can do something about becomes one line and exit code 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # consoles that are not UTF-8
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        message = f"not enough memory or disk: {(str(error).splitlines() or ['allocation failed'])[0]}"
+    message = message.replace("\r", "\\r").replace("\n", "\\n")
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose description is the script's docstring and whose errors are UserErrors."""
+
+    def __init__(self, **options):
+        super().__init__(usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument ").replace(": is ", " is ", 1))
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number from low to high; above: larger than low.
+
+    >>> number(int, 1)("2e3")
+    2000
+    """
+    def parse(text):
+        try:
+            value = float(text)
+            if kind is int and value.is_integer():
+                value = int(text) if text.strip().lstrip("+-").isdigit() else int(value)
+            fits = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except ValueError:
+            value, fits = repr(text), False
+        if not fits or not isinstance(value, kind):
+            what = "a whole number " if kind is int and isinstance(value, float) else ""
+            limits = f"{'above' if above else 'at least'} {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"is {value}, must be {what}{limits}")
+        return value
+    return parse
+
+
+def some_path(text):
+    """An argparse type: a path, not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, must name a file or directory")
+    return text
+
+
+SEED = number(int, 0, 2 ** 32 - 1)
+LOOPS = number(int, 1, 65536)
+
+# ----------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """Open a file that takes path's place when the block ends well, and leaves nothing behind otherwise."""
+    path = Path(path)
+    number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(number, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's are for the owner alone
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def read_json(path):
+    """The JSON object in a file, a dict. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def whole_directory(path, check):
+    """Yield an empty temporary directory that takes path's place when the block ends well.
+
+    check(path) raises UserError where what is there must not be replaced. The old directory is moved
+    aside, the new one moved in, then the old removed: at any moment one of the two is whole."""
+    path = Path(os.path.realpath(path))  # a link to a folder stays a link
+    check(path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        yield new
+        while new.exists():
+            check(path)
+            with contextlib.suppress(FileNotFoundError):  # nothing there, or another process was faster
+                os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():  # interrupted between the renames
+            os.rename(old, path)
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only if it is still empty
+
+
+@contextlib.contextmanager
+def lock(directory):
+    """Hold directory/.lock: one process at a time writes there. Raises UserError that names the holder.
+
+    The system drops the lock with the process, however that ends."""
+    path = Path(directory) / ".lock"
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(f"{directory} is in use by process {holder}: wait for it or stop it") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its holder removed it between our two steps
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
