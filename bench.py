@@ -9,9 +9,7 @@ of the same unrolled depth. Every prediction stands beside its measurement. Memo
 bfloat16 weights and caches. Writes results/bench-<device>-<preset>.json and, with matplotlib, results/memory-<preset>.png.
 """
 
-import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -22,13 +20,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from common import COUNT, LOOPS, Parser, UserError, run_script, write_text
 from model import (
     CHUNK,
     PRESETS,
     KVCache,
     Parcae,
     ParcaeConfig,
-    UserError,
     keep_freed_memory,
     matmul_peak,
     pick_device,
@@ -39,21 +37,20 @@ MB = 1e6
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--preset", default="parcae-micro", metavar="NAME", help="looped model, one of "
         f"{', '.join(name for name in PRESETS if name.startswith('parcae'))} (default: %(default)s)")
-    add("--context", type=int, metavar="N", help="tokens of a sequence (default: the preset's block_size)")
-    add("--batch", type=int, default=32, metavar="N", help="sequences of a training step (default: %(default)s)")
-    add("--recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
+    add("--context", type=COUNT, metavar="N", help="tokens of a sequence (default: the preset's block_size)")
+    add("--batch", type=COUNT, default=32, metavar="N", help="sequences of a training step (default: %(default)s)")
+    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
     add("--only", choices=("memory", "train", "decode"), help="one part of the tables (default: all)")
-    add("--rounds", type=int, default=5, metavar="N", help="times that everything is measured, in turns (default: %(default)s)")
+    add("--rounds", type=COUNT, default=5, metavar="N", help="times that everything is measured, in turns (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the layers for training, the whole step for decoding (minutes)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
     add("--out", default="results", metavar="DIR", help="where the JSON and the figure go (default: %(default)s)")
-    return parser, parser.parse_args()
+    return parser.parse_args()
 
 # ----------------------------------------------------------------------------- the models
 
@@ -316,10 +313,6 @@ def draw(config, path):
 def main(args):
     if not args.preset.startswith("parcae") or args.preset not in PRESETS:
         raise UserError(f"--preset is {args.preset}, must be one of {', '.join(n for n in PRESETS if n.startswith('parcae'))}")
-    for flag, value in (("batch", args.batch), ("context", 1 if args.context is None else args.context),
-                        ("rounds", args.rounds), ("recurrence", min(args.recurrence))):
-        if value < 1:
-            raise UserError(f"--{flag} is {value}, must be at least 1")
     config = ParcaeConfig(**PRESETS[args.preset])
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
@@ -360,14 +353,9 @@ def main(args):
                             "compute limit": rate("compute limit"), "memory limit": rate("memory limit"),
                             "share": lambda r: f"{r['share of limit']:.0%}"})
     path = out / f"bench-{device.type}-{args.preset}{'-' + args.only if args.only else ''}.json"
-    Path(f"{path}.tmp").write_text(json.dumps(results, indent=1))
-    os.replace(f"{path}.tmp", path)
+    write_text(path, json.dumps(results, indent=1))
     print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
-    parser, args = parse_args()
-    try:
-        main(args)
-    except UserError as error:
-        parser.error(str(error))
+    run_script(lambda: main(parse_args()))

@@ -24,12 +24,12 @@ except ImportError:  # Windows
 
 
 class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; `run` prints it alone."""
+    """A value from outside is wrong. The message says which and what is allowed; `run_script` prints it alone."""
 
 # ----------------------------------------------------------------------------- the command line
 
 
-def run(main):
+def run_script(main):
     """Call main(). What a user can do something about becomes one line and exit code 2, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -74,18 +74,19 @@ def number(kind, low, high=math.inf, above=False):
     >>> number(int, 1)("2e3")
     2000
     """
+    limits = f"{'above' if above else 'at least'} {low}" if high == math.inf else f"at least {low} and at most {high}"
+
     def parse(text):
         try:
-            value = float(text)
-            if kind is int and value.is_integer():
-                value = int(text) if text.strip().lstrip("+-").isdigit() else int(value)
-            fits = math.isfinite(value) and low <= value <= high and not (above and value == low)
+            value = int(text) if text.strip().lstrip("+-").isdigit() and kind is int else float(text)
         except ValueError:
-            value, fits = repr(text), False
-        if not fits or not isinstance(value, kind):
-            what = "a whole number " if kind is int and isinstance(value, float) else ""
-            limits = f"{'above' if above else 'at least'} {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"is {value}, must be {what}{limits}")
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not math.isfinite(value) or not low <= value <= high or above and value == low:
+            raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
+        if not isinstance(value, kind):
+            raise argparse.ArgumentTypeError(f"is {value}, must be a whole number, {limits}")
         return value
     return parse
 
@@ -97,6 +98,8 @@ def some_path(text):
     return text
 
 
+COUNT = number(int, 1)
+POSITIVE = number(float, 0, above=True)
 SEED = number(int, 0, 2 ** 32 - 1)
 LOOPS = number(int, 1, 65536)
 

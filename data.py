@@ -33,7 +33,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, number, read_json, run, some_path, whole_directory, write_text
+from common import Parser, UserError, read_json, run_script, some_path, whole_directory, write_text
 
 # llm.c's shard formats, magic number: (version, dtype); the second one for vocabularies of more than 65,536 tokens
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
@@ -145,6 +145,11 @@ def load_tokenizer(path):
         raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of this project or a Hugging Face byte-level BPE: {error}") from None
+
+
+def same_tokens(a, b):
+    """Whether two tokenizers have the same tokens and ids."""
+    return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
 
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -468,15 +473,17 @@ def main():
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
                         help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a directory with a "
                              "tokenizer.json, ours or Hugging Face's")
-    parser.add_argument("--shards", type=number(int, 1, FINEWEB_SHARDS), default=1, metavar="N",
+    parser.add_argument("--shards", type=int, default=1, metavar="N",
                         help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
     parser.add_argument("--url", help="another place to download from: shakespeare's file, fineweb-edu's folder")
     args = parser.parse_args()
     if (args.source == "text") != bool(args.files):
         parser.error("SOURCE text needs files: python data.py text FILE..." if args.source == "text" else
                      f"SOURCE {args.source} takes no files, got {args.files[0]}")
+    if not 1 <= args.shards <= FINEWEB_SHARDS:
+        parser.error(f"--shards is {args.shards}, must be 1 to {FINEWEB_SHARDS}")
     prepare(args.source, args.out, args.tokenizer, args.files, args.shards, args.url)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -13,10 +13,8 @@ continuations) and schema (several contexts, one continuation) are right where t
 loss over the continuation; language modelling where greedy decoding gives the whole continuation.
 """
 
-import argparse
 import json
 import math
-import os
 import random
 from pathlib import Path
 
@@ -24,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Loader, begin_token, load_tokenizer
-from model import KVCache, Parcae, Settled, UserError, keep_freed_memory, local_files, pick_device, pick_dtype
+from common import COUNT, LOOPS, Parser, UserError, number, read_json, run_script, some_path, write_text
+from data import Loader, begin_token, load_tokenizer, same_tokens
+from model import KVCache, Parcae, Settled, keep_freed_memory, local_files, pick_device, pick_dtype, read_config
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 
@@ -58,25 +57,25 @@ TASKS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--run", default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
-    add("--init-from", metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
-    add("--recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
-    add("--data", metavar="DIR", help="data directory whose val tokens are read (default: the run's)")
-    add("--text", metavar="FILE", help="read this text instead")
-    add("--sequences", type=int, default=512, metavar="N", help="sequences of block_size tokens to read (default: %(default)s)")
-    add("--core", metavar="DIR", help="measure CORE too, on the tasks in this folder (eval_data of the public bundle)")
-    add("--max-per-task", type=int, metavar="N", help="items of a task, the first N after shuffling (default: all)")
-    add("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (default: %(default)s)")
+    add("--run", type=some_path, default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
+    add("--init-from", type=some_path, metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
+    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
+    add("--data", type=some_path, metavar="DIR", help="data directory whose val tokens are read (default: the run's)")
+    add("--text", type=some_path, metavar="FILE", help="read this text instead")
+    add("--sequences", type=COUNT, default=512, metavar="N", help="sequences of block_size tokens to read (default: %(default)s)")
+    add("--core", type=some_path, metavar="DIR", help="measure CORE too, on the tasks in this folder (eval_data of the public bundle)")
+    add("--max-per-task", type=COUNT, metavar="N", help="items of a task, the first N after shuffling (default: all)")
+    add("--batch-size", type=COUNT, default=32, metavar="N", help="sequences at a time (default: %(default)s)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the last loop's keys and values only")
-    add("--exit-threshold", type=float, nargs="+", metavar="EPS", help="also with a depth of its own for each token: its loop ends, at "
+    add("--exit-threshold", type=number(float, 0), nargs="+", metavar="EPS",
+        help="also with a depth of its own for each token: its loop ends, at "
         "the largest --recurrence at the latest, when its prediction changes by less than EPS nats (shared cache, token by token)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the activations (default: auto)")
-    return parser, parser.parse_args()
+    return parser.parse_args()
 
 # ----------------------------------------------------------------------------- bits per byte
 
@@ -127,12 +126,22 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache, until=None):
 # ----------------------------------------------------------------------------- CORE
 
 
-def read_task(file):
-    """Items of a task, shuffled. Raises UserError that names the file."""
-    try:
-        items = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a task: {error}") from None
+def read_task(file, kind):
+    """Items of a task, shuffled. Raises UserError that names the file and the line."""
+    items = []
+    for number_, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                items.append(json.loads(line))
+                pairs, gold = options(items[-1], kind, "")
+                if not all(isinstance(text, str) for pair in pairs for text in pair):
+                    raise TypeError("an option is no text")
+                if type(gold) is not int or not 0 <= gold < len(pairs):
+                    raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} options")
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{file} has an item that is not of kind {kind} in line {number_}: {error}") from None
+    if not items:
+        raise UserError(f"{file} has no items")
     random.Random(1337).shuffle(items)
     return items
 
@@ -217,17 +226,14 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
     present = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items() if (Path(folder) / f"{task[0]}.jsonl").exists()}
     if not present:
         raise UserError(f"--core {folder} holds none of the tasks, such as {next(iter(TASKS.values()))[0]}.jsonl")
-    tasks = {name: read_task(file) for name, file in present.items()}
+    tasks = {name: read_task(file, TASKS[name][1]) for name, file in present.items()}
     results = {}
     with tqdm(total=sum(len(items[:limit]) for items in tasks.values()) * len(recurrence), unit="item", leave=False, disable=None) as bar:
         for name, items in tasks.items():
             _, kind, shots, delimiter, baseline = TASKS[name]
             bar.set_description(name)
-            try:
-                items = [Item(i, items, kind, shots, delimiter, tokenizer, model.config.block_size) for i in range(len(items))[:limit]]
-                right = {T: accuracy(model, items, kind, T, batch_size, bar) for T in recurrence}
-            except (KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{present[name]} has an item that is not of kind {kind}: {error}") from None
+            items = [Item(i, items, kind, shots, delimiter, tokenizer, model.config.block_size) for i in range(len(items))[:limit]]
+            right = {T: accuracy(model, items, kind, T, batch_size, bar) for T in recurrence}
             results[name] = {"items": len(items), "baseline": baseline / 100, "accuracy": right,
                              "centered": {T: (a - baseline / 100) / (1 - baseline / 100) for T, a in right.items()}}
     return results
@@ -250,25 +256,25 @@ def show_core(results, recurrence):
 
 
 def main(args):
-    for flag in ("recurrence", "sequences", "batch_size", "max_per_task"):
-        value = getattr(args, flag)
-        value = min(value) if isinstance(value, list) else value
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}, must be at least 1")
     keep_freed_memory()
     device = pick_device(args.device)
-    source = local_files(args.init_from or args.run)
+    source = local_files(args.init_from) if args.init_from else Path(args.run)
+    read_config(source)  # a run that is not there is no name on the hub
     model = Parcae.from_pretrained(source).to(device)
     model.compute_dtype = pick_dtype(device, args.dtype)
     tokenizer = load_tokenizer(source)
-    settings = json.loads((source / "config.json").read_text())
+    settings = read_json(source / "config.json")
     recurrence = args.recurrence if model.config.n_recurrent else [1]
     data = args.text or args.data or settings.get("data")
+    if not isinstance(data, str | None):
+        raise UserError(f"{source / 'config.json'}: data is {data!r}, must be the name of a directory")
     record = {"kv_cache": args.kv_cache, "dtype": str(model.compute_dtype)}
     if args.text:
         windows = text_windows(args.text, tokenizer, model.config.block_size)[:args.sequences]
         batches = lambda size: windows
     elif data:
+        if (Path(data) / "tokenizer.json").exists() and not same_tokens(load_tokenizer(data), tokenizer):
+            raise UserError(f"{data} has other tokens than {source} was trained on")
         loader = Loader(data, "val", model.config.block_size, tokenizer.n_vocab, EVAL_SEED)
         samples = range(min(args.sequences, len(loader)))
         batches = lambda size: map(loader.batch, tqdm([samples[i:i + size] for i in range(0, len(samples), size)], desc="evaluating",
@@ -293,14 +299,8 @@ def main(args):
         tasks = core(model, tokenizer, args.core, recurrence, args.batch_size, args.max_per_task)
         label, mean = show_core(tasks, recurrence)
         record["core"] = {"label": label, "mean": mean, "max_per_task": args.max_per_task, "tasks": tasks}
-    path = source / "eval.json"
-    Path(f"{path}.tmp").write_text(json.dumps(record, indent=1))
-    os.replace(f"{path}.tmp", path)
+    write_text(source / "eval.json", json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
-    parser, args = parse_args()
-    try:
-        main(args)
-    except UserError as error:
-        parser.error(str(error))
+    run_script(lambda: main(parse_args()))

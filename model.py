@@ -29,21 +29,22 @@ import copy
 import ctypes
 import json
 import math
-import os
 import re
 import time
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
+from common import UserError, read_json, whole_file, write_text
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
+LARGEST = 2 ** 24  # of any size: beyond it is a slip of the finger
 CHUNK = 1024  # tokens whose logits are held at once in training
 VE_GATE_CHANNELS = 32  # the first channels of x decide how much value embedding a head takes
 
@@ -70,14 +71,23 @@ class ParcaeConfig:
     norm_eps: float = 1e-5  # of the RMSNorms
 
     def __post_init__(self):
-        if self.mlp_width is None:
+        if self.mlp_width is None and type(self.n_embd) is int:
             self.mlp_width = 4 * self.n_embd
-        if self.backprop_depth is None:
-            self.backprop_depth = math.ceil(self.mean_recurrence / 2)
+        if self.backprop_depth is None and type(self.mean_recurrence) is int:
+            self.backprop_depth = -(-self.mean_recurrence // 2)
 
         def need(ok, name, allowed):
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        for field in fields(self):
+            kind, value = (typing.get_args(field.type) or (field.type,))[0], getattr(self, field.name)
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise TypeError(f"{field.name} is {value!r}, must be {words[kind]}")
+            if kind in (int, float):
+                need(abs(value) < LARGEST, field.name, f"below {LARGEST:,}")
+        need(self.norm_eps > 0, "norm_eps", "above 0")
+        need(self.rope_base >= 1, "rope_base", "at least 1")
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width", "mean_recurrence", "backprop_depth"):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("n_prelude", "n_recurrent", "n_coda"):
@@ -609,9 +619,10 @@ class Parcae(nn.Module):
         """A model in eval mode from a run directory of train.py, from a directory in the published format (config.json
         beside pytorch_model.bin or model.pt), or from the Hugging Face hub ("owner/name"). Raises UserError."""
         path = local_files(path)
-        config, settings = read_config(path), json.loads((path / "config.json").read_text())
+        config, settings = read_config(path), read_json(path / "config.json")
         if "model" in settings:
-            weights = load_checkpoint(path / "ckpt.pt")["model"]
+            weights = load_checkpoint(path / "ckpt.pt")
+            weights = weights.get("model") if isinstance(weights, dict) else None
         else:
             file = next((path / f for f in ("pytorch_model.bin", "model.pt") if (path / f).exists()), path / "model.pt")
             weights = load_checkpoint(file)
@@ -622,14 +633,10 @@ class Parcae(nn.Module):
             if config.tie_embeddings and "wte.weight" in weights:
                 weights["lm_head.weight"] = weights["wte.weight"]
         model = cls(config)
-        expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-        found = {name: tuple(w.shape) for name, w in weights.items()}
-        problems = [f"no {name}" for name in sorted(expected.keys() - found)] + \
-            [f"unknown {name}" for name in sorted(found.keys() - expected)] + \
-            [f"{name} is {found[name]}, must be {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
-        if problems:
-            raise UserError(f"the weights in {path} do not fit its config.json: {'; '.join(problems)}")
-        model.load_state_dict(weights)
+        fit_weights(model, weights, f"the weights in {path} do not fit its config.json")
+        for name, w in model.state_dict().items():
+            if not w.isfinite().all():
+                raise UserError(f"the weights in {path} are damaged: {name} is not finite")
         return model.eval()
 
     def export(self, directory):
@@ -644,10 +651,9 @@ class Parcae(nn.Module):
         settings["rope_settings"] = {name: settings.pop(f"rope_settings.{name}") for name in rope}
         weights = {_their_name(name): w.float().cpu() for name, w in self.state_dict().items()}
         directory.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, directory / "pytorch_model.bin.tmp")
-        (directory / "config.json.tmp").write_text(json.dumps(settings, indent=1))
-        for name in ("pytorch_model.bin", "config.json"):
-            os.replace(directory / f"{name}.tmp", directory / name)
+        with whole_file(directory / "pytorch_model.bin", "wb") as file:
+            torch.save(weights, file)
+        write_text(directory / "config.json", json.dumps(settings, indent=1))
 
 # ----------------------------------------------------------------------------- files
 
@@ -686,13 +692,16 @@ def local_files(path):
 def read_config(path):
     """The ParcaeConfig of a run directory or of a directory in the published format. Raises UserError."""
     file = Path(path) / "config.json"
+    if not file.exists():
+        raise UserError(f"{path} holds no model: {file} does not exist; train one first: python train.py")
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
+    except UserError as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+    try:
         if "model" in settings:
             return ParcaeConfig(**settings["model"])
         return _published_config(settings)
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no model: {file} does not exist") from None
     except KeyError as error:
         raise UserError(f"{file} has no {error}") from None
     except UserError as error:
@@ -753,12 +762,27 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a checkpoint that can be read: {(str(error).splitlines() or ['it is empty'])[0]}") from None
+
+
+def fit_weights(model, weights, complaint):
+    """Load a state dict. Raises UserError that begins with `complaint` and names what is missing, unknown or of another shape."""
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{complaint}: they are no state dict of names and tensors")
+    expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    found = {name: tuple(w.shape) if w.layout == torch.strided and w.device.type != "meta" else "no plain tensor"
+             for name, w in weights.items()}
+    problems = [f"no {name}" for name in sorted(expected.keys() - found)] + \
+        [f"unknown {name}" for name in sorted(found.keys() - expected)] + \
+        [f"{name} is {found[name]}, must be {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
+    if problems:
+        raise UserError(f"{complaint}: {'; '.join(problems)}")
+    model.load_state_dict(weights)
 
 
 def sample(logits, temperature, top_k, top_p, generator):
     """Draw tokens (B, 1) from logits (B, vocab)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1, keepdim=True)
     logits, tokens = (logits / temperature).sort(-1, descending=True)
     if top_k is not None:
@@ -774,7 +798,7 @@ def pick_device(device="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name in available if available[name])
-    if not available.get(device.partition(":")[0]):
+    if not re.fullmatch(r"[a-z]+(:\d+)?", device) or not available.get(device.partition(":")[0]):
         raise UserError(f"--device is {device}, must be auto or one of {', '.join(d for d in available if available[d])}")
     return torch.device(device)
 

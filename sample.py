@@ -5,42 +5,43 @@
     python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop would predict, as a picture
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from common import COUNT, LOOPS, SEED, Parser, UserError, number, run_script, some_path, whole_file
 from data import begin_token, decode_stream, load_tokenizer
-from model import Parcae, Settled, UserError, local_files, pick_device, pick_dtype
+from model import Parcae, Settled, local_files, pick_device, pick_dtype, read_config
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--run", default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
-    add("--init-from", metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
+    add("--run", type=some_path, default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
+    add("--init-from", type=some_path, metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
     add("--prompt", metavar="TEXT", help="text to continue (default: none, a new document)")
     add("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
-    add("--recurrence", type=int, nargs="+", metavar="T", help="loops, one block of text for each (default: the model's mean)")
-    add("--tokens", type=int, default=300, metavar="N", help="new tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    add("--recurrence", type=LOOPS, nargs="+", metavar="T", help="loops, one block of text for each (default: the model's mean)")
+    add("--tokens", type=COUNT, default=300, metavar="N", help="new tokens (default: %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=COUNT, metavar="K", help="sample from the K likeliest tokens (default: all)")
     add("--top-p", type=float, metavar="P", help="sample from the fewest tokens with total probability P (default: all)")
     add("--kv-cache", choices=("per-loop", "shared"), default="per-loop",
         help="shared: keep keys and values of the last loop only, less memory, not exact (default: %(default)s)")
-    add("--trace", metavar="FILE", help="no new text: draw what the model would predict after each loop at each token of the prompt "
+    add("--trace", type=some_path, metavar="FILE",
+        help="no new text: draw what the model would predict after each loop at each token of the prompt "
         "(the last 40), up to the largest --recurrence (default: twice the model's mean), as PNG")
-    add("--exit-threshold", type=float, metavar="EPS", help="end each token's loop when its prediction changes by less than EPS nats "
+    add("--exit-threshold", type=number(float, 0), metavar="EPS",
+        help="end each token's loop when its prediction changes by less than EPS nats "
         "(KL) from one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of weights and activations; auto is float32 on CPUs, "
         "where bfloat16 is slower for small models and faster for large ones (default: auto)")
     add("--compile", action="store_true", help="compile the decoding step: about twice as fast, after a minute or two of compiling")
-    return parser, parser.parse_args()
+    return parser.parse_args()
 
 
 def read_prompt(args):
@@ -92,7 +93,7 @@ def draw_trace(probs, moved, tokenizer, idx, path):
         settled = max([t for t in range(1, loops) if top[t][i] != top[t - 1][i]], default=0)  # nothing changes from here on
         axes.add_patch(plt.Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
         for t in range(loops):
-            axes.text(i, t, name(top[t][i]), ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k")
+            axes.text(i, t, name(top[t][i]), ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k", parse_math=False)
     axes.set_yticks(range(loops), range(1, loops + 1))
     axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
@@ -100,18 +101,16 @@ def draw_trace(probs, moved, tokenizer, idx, path):
     for t, color in zip(range(1, loops), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
         below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
     below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
-    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7)
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7, parse_math=False)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def main(args):
-    if args.tokens < 1:
-        raise UserError(f"--tokens is {args.tokens}, must be at least 1")
     device = pick_device(args.device)
-    source = local_files(args.init_from or args.run)
+    source = local_files(args.init_from) if args.init_from else Path(args.run)
+    read_config(source)  # a run that is not there is no name on the hub
     exact = args.trace or device.type == "cpu" and args.dtype == "auto"  # token by token, bfloat16 is no faster for small models
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
     model = Parcae.from_pretrained(source).to(device, dtype)
@@ -148,10 +147,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser, args = parse_args()
-    try:
-        main(args)
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print()
+    run_script(lambda: main(parse_args()))

@@ -18,7 +18,6 @@ count D* grow as powers of C (§5.2 of "Parcae", arXiv 2604.12946). The laws (§
 A table has one row for a run and a number of loops T ("recurrence") at which it was evaluated.
 """
 
-import argparse
 import concurrent.futures
 import csv
 import json
@@ -36,7 +35,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import PRESETS, Parcae, ParcaeConfig, UserError
+from common import COUNT, LOOPS, SEED, Parser, UserError, lock, number, read_json, run_script, some_path, whole_file, write_text
+from model import PRESETS, Parcae, ParcaeConfig
 
 COLUMNS = {"model": str, "params_core": float, "params_noncore": float, "flops": float, "accounting": str, "mu_rec": float,
            "mu_bwd": float, "tokens": float, "recurrence": float, "val_loss": float, "seed": int}
@@ -52,7 +52,7 @@ HERE = Path(__file__).parent
 def read_csv(path):
     """Rows of a table, checked. Raises UserError that names the file and the row."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
@@ -61,28 +61,33 @@ def read_csv(path):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from None
     rows = []
-    for number, line in enumerate(lines, start=2):
+    for position, line in enumerate(lines, start=2):
         row = {}
         for name, kind in COLUMNS.items():
             try:
-                row[name] = kind(line[name])
-            except (TypeError, ValueError):
-                raise UserError(f"{path}, row {number}: {name} is {line[name]!r}, must be a number") from None
+                row[name] = int(float(line[name])) if kind is int else kind(line[name])
+                if kind is int and row[name] != float(line[name]):
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
+                what = "a whole number" if kind is int else "a number"
+                raise UserError(f"{path}, row {position}: {name} is {line[name]!r}, must be {what}") from None
             least = 0 if name == "params_core" else sys.float_info.min
             if kind is float and not least <= row[name] < math.inf:
-                raise UserError(f"{path}, row {number}: {name} is {line[name]}, must be finite and above 0")
+                raise UserError(f"{path}, row {position}: {name} is {line[name]}, must be finite and above 0")
         rows.append(row)
     return rows
 
 
 def last_line(path):
     """The last line of a log as a dict; {"kind": None, "flops": 0} where there is none. Reads its end alone: a sweep asks often."""
+    nothing = {"kind": None, "flops": 0.0}
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
-            return json.loads(file.read().splitlines()[-1])
+            line = json.loads(file.read().split(b"\n")[-2])  # what no newline ends is not whole
+            return line if isinstance(line, dict) and {"kind", "flops"} <= line.keys() else nothing
     except (OSError, ValueError, IndexError):
-        return {"kind": None, "flops": 0.0}
+        return nothing
 
 
 def read_run(path):
@@ -90,14 +95,35 @@ def read_run(path):
     last = last_line(path / "log.jsonl")
     if last["kind"] != "done":
         return []
-    config = json.loads((path / "config.json").read_text())
-    settings, model, cost = config["settings"], config["model"], config["cost"]
-    own = cost[settings["accounting"]]["flops_per_token"]
-    return [{"model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**model), "params_core": c["params_core"],
-             "params_noncore": c["params_noncore"], "flops": last["flops"] * c["flops_per_token"] / own, "accounting": accounting,
-             "mu_rec": model["mean_recurrence"], "mu_bwd": min(model["mean_recurrence"], model["backprop_depth"]),
-             "tokens": last["tokens"], "recurrence": int(T), "val_loss": loss, "seed": settings["seed"]}
-            for accounting, c in cost.items() for T, loss in last["val_loss"].items()]
+    config = read_json(path / "config.json")
+    try:
+        settings, model, cost = config["settings"], config["model"], config["cost"]
+        own = cost[settings["accounting"]]["flops_per_token"]
+        rows = [{"model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**model), "params_core": c["params_core"],
+                 "params_noncore": c["params_noncore"], "flops": last["flops"] * c["flops_per_token"] / own, "accounting": accounting,
+                 "mu_rec": model["mean_recurrence"], "mu_bwd": min(model["mean_recurrence"], model["backprop_depth"]),
+                 "tokens": last["tokens"], "recurrence": int(T), "val_loss": loss, "seed": settings["seed"]}
+                for accounting, c in cost.items() for T, loss in last["val_loss"].items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not the directory of a run: {type(error).__name__} {error}") from None
+    finite = [row for row in rows if math.isfinite(row["val_loss"])]
+    if len(finite) < len(rows):
+        loops = sorted({row["recurrence"] for row in rows if row not in finite})
+        print(f"{path}: the val loss at T = {', '.join(map(str, loops))} is not finite and left out")
+    return finite
+
+
+def as_written(row):
+    """A row as write_csv writes it."""
+    return {k: f"{v:.6g}" if k == "val_loss" else f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def once(rows):
+    """The rows without repetitions: a table may be given twice, or beside the directory that it comes from."""
+    kept = {tuple(as_written({name: COLUMNS[name](row[name]) for name in COLUMNS}).values()): row for row in rows}
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows are there twice and count once")
+    return list(kept.values())
 
 
 def read_tables(paths, accounting=None):
@@ -113,6 +139,7 @@ def read_tables(paths, accounting=None):
             rows += read_csv(path)
     if not rows:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    rows = once(rows)
     there = sorted({row["accounting"] for row in rows})
     if accounting and accounting not in there:
         raise UserError(f"--accounting is {accounting}, these tables have {', '.join(there)}")
@@ -121,12 +148,10 @@ def read_tables(paths, accounting=None):
 
 def write_csv(path, rows, columns=COLUMNS):
     """A table, of a sweep or of other columns; it appears whole or not at all."""
-    with open(f"{path}.tmp", "w", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if k == "val_loss" else f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
-                         for row in rows)
-    os.replace(f"{path}.tmp", path)
+        writer.writerows(map(as_written, rows))
 
 
 def column(rows, name):
@@ -675,8 +700,11 @@ class Cell:
 
     def check(self):
         """Raise UserError if the run that is there has other settings."""
+        if self.path.exists():
+            with lock(self.path):  # refused where an orphan of a sweep that was killed still trains
+                pass
         if (self.path / "config.json").exists():
-            before = json.loads((self.path / "config.json").read_text())
+            before = read_json(self.path / "config.json")
             other = [k for part in ("settings", "model") for k, value in self.plan[part].items() if before[part].get(k) != value
                      and k not in ("out", "max_flops", "seed", "device", "eval_recurrence")]
             if other:
@@ -696,9 +724,8 @@ class Cell:
 
 def sweep(args, flags):
     folder = Path(args.out)
-    for flag, values in (("budgets", args.budgets), ("recurrences", args.recurrences), ("jobs", [args.jobs])):
-        if min(values) < 1:
-            raise UserError(f"--{flag} is {min(values):g}, must be at least 1")
+    if min(args.budgets) < 1:
+        raise UserError(f"--budgets is {min(args.budgets):g}, must be at least 1")
     own = [f for f in flags if f.split("=")[0] in ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", "--overwrite")]
     if own:
         raise UserError(f"{own[0]} is set by the sweep itself (--out, --budgets, --recurrences, --seeds)")
@@ -791,24 +818,23 @@ def fit(args):
         print(f"\nby {other} FLOPs: " + (", ".join(f"{label} ~ C^{laws[k]['exponent']:.3f} {span(laws[k]['ci'])}"
               for k, label in (("mu_rec", "mu*"), ("tokens", "D*"))) if laws else "no power law"))
     if args.json:
-        Path(f"{args.json}.tmp").write_text(json.dumps(out, indent=1))
-        os.replace(f"{args.json}.tmp", args.json)
+        write_text(args.json, json.dumps(out, indent=1))
         print("wrote", args.json)
     draw(out, fits, Path(args.figures))
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
     add = commands.add_parser("sweep", help="train a grid of budgets and recurrences; unknown flags go to train.py",
                               allow_abbrev=False).add_argument
-    add("--budgets", type=float, nargs="+", required=True, metavar="C", help="training FLOPs")
-    add("--recurrences", type=int, nargs="+", required=True, metavar="MU", help="mean recurrences; mu_bwd is ceil(mu / 2) unless given")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
-    add("--eval-recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
+    add("--budgets", type=number(float, 0), nargs="+", required=True, metavar="C", help="training FLOPs")
+    add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU", help="mean recurrences; mu_bwd is ceil(mu / 2) unless given")
+    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops to evaluate each run at, those of --recurrences besides (default: 1 2 4 8 16)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
-    add("--out", default="out/sweep", metavar="DIR", help="(default: %(default)s)")
+    add("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--out", type=some_path, default="out/sweep", metavar="DIR", help="(default: %(default)s)")
     add("--dry-run", action="store_true", help="print the grid and stop")
     for name, about in (("fit", "fit the laws and draw"), ("predict", "the best recurrence and tokens for a budget")):
         add = commands.add_parser(name, help=about).add_argument
@@ -817,16 +843,16 @@ def parse_args():
         if name == "fit":
             add("--json", metavar="FILE", help="write every fitted number")
             add("--figures", default="results", metavar="DIR", help="where figures go (default: %(default)s)")
-            add("--resamples", type=int, default=RESAMPLES, metavar="N", help="of the bootstrap (default: %(default)s)")
+            add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N", help="of the bootstrap (default: %(default)s)")
         else:
-            add("--flops", type=float, required=True, metavar="C", help="training FLOPs")
+            add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
             add("--preset", metavar="NAME", help="a model of train.py (default: the model fitted)")
     args, flags = parser.parse_known_args()
     if args.command is None and not flags:
         args = parser.parse_args(["fit"])
     elif args.command != "sweep" and flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    return parser, args, flags
+    return args, flags
 
 
 def main(args, flags):
@@ -838,8 +864,4 @@ def main(args, flags):
 
 
 if __name__ == "__main__":
-    parser, args, flags = parse_args()
-    try:
-        main(args, flags)
-    except UserError as error:
-        parser.error(str(error))
+    run_script(lambda: main(*parse_args()))

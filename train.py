@@ -35,18 +35,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Loader, begin_token, decode_stream, load_tokenizer, prepare, save_tokenizer
+from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, lock, number, read_json, run_script, some_path, whole_file, write_text
+from data import Loader, begin_token, decode_stream, load_tokenizer, prepare, same_tokens, save_tokenizer
 from model import (
     PRESETS,
     Parcae,
     ParcaeConfig,
-    UserError,
+    fit_weights,
     keep_freed_memory,
     load_checkpoint,
     local_files,
     matmul_peak,
     pick_device,
     pick_dtype,
+    read_config,
 )
 
 DEFAULT_DATA = "data/stdlib"
@@ -57,44 +59,52 @@ EVAL_SEED = 1234
 # ----------------------------------------------------------------------------- settings
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def preset(name):
+    """An argparse type."""
+    if name not in PRESETS:
+        raise argparse.ArgumentTypeError(f"is {name}, must be one of {', '.join(PRESETS)}")
+    return name
+
+
+def make_parser():
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--out", default="out/default", metavar="DIR", help="run directory to write (default: %(default)s)")
+    add("--out", type=some_path, default="out/default", metavar="DIR", help="run directory to write (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run in --out with its settings; flags given here change them")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--dry-run", action="store_true", help="print what config.json would say, the cost of a token among it, and stop")
-    add("--data", default=DEFAULT_DATA, metavar="DIR", help="of data.py (default: %(default)s, made if missing)")
-    add("--preset", default="parcae-nano", metavar="NAME",
+    add("--data", type=some_path, default=DEFAULT_DATA, metavar="DIR", help="of data.py (default: %(default)s, made if missing)")
+    add("--preset", type=preset, default="parcae-nano", metavar="NAME",
         help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
 
-    add("--init-from", metavar="DIR", help="start from the weights of another run, or of a model in the published format (a directory, "
+    add("--init-from", type=some_path, metavar="DIR",
+        help="start from the weights of another run, or of a model in the published format (a directory, "
         "or owner/name on the Hugging Face hub), in place of --preset; flags of the model that keep its weights may change")
 
     add = parser.add_argument_group(f"budget (the first one spent ends the run; default: {DEFAULT_STEPS} steps)").add_argument
-    add("--max-steps", type=float, metavar="N", help="optimiser steps")
-    add("--max-tokens", type=float, metavar="D", help="training tokens")
-    add("--max-flops", type=float, metavar="C", help="training FLOPs, counted from the depths really drawn")
+    add("--max-steps", type=number(float, 1), metavar="N", help="optimiser steps")
+    add("--max-tokens", type=number(float, 1), metavar="D", help="training tokens")
+    add("--max-flops", type=number(float, 1), metavar="C", help="training FLOPs, counted from the depths really drawn")
     add("--accounting", choices=("exact", "paper"), default="exact", help="how FLOPs are counted (default: exact)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, default=16, metavar="N", help="sequences a step, over all ranks (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="N", help="sequences of a forward pass on a device (default: all of its share)")
+    add("--batch-size", type=COUNT, default=16, metavar="N", help="sequences a step, over all ranks (default: %(default)s)")
+    add("--micro-batch", type=COUNT, metavar="N", help="sequences of a forward pass on a device (default: all of its share)")
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always --mean-recurrence")
-    add("--muon-lr", type=float, default=3e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
-    add("--adamw-lr", type=float, default=3e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
-    add("--cooldown", type=float, default=0.5, metavar="F", help="last part of the run, where it falls to 0 (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, data order and depths (default: %(default)s)")
+    add("--muon-lr", type=POSITIVE, default=3e-2, metavar="LR", help="peak learning rate of Muon (default: %(default)s)")
+    add("--adamw-lr", type=POSITIVE, default=3e-2, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
+    add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
+        help="last part of the run, where it falls to 0 (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.2, help="of Muon, falls to 0 over the run (default: %(default)s)")
+    add("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, data order and depths (default: %(default)s)")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=int, default=400, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
-    add("--eval-sequences", type=int, default=64, metavar="N",
+    add("--eval-every", type=COUNT, default=400, metavar="N", help="steps between evaluations and checkpoints (default: %(default)s)")
+    add("--eval-sequences", type=COUNT, default=64, metavar="N",
         help="val sequences read by an evaluation; by the last, 8 times as many (default: %(default)s)")
-    add("--eval-recurrence", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
+    add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T", help="loops (default: 1 2 4 8 16)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -109,34 +119,50 @@ def parse_args():
             type=field.type if field.type in (str, float) else int, metavar="N" if field.type is not str else "NAME")
         add("--" + field.name.replace("_", "-"), help=f"{comments[field.name]} (default: {field.default})", **kind)
 
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args(words=None):
+    """The settings of a run: those of the command line; with --resume those that the run has, then the command line's."""
+    parser = make_parser()
+    args = parser.parse_args(words)
     if args.resume:
-        try:
-            parser.set_defaults(**json.loads((Path(args.out) / "config.json").read_text())["settings"])
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--out {args.out} holds no run to resume: {error}")
-        args = parser.parse_args()
-    return parser, args
-
-
-def check(args):
-    """Raise UserError where a setting is out of range."""
-    def need(ok, flag, allowed):
-        if not ok:
-            raise UserError(f"--{flag} is {getattr(args, flag.replace('-', '_'))}, must be {allowed}")
-    need(args.preset in PRESETS, "preset", f"one of {', '.join(PRESETS)}")
-    for flag in ("max-steps", "max-tokens", "max-flops", "micro-batch"):
-        value = getattr(args, flag.replace("-", "_"))
-        need(value is None or value >= 1, flag, "at least 1")
-    for flag in ("batch-size", "eval-every", "eval-sequences"):
-        need(getattr(args, flag.replace("-", "_")) >= 1, flag, "at least 1")
-    for flag in ("muon-lr", "adamw-lr", "grad-clip"):
-        need(getattr(args, flag.replace("-", "_")) > 0, flag, "above 0")
-    need(args.weight_decay >= 0, "weight-decay", "at least 0")
-    need(0 <= args.cooldown <= 1, "cooldown", "from 0 to 1")
-    need(min(args.eval_recurrence) >= 1, "eval-recurrence", "at least 1")
+        saved = stored_settings(parser, Path(args.out) / "config.json")
+        changed = parser.parse_args(words, namespace=argparse.Namespace(**vars(saved) | {"out": args.out}))
+        for name in ("preset", "init_from", "seed", *(field.name for field in fields(ParcaeConfig)[1:])):
+            before, now = getattr(saved, name), getattr(changed, name)
+            if before != now and name not in ("mean_recurrence", "backprop_depth"):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {now}, in the run that goes on it is {before if before is not None else 'not given'}: "
+                                "its checkpoint does not fit these settings")
+        args = changed
     if args.max_steps is args.max_tokens is args.max_flops is None:
         args.max_steps = DEFAULT_STEPS
+    return args
+
+
+def stored_settings(parser, file):
+    """The settings in a run's config.json, read as a command line: they are checked as one. Raises UserError."""
+    if not file.exists():
+        raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
+    config = read_json(file)
+    if not isinstance(config.get("settings"), dict):
+        raise UserError(f"{file} is not that of a run: it has no settings")
+    words = []
+    for name, value in config["settings"].items():
+        flag = "--" + name.replace("_", "-")
+        if name == "out" or value is None or value is False and parser.get_default(name) is False:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list) and isinstance(parser.get_default(name), list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{file}, settings: {error}") from None
 
 # ----------------------------------------------------------------------------- training
 
@@ -231,47 +257,107 @@ def process():
 # ----------------------------------------------------------------------------- the run
 
 
+FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")
+
+
+def check_place(path):
+    """Raise UserError where a directory has files under the names of a run's that are not a run's."""
+    there = [name for name in FILES if (path / name).exists()]
+    if there:
+        config = read_json(path / "config.json") if "config.json" in there else {}
+        if not isinstance(config.get("settings"), dict) or not isinstance(config.get("model"), dict):
+            raise UserError(f"--out {path} holds {there[0]} of something else than a run: choose another --out")
+
+
 class Run:
-    """A run directory: writes config.json, log.jsonl and ckpt.pt, on rank 0 alone; reads the checkpoint to resume."""
+    """A run directory: writes config.json, log.jsonl and ckpt.pt, on rank 0 alone; reads the checkpoint to resume.
+
+    A run that replaces another one writes to the folder .new in it, and takes its place with its first checkpoint."""
 
     def __init__(self, path, model, optimizers):
         self.path, self.model, self.optimizers = Path(path), model, optimizers
-        self.state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
+        self.folder = self.path
+        self.state = {"step": 0, "samples": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
+        self.saved = None  # step of the last checkpoint
 
     def start(self, record, tokenizer):
-        """Make the directory, or clear the one that is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "ckpt.pt").unlink(missing_ok=True)
-        (self.path / "log.jsonl").write_text("")
-        save_tokenizer(tokenizer, self.path / "tokenizer.json")
-        (self.path / "config.json").write_text(json.dumps(record, indent=1))
+        """Begin a new run."""
+        if (self.path / "ckpt.pt").exists():
+            self.folder = self.path / ".new"
+            self.folder.mkdir(exist_ok=True)
+        save_tokenizer(tokenizer, self.folder / "tokenizer.json")
+        write_text(self.folder / "config.json", json.dumps(record, indent=1))
+        write_text(self.folder / "log.jsonl", "")
 
-    def resume(self):
-        """Load the checkpoint and drop what was logged after it."""
-        checkpoint = load_checkpoint(self.path / "ckpt.pt")
+    def resume(self, batch_size):
+        """Load the checkpoint, whose steps so far read batch_size sequences each if it does not say how many it read."""
+        file = self.path / "ckpt.pt"
+        checkpoint = load_checkpoint(file)
+        for name in ("model", "optimizers", "state"):
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
+                raise UserError(f"{file} is damaged: it has no {name}")
+        state = checkpoint["state"]
+        state.setdefault("samples", state.get("step", 0) * batch_size if isinstance(state.get("step"), int) else None)
+        for name, value in self.state.items():
+            if type(state.get(name)) not in {int, type(value)} or not 0 <= state[name] < math.inf:
+                raise UserError(f"{file} is damaged: state {name} is {state.get(name)!r}, must be a number from 0")
+        fit_weights(self.model, checkpoint["model"], f"{file} does not fit these settings")
+        for name in self.optimizers:
+            self.load_optimizer(f"{file} is damaged", name, checkpoint["optimizers"].get(name), state["step"] > state["skipped"])
+        self.state = {name: state[name] for name in self.state}
+        self.saved = self.state["step"]
+
+    def load_optimizer(self, complaint, name, saved, updated):
+        """Give an optimiser its state again. Once it has updated the weights, every parameter must have all of its state."""
+        optimizer = self.optimizers[name]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         try:
-            self.model.load_state_dict(checkpoint["model"])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(checkpoint["optimizers"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path / 'ckpt.pt'} does not fit these settings: {str(error).splitlines()[0]}") from None
-        self.state = checkpoint["state"]
-        log = self.path / "log.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
-        if process()[0] == 0:
-            log.write_text("".join(lines))
+            states = [dict(saved["state"][i]) for i in range(len(parameters))] if saved["state"] or updated else []
+            fits = all(state and state.keys() == states[0].keys() and
+                       all(value.shape in ((), p.shape) for value in state.values()) for state, p in zip(states, parameters))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{complaint}: the state of the optimiser {name} is missing or does not fit the model")
+        optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def read_log(self):
+        """The lines of the log up to the checkpoint, dicts; what cannot be read is left out, and said."""
+        file, lines, bad = self.path / "log.jsonl", [], 0
+        text = file.read_bytes() if file.exists() else b"missing"
+        for line in filter(None, text.split(b"\n")):
+            try:
+                value = json.loads(line)
+                if value["kind"] and value["step"] <= self.state["step"]:
+                    lines.append(value)
+            except (ValueError, TypeError, KeyError):
+                bad += 1
+        if bad and process()[0] == 0:
+            print(f"{file} is missing, a new one begins" if text == b"missing" else f"{file}: {bad} unreadable line(s) left out")
+        return lines
+
+    def go_on(self, record, lines):
+        """Write what is in force now and the log so far, in which an earlier "done" was an evaluation on the way."""
+        lines = [line | {"kind": "eval"} if line["kind"] == "done" else line for line in lines]
+        write_text(self.path / "config.json", json.dumps(record, indent=1))
+        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, kind, **values):
         if process()[0] == 0:
-            with open(self.path / "log.jsonl", "a") as file:
+            with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps({"kind": kind, **self.state, **values}) + "\n")
 
     def save(self):
+        self.saved = self.state["step"]
         if process()[0] == 0:
-            path = self.path / "ckpt.pt"
-            torch.save({"model": self.model.state_dict(), "state": self.state,
-                        "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()}}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            with whole_file(self.folder / "ckpt.pt", "wb") as file:
+                torch.save({"model": self.model.state_dict(), "state": self.state,
+                            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()}}, file)
+            if self.folder != self.path:
+                for name in FILES:
+                    os.replace(self.folder / name, self.path / name)
+                self.folder.rmdir()
+                self.folder = self.path
 
 
 def describe(args, config, model, device, dtype, peak):
@@ -279,7 +365,7 @@ def describe(args, config, model, device, dtype, peak):
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     cost = {name: dict(zip(("params_noncore", "params_core"), model.matmul_params(name)),
                        flops_per_token=model.flops_per_token(accounting=name)) for name in ("exact", "paper")}
-    return {"settings": {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "dry_run")},
+    return {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "dry_run")},
             "model": asdict(config), "data": args.data, "parameters": sum(p.numel() for p in model.parameters()),
             "cost": cost, "device": str(device), "dtype": str(dtype),
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -291,25 +377,39 @@ def read_start(source, tokenizer, data):
     """The model of --init-from. Raises UserError where it was trained on other tokens than `data` holds."""
     source = local_files(source)
     model = Parcae.from_pretrained(source)
-    if (source / "tokenizer.json").exists():
-        other = load_tokenizer(source)
-        if (other._mergeable_ranks, other._special_tokens) != (tokenizer._mergeable_ranks, tokenizer._special_tokens):
-            raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
-                            f"python data.py ... --tokenizer {source}")
+    if (source / "tokenizer.json").exists() and not same_tokens(load_tokenizer(source), tokenizer):
+        raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
+                        f"python data.py ... --tokenizer {source}")
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from {source} {model.config.vocab_size}")
     return model
 
 
+def check_free(args):
+    """Raise UserError where --out holds what this run must not replace."""
+    check_place(Path(args.out))
+    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite or args.dry_run):
+        raise UserError(f"--out {args.out} holds a run already: continue it with --resume, replace it with --overwrite, "
+                        "or choose another --out")
+
+
+def resumed_config(args):
+    """The ParcaeConfig of the run that goes on: its own, but for the depths that are asked for now. Raises UserError where
+    --data has other tokens."""
+    config = read_config(args.out)
+    if not same_tokens(load_tokenizer(args.out), load_tokenizer(args.data)):
+        raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was trained on")
+    mean = args.mean_recurrence or config.mean_recurrence
+    same = mean == config.mean_recurrence
+    return replace(config, mean_recurrence=mean, backprop_depth=args.backprop_depth or (config.backprop_depth if same else None))
+
+
 def train(args):
-    check(args)
     rank, world = process()
     micro = args.micro_batch or max(1, args.batch_size // world)
     if args.batch_size % (world * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * --micro-batch ({world} * {micro})")
-    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite or args.dry_run):
-        raise UserError(f"--out {args.out} holds a run already: continue it with --resume, replace it with --overwrite, "
-                        "or choose another --out")
+    check_free(args)
     device = pick_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -325,7 +425,9 @@ def train(args):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     given = {f.name: getattr(args, f.name) for f in fields(ParcaeConfig)[1:] if getattr(args, f.name) is not None}
-    if args.init_from:
+    if args.resume:
+        config = resumed_config(args)
+    elif args.init_from:
         start = read_start(args.init_from, tokenizer, args.data)
         config = replace(start.config, **({"backprop_depth": None} if "mean_recurrence" in given else {}) | given)
     else:
@@ -336,36 +438,60 @@ def train(args):
 
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
-    if args.init_from:
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            detail = str(error).splitlines()[1].strip()
-            raise UserError(f"--init-from {args.init_from} does not fit these flags of the model: {detail}") from None
+    if args.init_from and not args.resume:
+        fit_weights(model, start.state_dict(), f"--init-from {args.init_from} does not fit these flags of the model")
     model.compute_dtype = dtype = pick_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
-    state, peak = run.state, matmul_peak(device, dtype) * world
+    record = describe(args, config, model, device, dtype, matmul_peak(device, dtype) * world)
     if args.dry_run:
-        print(json.dumps(describe(args, config, model, device, dtype, peak), indent=1))
+        print(json.dumps(record, indent=1))
         return
+    with hold(args.out) if rank == 0 else contextlib.nullcontext():
+        check_free(args)  # once more, now that nobody else can write there
+        train_steps(args, run, loader, val_loader, tokenizer, record, micro)
+
+
+def hold(out):
+    """The lock of a run directory, which is made where it is missing."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return lock(out)
+
+
+def train_steps(args, run, loader, val_loader, tokenizer, record, micro):
+    """Train until the budget is spent or a signal comes, from the start or from the checkpoint."""
+    (rank, world), model, peak = process(), run.model, record["peak_flops"]
+    config, device = model.config, model.wte.weight.device
+    budget = {"step": args.max_steps, "tokens": args.max_tokens, "flops": args.max_flops}
+    progress = lambda: min(1, max(state[kind] / limit for kind, limit in budget.items() if limit))
     if args.resume:
-        run.resume()
-        state = run.state
+        before = read_json(run.path / "config.json")
+        run.resume(before["settings"].get("batch_size", args.batch_size))
+        state, lines = run.state, run.read_log()
+        if progress() == 1 and lines and lines[-1]["kind"] == "done":
+            if rank == 0:
+                print(f"{args.out} is finished: to go on, give a larger --max-steps, --max-tokens or --max-flops")
+            return
+        if rank == 0:
+            run.go_on(record, lines)
+            for name, meaning in (("dtype", "not bit for bit"), ("threads", "not bit for bit"), ("ranks", "up to rounding")):
+                if before.get(name, record[name]) != record[name]:
+                    print(f"goes on {meaning}: {name} was {before[name]}, is {record[name]}")
+            if before["settings"].get("micro_batch") != args.micro_batch:
+                print("goes on up to rounding: another --micro-batch")
     elif rank == 0:
-        run.start(describe(args, config, model, device, dtype, peak), tokenizer)
+        run.start(record, tokenizer)
+    state = run.state
     if rank == 0:
-        print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_prelude}/{config.n_recurrent}/"
-              f"{config.n_coda} layers of {config.n_embd} channels, mean recurrence {config.mean_recurrence}\n"
+        print(f"{args.out}: {record['parameters']:,} parameters, {config.n_prelude}/{config.n_recurrent}/{config.n_coda} layers of "
+              f"{config.n_embd} channels, mean recurrence {config.mean_recurrence}\n"
               f"{args.data}: {len(loader) * config.block_size:,} train tokens\n"
-              f"{world} x {device}, {dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
+              f"{world} x {device}, {model.compute_dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
     if args.compile:
         model.compile_layers()
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     stop = []  # signals received
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    budget = {"step": args.max_steps, "tokens": args.max_tokens, "flops": args.max_flops}
-    progress = lambda: min(1, max(state[kind] / limit for kind, limit in budget.items() if limit))
     bar = tqdm(total=100, initial=100 * progress(), disable=None if rank == 0 else True,
                bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
     skipped_in_a_row = 0
@@ -373,7 +499,7 @@ def train(args):
         start, before, step = time.perf_counter(), progress(), state["step"]
         step_seed = args.seed * 1_000_003 + step
         depths = draw_depths(model, args.depth_sampling, args.batch_size, step_seed)
-        loss = backward(parallel, loader, depths, step * args.batch_size, micro, step_seed)
+        loss = backward(parallel, loader, depths, state["samples"], micro, step_seed)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(loss + norm):
@@ -388,7 +514,7 @@ def train(args):
         tokens = args.batch_size * config.block_size
         flops = tokens * model.flops_per_token(T, T_grad, accounting=args.accounting)
         seconds = time.perf_counter() - start
-        for kind, spent in (("step", 1), ("tokens", tokens), ("flops", flops), ("seconds", seconds)):
+        for kind, spent in (("step", 1), ("samples", args.batch_size), ("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             state[kind] += spent
         mfu = flops / seconds / peak
         run.log("train", loss=loss, grad_norm=norm, lr=args.muon_lr * schedule(before, args.cooldown), mean_depth=T,
@@ -396,14 +522,12 @@ def train(args):
         bar.update(100 * (progress() - before))
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, {state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
         if skipped_in_a_row == MAX_SKIPPED:
-            bar.close()
-            raise UserError(f"loss or gradient was not finite {MAX_SKIPPED} steps in a row, at step {step + 1}: "
-                            f"try a lower --muon-lr (it is {args.muon_lr})")
+            break
         if world > 1:  # a signal to one rank stops all
             signals = torch.tensor(len(stop), device=device)
             dist.all_reduce(signals)
             stop += [signal.SIGTERM] * int(signals > 0)
-        if (step + 1) % args.eval_every == 0 and progress() < 1:
+        if (step + 1) % args.eval_every == 0 and progress() < 1 and not skipped_in_a_row:  # never over a good checkpoint
             T = config.mean_recurrence
             values = evaluate(model, val_loader, args.eval_sequences, micro, [T])
             run.log("eval", **values)
@@ -414,12 +538,17 @@ def train(args):
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    run.save()
+    if skipped_in_a_row and not stop:
+        good = "no checkpoint was saved" if run.saved is None else f"{run.path / 'ckpt.pt'} is good, of step {run.saved}"
+        raise UserError(f"loss or gradient was not finite {skipped_in_a_row} steps in a row, at step {state['step']}: try a lower "
+                        f"--muon-lr (it is {args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}); {good}")
+    if not skipped_in_a_row:
+        run.save()
     if not stop:
         values = evaluate(model, val_loader, 8 * args.eval_sequences, micro, args.eval_recurrence if config.n_recurrent else [1])
         run.log("done", **values)
     if rank == 0:
-        report(args, model, tokenizer, state, None if stop else values["val_loss"])
+        report(args, model, tokenizer, state | {"saved": run.saved}, None if stop else values["val_loss"])
     if world > 1:
         dist.barrier()  # ranks leave together: gloo may abort one that leaves while another is still at work
         dist.destroy_process_group()
@@ -428,7 +557,7 @@ def train(args):
 def report(args, model, tokenizer, state, losses):
     """Print what the run came to: val loss by recurrence and a sample; where it was stopped, how to go on."""
     if losses is None:
-        print(f"stopped at step {state['step']} and saved; go on with: python train.py --resume --out {args.out}")
+        print(f"stopped at step {state['step']}, saved at step {state['saved']}; go on with: python train.py --resume --out {args.out}")
         return
     print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs ({args.accounting}), "
           f"{state['seconds']:.0f} s, {state['skipped']} steps skipped\n\nrecurrence T   val loss (nats per token)")
@@ -444,8 +573,4 @@ def report(args, model, tokenizer, state, losses):
 
 
 if __name__ == "__main__":
-    parser, args = parse_args()
-    try:
-        train(args)
-    except UserError as error:
-        parser.error(str(error))
+    run_script(lambda: train(parse_args()))

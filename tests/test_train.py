@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+import train as train_module
 from data import open_shard, prepare
 from model import Parcae
 from train import schedule
@@ -167,3 +169,176 @@ def test_a_run_is_not_replaced_unasked_and_damage_is_named(train, corpus):
     (train.out / "r" / "ckpt.pt").write_bytes(b"PK damaged")
     assert "is not a checkpoint that can be read" in train("r", "--resume", code=2, tiny=[]).stderr
     assert open_shard(corpus / "train_000000.bin")[0] == 256
+
+# ------------------------------------------------------------------ what must not be lost, what must go on
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name, content", [("config.json", '{"n_layer": 3}'), ("tokenizer.json", "{}"), ("log.jsonl", "mine\n"),
+                                           ("ckpt.pt", "my weights")])
+def test_what_is_not_a_run_is_not_replaced(train, name, content):
+    (train.out / "mine").mkdir()
+    (train.out / "mine" / name).write_text(content)
+    for flags in ([], ["--overwrite"]):
+        done = train("mine", "--max-steps", 1, *flags, code=2)
+        assert "of something else than a run" in done.stderr and done.stderr.count("\n") == 1
+    assert tree(train.out / "mine") == {name: content.encode()}
+
+
+def test_a_run_is_whole_until_another_that_replaces_it_has_saved(train, monkeypatch):
+    train("o", "--max-steps", 2)
+    before = tree(train.out / "o")
+    train("o", "--max-steps", 30, "--muon-lr", "1e30", "--overwrite", code=2)  # never saves: nothing is finite
+    after = tree(train.out / "o")
+    assert {name: after[name] for name in before} == before
+    train("o", "--max-steps", 3, "--overwrite")
+    assert len(losses(train.out / "o")) == 3
+    assert {p.name for p in (train.out / "o").iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "tokenizer.json"}
+
+
+def test_the_second_of_two_writers_is_refused_and_a_killed_one_holds_nothing(train, corpus):
+    flags = ["--data", corpus, "--out", train.out / "l", *TINY, "--max-steps", "100000", "--eval-every", "2"]
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    while not (train.out / "l" / "ckpt.pt").exists():
+        time.sleep(0.05)
+    for flag in ("--resume", "--overwrite"):
+        assert f"is in use by process {first.pid}" in train("l", flag, code=2, tiny=[]).stderr
+    first.kill()
+    first.wait()
+    step = weights_step(train.out / "l")
+    train("l", "--resume", "--max-steps", step + 1, tiny=[])
+    assert weights_step(train.out / "l") == step + 1 and not (train.out / "l" / ".lock").exists()
+
+
+def weights_step(path):
+    return torch.load(path / "ckpt.pt", weights_only=True)["state"]["step"]
+
+
+def test_config_says_what_is_in_force_and_the_model_cannot_change(train):
+    train("c", "--max-steps", 2)
+    train("c", "--resume", "--max-steps", 3, "--mean-recurrence", 8, "--batch-size", 4, tiny=[])
+    config = json.loads((train.out / "c" / "config.json").read_text())
+    assert config["settings"]["max_steps"] == 3 and config["settings"]["batch_size"] == 4 and "out" not in config["settings"]
+    assert (config["model"]["mean_recurrence"], config["model"]["backprop_depth"]) == (8, 4)
+    assert torch.load(train.out / "c" / "ckpt.pt", weights_only=True)["state"]["samples"] == 2 * 8 + 4
+    before = tree(train.out / "c")
+    for flag in (["--no-prelude-norm"], ["--injection", "add"], ["--no-value-embeds"], ["--mlp-width", 64], ["--seed", 1],
+                 ["--preset", "gpt-nano"]):
+        done = train("c", "--resume", "--max-steps", 4, *flag, code=2, tiny=[])
+        assert "does not fit these settings" in done.stderr and flag[0].replace("--no-", "--") in done.stderr
+    assert tree(train.out / "c") == before
+
+
+def test_a_copied_run_goes_on_where_it_lies(train, corpus):
+    train("first", "--max-steps", 2)
+    before = tree(train.out / "first")
+    shutil.copytree(train.out / "first", train.out / "copy")
+    train("copy", "--resume", "--max-steps", 3, tiny=[])
+    assert tree(train.out / "first") == before and weights_step(train.out / "copy") == 3
+
+
+def test_another_batch_size_goes_on_in_the_data(train, monkeypatch):
+    train("whole", "--max-steps", 4, "--batch-size", 8)
+    read = []
+    batch = train_module.Loader.batch
+    monkeypatch.setattr(train_module.Loader, "batch", lambda self, samples: read.extend(map(int, samples)) or batch(self, samples))
+    train("parts", "--max-steps", 2, "--batch-size", 8)
+    train("parts", "--resume", "--max-steps", 4, "--batch-size", 4, tiny=[])
+    assert torch.load(train.out / "parts" / "ckpt.pt", weights_only=True)["state"]["samples"] == 24
+    assert set(range(24)) <= set(read)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda text: text[:-20], "unreadable"), (lambda text: text.replace("\n", "\n\n", 1), ""),
+    (lambda text: "\0" * 30 + "\n" + text, "unreadable"),
+    (lambda text: "[1]\nnull\n" + text, "unreadable"), (lambda text: None, "is missing")])
+def test_a_damaged_log_does_not_block_a_resume(train, damage, said):
+    train("d", "--max-steps", 3)
+    path = train.out / "d" / "log.jsonl"
+    text = damage(path.read_text())
+    path.unlink() if text is None else path.write_text(text)
+    done = train("d", "--resume", "--max-steps", 4, tiny=[])
+    assert said in done.stdout
+    assert [line["step"] for line in log(train.out / "d")][-1] == 4 and len(log(train.out / "d", "done")) == 1
+
+
+def test_a_finished_run_is_not_finished_twice(train):
+    train("f", "--max-steps", 2)
+    before = tree(train.out / "f")
+    assert "is finished" in train("f", "--resume", tiny=[]).stdout
+    assert tree(train.out / "f") == before
+
+
+def test_data_of_another_tokenizer_is_refused(train, tmp_path):
+    train("t", "--max-steps", 1)
+    prepare("text", tmp_path / "other", "bpe:257", [ROOT / "model.py"])
+    prepare("text", tmp_path / "bpe", "bpe:300", [ROOT / "model.py"])
+    assert "has other tokens" in train("t", "--resume", "--max-steps", 2, "--data", tmp_path / "bpe", code=2, tiny=[]).stderr
+    done = script("evaluate.py", "--run", train.out / "t", "--data", tmp_path / "bpe")
+    assert done.returncode == 2 and "has other tokens" in done.stderr
+
+
+def test_a_run_goes_on_without_what_it_started_from(train):
+    train("start", "--max-steps", 1)
+    train("tuned", "--init-from", train.out / "start", "--max-steps", 1, tiny=TINY[4:])
+    shutil.rmtree(train.out / "start")
+    train("tuned", "--resume", "--max-steps", 2, tiny=[])
+    assert weights_step(train.out / "tuned") == 2
+
+
+CHECKPOINTS = {"empty": lambda c: None,
+               "a list": lambda c: [], "no model": lambda c: c.pop("model") and c,
+               "model none": lambda c: c | {"model": None},
+               "weights text": lambda c: c | {"model": dict.fromkeys(c["model"], "x")}, "a tensor": lambda c: torch.ones(3),
+               "no state": lambda c: c | {"state": {}}, "step -1": lambda c: c | {"state": c["state"] | {"step": -1}},
+               "step 1.5": lambda c: c | {"state": c["state"] | {"step": 1.5}}, "no optimisers": lambda c: c | {"optimizers": None},
+               "muon none": lambda c: c | {"optimizers": c["optimizers"] | {"muon": None}},
+               "muon empty": lambda c: c | {"optimizers": c["optimizers"] | {"muon": {"state": {}, "param_groups": []}}},
+               "adamw shape": lambda c: c["optimizers"]["adamw"]["state"][0].update(exp_avg=torch.ones(2)) or c,
+               "adamw lacks": lambda c: c["optimizers"]["adamw"]["state"][1].pop("exp_avg") is None or c,
+               "muon text": lambda c: c["optimizers"]["muon"]["state"].update({0: "x"}) or c}
+
+
+def test_damaged_checkpoints_get_one_line_and_change_nothing(train):
+    train("k", "--max-steps", 2)
+    path = train.out / "k" / "ckpt.pt"
+    good = path.read_bytes()
+    for name, damage in CHECKPOINTS.items():
+        path.write_bytes(good)
+        damaged = damage(torch.load(path, weights_only=True))
+        path.write_bytes(b"") if damaged is None else torch.save(damaged, path)
+        before = tree(train.out / "k")
+        done = train("k", "--resume", "--max-steps", 4, code=2, tiny=[])
+        assert "ckpt.pt" in done.stderr and done.stderr.count("\n") == 1, (name, done.stderr)
+        assert tree(train.out / "k") == before, name
+
+
+@pytest.mark.parametrize("flag", [["--seed", "-1"], ["--seed", "99999999999999"], ["--muon-lr", "1e400"], ["--adamw-lr", "inf"],
+                                  ["--weight-decay", "nan"], ["--norm-eps", "-1"], ["--norm-eps", "nan"], ["--rope-base", "1e-400"],
+                                  ["--out", ""], ["--device", "cpu:x"], ["--n-embd", "1000000000000"], ["--eval-recurrence", "99999999999"],
+                                  ["--max-steps", "2.5x"], ["--batch-size", "1.5"]])
+def test_numbers_out_of_range_get_one_line(train, flag):
+    done = train("bad", *flag, code=2)
+    assert done.stderr.count("\n") == 1 and flag[0].strip("-").replace("-", "_") in done.stderr.replace("-", "_")
+    assert not (train.out / "bad").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"settings": None}, {"settings": []}, {"settings": {"max_steps": [3]}}, {"settings": {"batch_size": "x"}},
+    {"settings": {"eval_recurrence": 0}}, {"settings": {"dtype": "foo"}}, {"settings": {"device": "cpu:x"}},
+    {"settings": {"micro_batch": 1.5}}, {"settings": {"muon_lr": "high"}}, {"model": None}, {"model": {"n_embd": 1.5}},
+    {"model": {"n_head": True}}, {"model": {"block_size": "inf"}}])
+def test_damaged_settings_get_one_line(train, change):
+    train("s", "--max-steps", 1)
+    file = train.out / "s" / "config.json"
+    config = json.loads(file.read_text())
+    for part, values in change.items():
+        config[part] = config[part] | values if isinstance(values, dict) else values
+    file.write_text(json.dumps(config))
+    before = tree(train.out / "s")
+    done = train("s", "--resume", "--max-steps", 2, code=2, tiny=[])
+    assert done.stderr.count("\n") == 1 and tree(train.out / "s") == before, done.stderr
