@@ -69,12 +69,46 @@ def make_tokenizer(name, docs=()):
     return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
+PIECE = 1 << 17  # characters that a tokenizer is given at once: tiktoken fails on runs of 999,999 spaces
+LONGEST_WORD = 1000  # characters, in training a tokenizer
+# where every tokenizer cuts: between one end of a line and a letter, and before a single space between two letters
+CUT = regex.compile(r"(?r)(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L})")
+
+
+def pieces(text):
+    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters that have the tokens of the whole.
+
+    A text without a place to cut for so long is cut anywhere."""
+    parts = (text[i:i + PIECE] for i in range(0, len(text), PIECE)) if isinstance(text, str) else text
+    rest = ""
+    for part in parts:
+        rest += part
+        while len(rest) > PIECE:
+            place = CUT.search(rest, 1, PIECE)
+            cut = place.start() if place else PIECE
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def encode(tokenizer, text):
+    """Yield the tokens of a text (see pieces) in arrays. Raises UserError where the tokenizer fails."""
+    for piece in pieces(text):
+        try:
+            yield tokenizer.encode_to_numpy(piece, disallowed_special=())
+        except Exception as error:
+            raise UserError(f"the tokenizer {tokenizer.name} fails on this text: {error}") from None
+
+
 def train_bpe(docs, vocab_size):
     """Byte-pair ranks {bytes: id} of at most vocab_size tokens: merge the most frequent pair, again and
     again (Sennrich et al. 2016), each time in just the words that contain it."""
     counts = Counter()
     for doc in tqdm(docs, desc="counting words", unit="doc", leave=False):
-        counts.update(regex.findall(WORDS, doc))
+        for piece in pieces(doc):
+            for word in regex.findall(WORDS, piece):  # a merge takes time with the length of a word: long ones count in parts
+                counts.update(word[i:i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
     words = [list(word.encode()) for word in counts]
     counts = list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> words that may contain it
@@ -253,21 +287,48 @@ def stdlib_docs():
     return train, val
 
 
+class TextFile:
+    """The characters start to stop of a UTF-8 file, read a piece at a time. size: their number."""
+
+    def __init__(self, path, start, stop):
+        self.path, self.start, self.stop, self.size = path, start, stop, stop - start
+
+    def __iter__(self):
+        at = 0
+        for part in read_text(self.path):
+            yield part[max(0, self.start - at):max(0, self.stop - at)]
+            at += len(part)
+
+
+def read_text(path):
+    """Yield the text of a UTF-8 file in parts. Raises UserError."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(1 << 20)
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {read - pending + error.start}") from None
+            if not data:
+                return
+            read += len(data)
+
+
 def text_docs(files):
     """(train, val) lists of texts: of each file the first nine tenths and the last."""
     train, val = [], []
     for file in files:
         try:
-            text = Path(file).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+            size = sum(map(len, read_text(file)))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}") from None
-        cut = len(text) * 9 // 10
+        cut = size * 9 // 10
         if cut == 0:
             raise UserError(f"{file} is too short, must have at least 2 characters")
-        train.append(text[:cut])
-        val.append(text[cut:])
+        train.append(TextFile(file, 0, cut))
+        val.append(TextFile(file, cut, size))
     return train, val
 
 
@@ -327,18 +388,46 @@ def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number of tokens."""
     magic = next(magic for magic, (_, dtype) in FORMATS.items() if tokenizer.n_vocab <= np.iinfo(dtype).max + 1)
     version, dtype = FORMATS[magic]
-    eot = np.array([begin_token(tokenizer)], dtype=dtype)
-    arrays = []
-    for doc in tqdm(docs, desc=f"tokenizing {split}", unit="doc", leave=False):
-        arrays += [eot, tokenizer.encode_to_numpy(doc, disallowed_special=()).astype(dtype)]
-    tokens = np.concatenate(arrays)
-    for i, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
-        shard = tokens[start:start + SHARD_TOKENS]
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = magic, version, len(shard)
-        with open(directory / f"{split}_{i:06d}.bin", "wb") as file:
-            file.write(header.tobytes() + shard.tobytes())
-    return len(tokens)
+    begin, writer = np.array([begin_token(tokenizer)], dtype=dtype), ShardWriter(directory, split, magic)
+    size = sum(doc.size if isinstance(doc, TextFile) else len(doc) for doc in docs)
+    with tqdm(total=size, desc=f"tokenizing {split}", unit="char", unit_scale=True, leave=False) as bar:
+        for doc in docs:
+            writer.write(begin)
+            for piece in pieces(doc):
+                for tokens in encode(tokenizer, piece):
+                    writer.write(tokens.astype(dtype))
+                bar.update(len(piece))
+    return writer.close()
+
+
+class ShardWriter:
+    """Writes tokens to {split}_000000.bin, ... as they come."""
+
+    def __init__(self, directory, split, magic):
+        self.directory, self.split, self.magic, self.file, self.shards, self.total = directory, split, magic, None, 0, 0
+
+    def write(self, tokens):
+        while len(tokens):
+            if self.file is None:
+                self.file = open(self.directory / f"{self.split}_{self.shards:06d}.bin", "wb")
+                self.file.write(bytes(HEADER_BYTES))
+                self.count = 0
+                self.shards += 1
+            part, tokens = tokens[:SHARD_TOKENS - self.count], tokens[SHARD_TOKENS - self.count:]
+            self.file.write(part.tobytes())
+            self.count += len(part)
+            self.total += len(part)
+            if self.count == SHARD_TOKENS:
+                self.close()
+
+    def close(self):
+        """Put the header in front of the shard; returns the number of tokens of all shards."""
+        if self.file:
+            self.file.seek(0)
+            self.file.write(np.array([self.magic, FORMATS[self.magic][0], self.count], dtype=np.int32).tobytes())
+            self.file.close()
+            self.file = None
+        return self.total
 
 
 def open_shard(path):
@@ -457,7 +546,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
         encoding = make_tokenizer(tokenizer, train)
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
         save_tokenizer(encoding, temporary / "tokenizer.json")
-    characters = sum(map(len, train)) / sizes["train"]
+    characters = sum(doc.size if isinstance(doc, TextFile) else len(doc) for doc in train) / sizes["train"]
     print(f"{out}: {sizes['train']:,} train and {sizes['val']:,} val tokens, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)")
     return out

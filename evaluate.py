@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import COUNT, LOOPS, Parser, UserError, number, read_json, run_script, some_path, write_text
-from data import Loader, begin_token, load_tokenizer, same_tokens
+from data import Loader, begin_token, encode, load_tokenizer, read_text, same_tokens
 from model import KVCache, Parcae, Settled, keep_freed_memory, local_files, pick_device, pick_dtype, read_config
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
@@ -92,15 +92,15 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none", until=None):
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
-def text_windows(file, tokenizer, block_size):
-    """[(idx, targets)] of a text file, one after the other, each (1, T), the last one shorter. Raises UserError."""
-    try:
-        text = Path(file).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--text {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--text {file} is not UTF-8 text") from None
-    tokens = torch.tensor([[begin_token(tokenizer), *tokenizer.encode_ordinary(text)]])
+def text_windows(file, tokenizer, block_size, most):
+    """[(idx, targets)] of a text file, one after the other, each (1, T), the last one shorter; no more than `most` of them, and
+    no more of the file is read than they need. Raises UserError."""
+    tokens = [begin_token(tokenizer)]
+    for part in encode(tokenizer, read_text(file)):
+        tokens += part.tolist()
+        if len(tokens) > most * block_size:
+            break
+    tokens = torch.tensor([tokens[:most * block_size + 1]])
     if tokens.shape[1] < 2:
         raise UserError(f"--text {file} is empty")
     return [(tokens[:, i:i + block_size][:, :tokens.shape[1] - 1 - i], tokens[:, i + 1:i + 1 + block_size])
@@ -270,7 +270,7 @@ def main(args):
         raise UserError(f"{source / 'config.json'}: data is {data!r}, must be the name of a directory")
     record = {"kv_cache": args.kv_cache, "dtype": str(model.compute_dtype)}
     if args.text:
-        windows = text_windows(args.text, tokenizer, model.config.block_size)[:args.sequences]
+        windows = text_windows(args.text, tokenizer, model.config.block_size, args.sequences)
         batches = lambda size: windows
     elif data:
         if (Path(data) / "tokenizer.json").exists() and not same_tokens(load_tokenizer(data), tokenizer):

@@ -7,12 +7,13 @@
 
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from common import COUNT, LOOPS, SEED, Parser, UserError, number, run_script, some_path, whole_file
-from data import begin_token, decode_stream, load_tokenizer
+from data import begin_token, decode_stream, encode, load_tokenizer
 from model import Parcae, Settled, local_files, pick_device, pick_dtype, read_config
 
 
@@ -118,7 +119,7 @@ def main(args):
         model.step = torch.compile(model.step, dynamic=True)
     tokenizer = load_tokenizer(source)
     prompt = read_prompt(args)
-    idx = torch.tensor([[begin_token(tokenizer), *tokenizer.encode_ordinary(prompt or "")]], device=device)
+    idx = torch.tensor([[begin_token(tokenizer), *map(int, chain.from_iterable(encode(tokenizer, prompt or "")))]], device=device)
     recurrence = args.recurrence or [model.config.mean_recurrence]
     if not model.config.n_recurrent:
         print("a plain transformer: nothing loops, --recurrence has no effect")

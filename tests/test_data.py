@@ -2,6 +2,7 @@ import http.server
 import json
 import os
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -465,3 +466,21 @@ def test_a_shard_of_more_than_2_to_the_30_tokens_opens(tmp_path):
         file.write(header.tobytes())
         file.truncate(1024 + 2 * 1_100_000_000)  # sparse
     assert len(open_shard(tmp_path / "s.bin")) == 1_100_000_000
+
+
+def test_pieces_have_the_tokens_of_the_whole(corpus, bpe, monkeypatch, tmp_path):
+    text = "\n".join([*corpus, *TEXTS])
+    (tmp_path / "t.txt").write_text(text)
+    whole = bpe.encode_ordinary(text)
+    monkeypatch.setattr(data, "PIECE", 2000)
+    for source in (text, [text[i:i + 777] for i in range(0, len(text), 777)], data.read_text(tmp_path / "t.txt")):
+        assert np.concatenate(list(data.encode(bpe, source))).tolist() == whole
+    assert max(map(len, data.pieces(text))) <= 2000 and "".join(data.pieces(text)) == text
+
+
+@pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "\n" * 1_200_000 + "x", "-" * 1_200_000, "abcdefgh" * 150_000])
+def test_long_runs_and_words_take_seconds(text, bpe):
+    start = time.perf_counter()
+    assert bpe.decode(np.concatenate(list(data.encode(bpe, text))).tolist()) == text
+    assert len(train_bpe([text, "hello world\n" * 2000], 280)) > 256
+    assert time.perf_counter() - start < 20
