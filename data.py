@@ -16,9 +16,11 @@ end-of-text token, which also serves as "begin of text".
 import base64
 import codecs
 import contextlib
+import hashlib
 import heapq
 import json
 import os
+import platform
 import re
 import sysconfig
 import urllib.error
@@ -150,9 +152,9 @@ def train_bpe(docs, vocab_size):
     return {token: i for i, token in enumerate(tokens)}
 
 
-def save_tokenizer(tokenizer, path):
-    """Write a tiktoken.Encoding as JSON; one that tiktoken knows by name is kept as that name."""
-    saved = {"name": tokenizer.name}
+def save_tokenizer(tokenizer, path, text=None):
+    """Write a tiktoken.Encoding as JSON; one that tiktoken knows by name is kept as that name. text: see fingerprint."""
+    saved = {"name": tokenizer.name} | ({"text": text} if text else {})
     if tokenizer.name not in tiktoken.list_encoding_names():
         tokens, ids = zip(*sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]))
         saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens, "ids": ids,
@@ -493,6 +495,31 @@ class Loader:
 # ----------------------------------------------------------------------------- command line
 
 
+# the tokens of `python data.py` with Python 3.11.7, with which the tables in results/ were made
+STDLIB_SHA256 = "97e9ca11ca0842f423d751061ce90d28cbdbaeaea19f55797fcf9175a3d06568"
+
+
+def fingerprint(directory, source, files):
+    """What tells whether two data directories are the same: {"source", "python", "files", "sha256" of all tokens}."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.bin")):
+        with open(path, "rb") as file:
+            file.seek(HEADER_BYTES)
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return {"source": source, "python": platform.python_version(), "files": files, "sha256": digest.hexdigest()}
+
+
+def other_text(directory):
+    """A sentence that says so where a data directory has bytes of another standard library than the tables in results/; or ""."""
+    saved = read_json(Path(directory) / "tokenizer.json")
+    text = saved.get("text") or {"source": Path(directory).name}
+    if saved.get("name") != "bytes" or text.get("source") != "stdlib" or text.get("sha256") == STDLIB_SHA256:
+        return ""
+    return (f"{directory} is another text than that of the tables in results/ (made with Python {text.get('python', 'unknown')}, theirs "
+            "with 3.11.7): losses will differ somewhat")
+
+
 def check_replaceable(directory):
     """Raise UserError where `directory` holds anything that data.py did not make: it is replaced as a whole."""
     directory = Path(directory)
@@ -545,10 +572,12 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
         train, val = {"stdlib": stdlib_docs, "p-hop": p_hop_docs}.get(source, lambda: text_docs(files))()
         encoding = make_tokenizer(tokenizer, train)
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
-        save_tokenizer(encoding, temporary / "tokenizer.json")
+        text = fingerprint(temporary, source, len(train) + len(val))
+        save_tokenizer(encoding, temporary / "tokenizer.json", text)
     characters = sum(doc.size if isinstance(doc, TextFile) else len(doc) for doc in train) / sizes["train"]
     print(f"{out}: {sizes['train']:,} train and {sizes['val']:,} val tokens, "
-          f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)")
+          f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)\n"
+          f"Python {text['python']}, {text['files']:,} files, sha256 {text['sha256'][:16]}")
     return out
 
 

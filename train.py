@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, lock, number, read_json, run_script, some_path, whole_file, write_text
-from data import Loader, begin_token, decode_stream, load_tokenizer, prepare, same_tokens, save_tokenizer
+from data import Loader, begin_token, decode_stream, load_tokenizer, other_text, prepare, same_tokens, save_tokenizer
 from model import (
     PRESETS,
     Parcae,
@@ -366,7 +366,8 @@ def describe(args, config, model, device, dtype, peak):
     cost = {name: dict(zip(("params_noncore", "params_core"), model.matmul_params(name)),
                        flops_per_token=model.flops_per_token(accounting=name)) for name in ("exact", "paper")}
     return {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "dry_run")},
-            "model": asdict(config), "data": args.data, "parameters": sum(p.numel() for p in model.parameters()),
+            "model": asdict(config), "data": args.data, "text": read_json(Path(args.data) / "tokenizer.json").get("text"),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "cost": cost, "device": str(device), "dtype": str(dtype),
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "ranks": process()[1], "threads": torch.get_num_threads(), "peak_flops": peak, "git": git.stdout.strip() or None,
@@ -481,6 +482,8 @@ def train_steps(args, run, loader, val_loader, tokenizer, record, micro):
     elif rank == 0:
         run.start(record, tokenizer)
     state = run.state
+    if rank == 0 and (difference := other_text(args.data)):
+        print(difference)
     if rank == 0:
         print(f"{args.out}: {record['parameters']:,} parameters, {config.n_prelude}/{config.n_recurrent}/{config.n_coda} layers of "
               f"{config.n_embd} channels, mean recurrence {config.mean_recurrence}\n"

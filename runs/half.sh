@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+python -c "import matplotlib" 2>/dev/null || { echo "the figure needs matplotlib: pip install matplotlib" >&2; exit 2; }
 
 run() {  # name rate seed flags
     echo "${*:4} --muon-lr $2 --adamw-lr $2 --seed $3 --out out/half/$1-$2-$3"

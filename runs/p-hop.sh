@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+python -c "import matplotlib" 2>/dev/null || { echo "the figure needs matplotlib: pip install matplotlib" >&2; exit 2; }
 [ -d data/p-hop ] || python data.py p-hop
 for seed in ${SEEDS:-0}; do
     [ $seed != 0 ] || echo --seed $seed --out out/p-hop/layers-$seed --n-prelude 8 --n-recurrent 0 --n-coda 0

@@ -1,3 +1,4 @@
+import hashlib
 import http.server
 import json
 import os
@@ -484,3 +485,15 @@ def test_long_runs_and_words_take_seconds(text, bpe):
     assert bpe.decode(np.concatenate(list(data.encode(bpe, text))).tolist()) == text
     assert len(train_bpe([text, "hello world\n" * 2000], 280)) > 256
     assert time.perf_counter() - start < 20
+
+
+def test_data_tells_of_what_text_it_was_made(tmp_path):
+    for name, file in (("a", "data.py"), ("b", "data.py"), ("c", "model.py")):
+        prepare("text", tmp_path / name, "bytes", [ROOT / file])
+    a, b, c = (json.loads((tmp_path / name / "tokenizer.json").read_text())["text"] for name in "abc")
+    assert a == b and a["sha256"] != c["sha256"] and data.other_text(tmp_path / "a") == ""
+    tokens = np.concatenate([open_shard(tmp_path / "a" / f"{split}_000000.bin") for split in ("train", "val")])
+    assert a["sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest() and a["files"] == 2
+    (tmp_path / "stdlib").mkdir()
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "stdlib" / "tokenizer.json")  # as made before texts were told apart
+    assert "is another text than that of the tables" in data.other_text(tmp_path / "stdlib")
