@@ -162,6 +162,42 @@ def save_tokenizer(tokenizer, path, text=None):
     write_text(path, json.dumps(saved))
 
 
+# texts on which a pattern that loses characters, or tries too many ways to match, shows it
+PROBES = ["".join(map(chr, range(1, 0x250))), " word" * 300, *(c * 3000 + end for c in "a1 \n-" for end in "x!")]
+
+
+def checked_encoding(name, pattern, ranks, special):
+    """A tiktoken.Encoding from foreign parts. Raises UserError where its ids or its pattern cannot work."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids) or len(set(ids)) < len(ids):
+        raise UserError("its token ids must be different whole numbers from 0 to 16,777,215")
+    tokenizer = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    with quiet_stderr():  # tiktoken prints a page of its own where it fails
+        for text in PROBES:
+            try:
+                same = tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+            except BaseException as error:  # a panic is no Exception
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    raise
+                raise UserError(f"its pattern fails on text such as {text[:5]!r}...: {error}") from None
+            if not same:
+                raise UserError(f"its pattern loses part of text such as {text[:5]!r}...")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Nothing reaches the standard error in here, from no language."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
 def load_tokenizer(path):
     """The tiktoken.Encoding in a data or run directory; a Hugging Face byte-level BPE tokenizer.json becomes one with the
     same token ids. Raises UserError."""
@@ -173,8 +209,7 @@ def load_tokenizer(path):
         if "tokens" not in saved:
             return tiktoken.get_encoding(saved["name"])
         ranks = {base64.b64decode(token): i for token, i in zip(saved["tokens"], saved.get("ids", range(len(saved["tokens"]))))}
-        return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks,
-                                 special_tokens=saved["special"])
+        return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UserError as error:
@@ -239,7 +274,7 @@ def from_hugging_face(saved):
             else:
                 need(order.get(tuple(parts), -1) > last, f"token {rank} ({token!r}) does not follow the order of the merges")
                 last = order[tuple(parts)]
-    return tiktoken.Encoding("hugging-face", pat_str=pattern[0], mergeable_ranks=ranks, special_tokens=special)
+    return checked_encoding("hugging-face", pattern[0], ranks, special)
 
 
 BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")
