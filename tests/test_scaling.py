@@ -7,9 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, save_run, script
 
 import scaling
+from common import lock
 from data import prepare
 from model import UserError
 from runs.coverage import BUDGETS, coverage, made_up, parabolic, parametric
@@ -168,3 +169,34 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
 
     other = [*sweep[:-1], "bfloat16"]
     assert "was run with other settings (dtype)" in run(*other, cwd=tmp_path, code=2).stderr
+
+
+def test_a_sweep_does_not_train_beside_its_orphans(tmp_path):
+    prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
+    cell = tmp_path / "sweep" / "C4e+09-mu1-seed0"
+    cell.mkdir(parents=True)
+    sweep = ["sweep", "--budgets", "4e9", "--recurrences", "1", "--out", "sweep", "--data", "data", "--n-embd", "32", "--n-head", "2",
+             "--block-size", "32", "--device", "cpu"]
+    with lock(cell):
+        assert "is in use by process" in run(*sweep, cwd=tmp_path, code=2).stderr
+    assert list(cell.iterdir()) == []
+
+
+def test_a_run_counts_once(tmp_path, capsys):
+    rows = table()
+    scaling.write_csv(tmp_path / "t.csv", rows)
+    once, _ = scaling.read_tables([tmp_path / "t.csv"])
+    twice, _ = scaling.read_tables([tmp_path / "t.csv", tmp_path / "t.csv"])
+    assert once == twice and "count once" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys):
+    model = build()
+    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
+    save_run(model, tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
+    done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": {"1": 2.0, "4": 1.9, "16": math.nan}}
+    (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
+    rows, _ = scaling.read_tables([tmp_path])
+    assert [row["recurrence"] for row in rows] == [1, 4] and "T = 16 is not finite" in capsys.readouterr().out
+    scaling.write_csv(tmp_path / "t.csv", rows)
+    assert len(scaling.read_csv(tmp_path / "t.csv")) == 2
