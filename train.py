@@ -356,7 +356,8 @@ class Run:
             if self.folder != self.path:
                 for name in FILES:
                     os.replace(self.folder / name, self.path / name)
-                self.folder.rmdir()
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()  # unless a run that was killed left something there
                 self.folder = self.path
 
 
