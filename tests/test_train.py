@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import re
@@ -23,7 +24,7 @@ TINY = ["--n-embd", "32", "--n-head", "2", "--block-size", "64", "--batch-size",
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Real text: some of the standard library."""
-    files = [json.__file__, subprocess.__file__, re.__file__, signal.__file__, ROOT / "model.py"]
+    files = [module.__file__ for module in (argparse, json, re, signal, subprocess)]  # not ours: rounding hangs on every letter
     return prepare("text", tmp_path_factory.mktemp("data") / "text", "bytes", files)
 
 
@@ -92,7 +93,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
 
 
 def test_two_ranks_and_accumulation_repeat_one_process(train):
-    flags = ["--max-steps", 6, "--dtype", "float32", "--eval-every", 3]
+    flags = ["--max-steps", 6, "--dtype", "float32", "--eval-every", 3, "--muon-lr", 3e-3, "--adamw-lr", 3e-3]
     train("one", *flags)
     train("accumulated", *flags, "--micro-batch", 2)
     train("two", *flags, ranks=2)
