@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 try:
@@ -144,6 +145,17 @@ def read_json(path):
     return value
 
 
+def patient(check, path, attempts=6):
+    """check(path), again where it fails: another process may just be moving what is there."""
+    for attempt in range(attempts):
+        try:
+            return check(path)
+        except (UserError, FileNotFoundError):
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def whole_directory(path, check):
     """Yield an empty temporary directory that takes path's place when the block ends well.
@@ -151,7 +163,7 @@ def whole_directory(path, check):
     check(path) raises UserError where what is there must not be replaced. The old directory is moved
     aside, the new one moved in, then the old removed: at any moment one of the two is whole."""
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
-    check(path)
+    patient(check, path)
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
@@ -160,7 +172,7 @@ def whole_directory(path, check):
         new.mkdir()
         yield new
         while new.exists():
-            check(path)
+            patient(check, path)
             with contextlib.suppress(FileNotFoundError):  # nothing there, or another process was faster
                 os.rename(path, old)
             try:
