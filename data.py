@@ -325,10 +325,13 @@ def stdlib_docs():
 
 
 class TextFile:
-    """The characters start to stop of a UTF-8 file, read a piece at a time. size: their number."""
+    """The characters start to stop of a UTF-8 file, read a piece at a time."""
 
     def __init__(self, path, start, stop):
-        self.path, self.start, self.stop, self.size = path, start, stop, stop - start
+        self.path, self.start, self.stop = path, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
 
     def __iter__(self):
         at = 0
@@ -424,10 +427,9 @@ def download(url, path):
 def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number of tokens."""
     magic = next(magic for magic, (_, dtype) in FORMATS.items() if tokenizer.n_vocab <= np.iinfo(dtype).max + 1)
-    version, dtype = FORMATS[magic]
+    _, dtype = FORMATS[magic]
     begin, writer = np.array([begin_token(tokenizer)], dtype=dtype), ShardWriter(directory, split, magic)
-    size = sum(doc.size if isinstance(doc, TextFile) else len(doc) for doc in docs)
-    with tqdm(total=size, desc=f"tokenizing {split}", unit="char", unit_scale=True, leave=False) as bar:
+    with tqdm(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char", unit_scale=True, leave=False) as bar:
         for doc in docs:
             writer.write(begin)
             for piece in pieces(doc):
@@ -609,7 +611,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, ur
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
         text = fingerprint(temporary, source, len(train) + len(val))
         save_tokenizer(encoding, temporary / "tokenizer.json", text)
-    characters = sum(doc.size if isinstance(doc, TextFile) else len(doc) for doc in train) / sizes["train"]
+    characters = sum(map(len, train)) / sizes["train"]
     print(f"{out}: {sizes['train']:,} train and {sizes['val']:,} val tokens, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} tokens, {characters:.2f} characters each)\n"
           f"Python {text['python']}, {text['files']:,} files, sha256 {text['sha256'][:16]}")
