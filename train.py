@@ -451,6 +451,9 @@ def train(args):
     with hold(args.out) if rank == 0 else contextlib.nullcontext():
         check_free(args)  # once more, now that nobody else can write there
         train_steps(args, run, loader, val_loader, tokenizer, record, micro)
+    if world > 1:
+        dist.barrier()  # ranks leave together: gloo may abort one that leaves while another is still at work
+        dist.destroy_process_group()
 
 
 def hold(out):
@@ -553,9 +556,6 @@ def train_steps(args, run, loader, val_loader, tokenizer, record, micro):
         run.log("done", **values)
     if rank == 0:
         report(args, model, tokenizer, state | {"saved": run.saved}, None if stop else values["val_loss"])
-    if world > 1:
-        dist.barrier()  # ranks leave together: gloo may abort one that leaves while another is still at work
-        dist.destroy_process_group()
 
 
 def report(args, model, tokenizer, state, losses):
