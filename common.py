@@ -48,15 +48,24 @@ def run_script(main):
         sys.exit(130)
     except UserError as error:
         message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error) and "PytorchStreamWriter" not in str(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = trouble(error)
+        if not message:
             raise
-        message = f"not enough memory or disk: {(str(error).splitlines() or ['allocation failed'])[0]}"
     message = message.replace("\r", "\\r").replace("\n", "\\n")
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def trouble(error):
+    """What the system refused, in one line: a file, disk or memory; None where the error is of another kind."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error.__context__, OSError):  # torch.save on a full disk ends in a RuntimeError of its own
+        return trouble(error.__context__)
+    if isinstance(error, MemoryError) or "memory" in str(error) or "PytorchStreamWriter" in str(error):
+        return f"not enough memory or disk: {(str(error).splitlines() or ['allocation failed'])[0]}"
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -190,6 +199,19 @@ def whole_directory(path, check):
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()  # only if it is still empty
+
+
+def from_hub(function, repository, *arguments, **options):
+    """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises UserError."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{repository} is on the Hugging Face hub: pip install huggingface_hub") from None
+    try:
+        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
+    except Exception as error:  # whatever the network or the hub makes of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{repository} was not fetched from the Hugging Face hub: {reason}") from None
 
 
 @contextlib.contextmanager

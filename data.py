@@ -22,11 +22,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import sysconfig
-import urllib.error
 import urllib.request
 import zlib
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,17 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, read_json, run_script, some_path, whole_directory, write_text
+from common import Parser, UserError, from_hub, lock, read_json, run_script, some_path, whole_directory, whole_file, write_text
 
 # llm.c's shard formats, magic number: (version, dtype); the second one for vocabularies of more than 65,536 tokens
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 EOT = "<|endoftext|>"
-URLS = {
-    "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "fineweb-edu": "https://huggingface.co/datasets/kjj0/finewebedu10B-gpt2/resolve/main/",
-}
+# where it is, its length and sha256
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 1_115_394,
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+FINEWEB = "kjj0/finewebedu10B-gpt2"  # a dataset on the Hugging Face hub
 FINEWEB_SHARDS = 99
 
 # ----------------------------------------------------------------------------- tokenizers
@@ -94,23 +95,26 @@ def pieces(text):
         yield rest
 
 
-def encode(tokenizer, text):
-    """Yield the tokens of a text (see pieces) in arrays. Raises UserError where the tokenizer fails."""
+def encode(tokenizer, text, bar=None):
+    """Yield the tokens of a text (see pieces) in arrays; a progress bar counts its characters. Raises UserError."""
     for piece in pieces(text):
         try:
             yield tokenizer.encode_to_numpy(piece, disallowed_special=())
         except Exception as error:
             raise UserError(f"the tokenizer {tokenizer.name} fails on this text: {error}") from None
+        if bar is not None:
+            bar.update(len(piece))
 
 
 def train_bpe(docs, vocab_size):
     """Byte-pair ranks {bytes: id} of at most vocab_size tokens: merge the most frequent pair, again and
     again (Sennrich et al. 2016), each time in just the words that contain it."""
     counts = Counter()
-    for doc in tqdm(docs, desc="counting words", unit="doc", leave=False):
-        for piece in pieces(doc):
+    with tqdm(total=sum(map(len, docs)), desc="counting words", unit="char", unit_scale=True, leave=False) as bar:
+        for piece in chain.from_iterable(map(pieces, docs)):
             for word in regex.findall(WORDS, piece):  # a merge takes time with the length of a word: long ones count in parts
                 counts.update(word[i:i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
+            bar.update(len(piece))
     words = [list(word.encode()) for word in counts]
     counts = list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> words that may contain it
@@ -395,31 +399,47 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     return docs[:n_train], docs[n_train:]
 
 
-def download(url, path):
-    """Fetch url to path, through path.part: an interrupted download goes on where it stopped. Raises UserError."""
-    part = Path(f"{path}.part")
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            start = start if reply.status == 206 else 0  # 200: the server sends the whole file again
-            length = reply.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with open(part, "ab" if start else "wb") as file, \
-                 tqdm(total=total, initial=start, desc=Path(path).name, unit="B", unit_scale=True) as bar:
-                while chunk := reply.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing left to ask for: what is here is not the start of that file
-            part.unlink()
-            return download(url, path)
-        raise UserError(f"{url}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{url}: {getattr(error, 'reason', error)}; run again to go on from what has arrived") from None
-    if total is not None and part.stat().st_size != total:
-        raise UserError(f"{url}: {part.stat().st_size} of {total} bytes arrived; run again to go on from there")
-    os.replace(part, path)
+def shakespeare_docs():
+    """(train, val) lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises UserError."""
+    url, size, sha256 = SHAKESPEARE
+    file = Path("data") / "shakespeare.txt"
+    if not file.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                content = reply.read(size + 1)
+        except OSError as error:
+            raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{url} sent another text than Shakespeare's {size:,} bytes: a login page of this network?")
+        file.parent.mkdir(exist_ok=True)
+        with whole_file(file, "wb") as copy:
+            copy.write(content)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{file} is not Shakespeare's text of {size:,} bytes: move it away, and it is fetched again")
+    return text_docs([file])
+
+
+def fetch_fineweb(out, shards):
+    """Fetch shards of FineWeb-Edu, 100M GPT-2 tokens each, to the directory `out`. Raises UserError.
+
+    Each is checked and kept by itself, so that a long download can go on."""
+    check_replaceable(out)
+    if (out / "tokenizer.json").exists() and read_json(out / "tokenizer.json")["name"] != "gpt2":
+        raise UserError(f"--out {out} holds data of another tokenizer: choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.hub")  # huggingface_hub keeps here what has arrived
+    staging.mkdir(exist_ok=True)
+    with lock(staging):
+        for i in range(shards + 1):
+            path = out / (f"train_{i - 1:06d}.bin" if i else "val_000000.bin")
+            if path.exists():
+                continue
+            name = f"finewebedu_train_{i:06d}.bin" if i else "finewebedu_val_000000.bin"
+            arrived = from_hub("hf_hub_download", FINEWEB, name, repo_type="dataset", local_dir=staging)
+            open_shard(arrived)
+            os.replace(arrived, path)
+        write_text(out / "tokenizer.json", json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
+        shutil.rmtree(staging, ignore_errors=True)
 
 # ----------------------------------------------------------------------------- shards
 
@@ -432,10 +452,8 @@ def write_shards(directory, split, docs, tokenizer):
     with tqdm(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char", unit_scale=True, leave=False) as bar:
         for doc in docs:
             writer.write(begin)
-            for piece in pieces(doc):
-                for tokens in encode(tokenizer, piece):
-                    writer.write(tokens.astype(dtype))
-                bar.update(len(piece))
+            for tokens in encode(tokenizer, doc, bar):
+                writer.write(tokens.astype(dtype))
     return writer.close()
 
 
@@ -578,35 +596,16 @@ def check_replaceable(directory):
             raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: choose another directory")
 
 
-def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1, url=None):
+def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     """Make the data directory `out` (default data/<source>) whole or not at all; returns its path. Raises UserError."""
     out = Path(out or Path("data") / source)
-    if source == "fineweb-edu":  # each shard is checked and kept by itself, so that a long download can go on
-        if (out / "tokenizer.json").exists() and read_json(out / "tokenizer.json").get("name") != "gpt2":
-            raise UserError(f"--out {out} holds data of another tokenizer: choose another directory")
-        out.mkdir(parents=True, exist_ok=True)
-        for i in range(shards + 1):
-            path = out / (f"train_{i - 1:06d}.bin" if i else "val_000000.bin")
-            if not path.exists():
-                name = f"finewebedu_train_{i:06d}.bin" if i else "finewebedu_val_000000.bin"
-                temporary = path.with_suffix(".download")
-                download((url or URLS[source]).rstrip("/") + "/" + name, temporary)
-                try:
-                    open_shard(temporary)
-                except UserError:
-                    temporary.unlink()
-                    raise
-                os.replace(temporary, path)
-        write_text(out / "tokenizer.json", json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
+    if source == "fineweb-edu":
+        fetch_fineweb(out, shards)
         print(f"{out}: {shards} train and 1 val shard, tokenizer gpt2")
         return out
-
+    make_docs = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs, "text": lambda: text_docs(files)}
     with whole_directory(out, check_replaceable) as temporary:
-        if source == "shakespeare":
-            files = [out.with_name("shakespeare.txt")]
-            if not files[0].exists():
-                download(url or URLS[source], files[0])
-        train, val = {"stdlib": stdlib_docs, "p-hop": p_hop_docs}.get(source, lambda: text_docs(files))()
+        train, val = make_docs[source]()
         encoding = make_tokenizer(tokenizer, train)
         sizes = {split: write_shards(temporary, split, docs, encoding) for split, docs in (("train", train), ("val", val))}
         text = fingerprint(temporary, source, len(train) + len(val))
@@ -630,14 +629,13 @@ def main():
                              "tokenizer.json, ours or Hugging Face's")
     parser.add_argument("--shards", type=int, default=1, metavar="N",
                         help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
-    parser.add_argument("--url", help="another place to download from: shakespeare's file, fineweb-edu's folder")
     args = parser.parse_args()
     if (args.source == "text") != bool(args.files):
         parser.error("SOURCE text needs files: python data.py text FILE..." if args.source == "text" else
                      f"SOURCE {args.source} takes no files, got {args.files[0]}")
     if not 1 <= args.shards <= FINEWEB_SHARDS:
         parser.error(f"--shards is {args.shards}, must be 1 to {FINEWEB_SHARDS}")
-    prepare(args.source, args.out, args.tokenizer, args.files, args.shards, args.url)
+    prepare(args.source, args.out, args.tokenizer, args.files, args.shards)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, read_json, whole_file, write_text
+from common import UserError, from_hub, read_json, whole_file, write_text
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps
@@ -679,14 +679,7 @@ def local_files(path):
     """A directory with a model: path itself, or what the Hugging Face hub has under the name "owner/name"."""
     if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return Path(path)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{path} is no directory here; if it is a model on the Hugging Face hub: pip install huggingface_hub") from None
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", "pytorch_model.bin", "model.pt", "tokenizer.json"]))
-    except Exception as error:  # whatever the network or the hub makes of it
-        raise UserError(f"{path} is no directory here and was not fetched from the hub: {str(error).splitlines()[0]}") from None
+    return from_hub("snapshot_download", str(path), allow_patterns=["config.json", "pytorch_model.bin", "model.pt", "tokenizer.json"])
 
 
 def read_config(path):

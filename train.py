@@ -450,6 +450,9 @@ def train(args):
         return
     with hold(args.out) if rank == 0 else contextlib.nullcontext():
         check_free(args)  # once more, now that nobody else can write there
+        for leftover in Path(args.out).glob(".*.tmp") if rank == 0 else ():  # of a process that was killed while it wrote
+            if leftover.name.startswith((".ckpt.pt.", ".config.json.", ".log.jsonl.")):
+                leftover.unlink()
         train_steps(args, run, loader, val_loader, tokenizer, record, micro)
     if world > 1:
         dist.barrier()  # ranks leave together: gloo may abort one that leaves while another is still at work
@@ -561,7 +564,9 @@ def train_steps(args, run, loader, val_loader, tokenizer, record, micro):
 def report(args, model, tokenizer, state, losses):
     """Print what the run came to: val loss by recurrence and a sample; where it was stopped, how to go on."""
     if losses is None:
-        print(f"stopped at step {state['step']}, saved at step {state['saved']}; go on with: python train.py --resume --out {args.out}")
+        go_on = "nothing was saved yet" if state["saved"] is None else f"saved at step {state['saved']}; go on with: " \
+            f"python train.py --resume --out {args.out}"
+        print(f"stopped at step {state['step']}, {go_on}")
         return
     print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs ({args.accounting}), "
           f"{state['seconds']:.0f} s, {state['skipped']} steps skipped\n\nrecurrence T   val loss (nats per token)")

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import resource
 import runpy
 import signal
 import sys
@@ -61,3 +62,12 @@ def build():
 @pytest.fixture
 def tokens():
     return torch.randint(50, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 20,000 bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

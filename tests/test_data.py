@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import tiktoken
 from conftest import ROOT, script
 
 import data
-from data import Loader, UserError, begin_token, download, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
+from data import Loader, UserError, begin_token, load_tokenizer, make_tokenizer, open_shard, prepare, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n", "naïve café, 你好世界, здравствуй, שלום, ไทย",
          "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\ufeff\u2028", "\x00\x01\r\n\t\v\f   \n\n\n     x",
@@ -196,91 +197,105 @@ def test_bad_shards_are_refused(numbers):
 
 
 @pytest.fixture
-def server(tmp_path):
-    """A local HTTP server of the folder `site`; handler.cut: bytes after which it hangs up, once."""
+def hub(tmp_path, monkeypatch):
+    """A local server that answers as the Hugging Face hub does; .site: its files, .cut: bytes after which it hangs up, once."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     site = tmp_path / "site"
     site.mkdir()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        cut, ranges, requests = None, True, []
+        cut, requests = None, []
+
+        def do_HEAD(self):
+            self.answer(body=False)
 
         def do_GET(self):
-            file = site / self.path.lstrip("/")
-            Handler.requests.append((self.path, self.headers.get("Range")))
+            self.answer(body=True)
+
+        def answer(self, body):
+            file = site / Path(self.path).name
             if not file.exists():
-                return self.send_error(404)
-            body, start = file.read_bytes(), 0
-            if self.ranges and self.headers.get("Range"):
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                if start >= len(body):
-                    return self.send_error(416)
+                return self.send_error(404, "Entry not found")
+            content, start = file.read_bytes(), 0
+            if self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
-            cut, Handler.cut = Handler.cut, None
-            self.wfile.write(body[start:cut])
+            if body:
+                Handler.requests.append((file.name, start))
+                cut, Handler.cut = Handler.cut, None
+                self.wfile.write(content[start:cut])
 
         def log_message(self, *args):
             pass
 
+    Handler.site = site
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield site, f"http://127.0.0.1:{httpd.server_port}/", Handler
+    fetch = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments, **options: fetch(
+        *arguments, **options, endpoint=f"http://127.0.0.1:{httpd.server_port}"))
+    yield Handler
     httpd.shutdown()
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_interrupted_download_goes_on(server, tmp_path, ranges):
-    site, url, handler = server
-    body = bytes(range(256)) * 2000
-    (site / "f").write_bytes(body)
-    handler.cut, handler.ranges, handler.requests = 100_000, ranges, []
-    with pytest.raises(UserError, match="arrived; run again"):
-        download(url + "f", tmp_path / "f")
-    assert not (tmp_path / "f").exists()
-    download(url + "f", tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == body and not (tmp_path / "f.part").exists()
-    assert handler.requests[1][1] == "bytes=100000-"
-
-
-def test_leftover_longer_than_the_file_is_dropped(server, tmp_path):
-    site, url, _ = server
-    (site / "f").write_bytes(b"abc")
-    (tmp_path / "f.part").write_bytes(b"something else")
-    download(url + "f", tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == b"abc"
-
-
-def test_missing_file_and_missing_server(server, tmp_path):
-    _, url, _ = server
-    with pytest.raises(UserError, match="404"):
-        download(url + "none", tmp_path / "f")
-    with pytest.raises(UserError, match="refused"):
-        download("http://127.0.0.1:9/f", tmp_path / "f")
-    assert list(tmp_path.glob("f*")) == []
-
-
-def test_fineweb_edu_shards(server, tmp_path, numbers):
-    site, url, handler = server
+def test_fineweb_edu_shards(hub, tmp_path, numbers):
     for i, name in enumerate(("finewebedu_val_000000.bin", "finewebedu_train_000001.bin")):
-        (site / name).write_bytes((numbers / f"train_{i:06d}.bin").read_bytes())
+        (hub.site / name).write_bytes((numbers / f"train_{i:06d}.bin").read_bytes())
+    (hub.site / "finewebedu_train_000002.bin").write_bytes(b"not a shard" * 200)
     out = tmp_path / "fw"
-    (site / "finewebedu_train_000002.bin").write_bytes(b"not a shard" * 200)
     with pytest.raises(UserError, match="not a token shard"):
-        prepare("fineweb-edu", out, shards=2, url=url)
+        prepare("fineweb-edu", out, shards=2)
     assert sorted(p.name for p in out.iterdir()) == ["train_000000.bin", "val_000000.bin"]
-    handler.requests = []
-    prepare("fineweb-edu", out, shards=1, url=url)
-    assert handler.requests == []  # what is there is not fetched again
+    hub.requests.clear()
+    prepare("fineweb-edu", out, shards=1)
+    assert hub.requests == []  # what is there is not fetched again
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "fw"))) == ["fw"]
     assert json.loads((out / "tokenizer.json").read_text()) == {"name": "gpt2"}
     assert len(Loader(out, "train", 10, 50257)) > 0
+    (hub.site / "finewebedu_train_000002.bin").unlink()
+    with pytest.raises(UserError, match="not fetched from the Hugging Face hub"):
+        prepare("fineweb-edu", out, shards=2)
 
 
-def test_shakespeare(server, tmp_path):
-    site, url, _ = server
-    (site / "input.txt").write_text("To be, or not to be.\n" * 100)
-    out = prepare("shakespeare", tmp_path / "s", "bpe:260", url=url + "input.txt")
+def test_an_interrupted_download_is_not_taken_for_whole(hub, tmp_path):
+    with open(hub.site / "finewebedu_val_000000.bin", "wb") as file:
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, 2 ** 20
+        file.write(header.tobytes() + np.arange(2 ** 20, dtype=np.uint16).tobytes())
+    hub.cut = 1_000_000
+    with pytest.raises(UserError, match="not fetched"):  # the next file is not there
+        prepare("fineweb-edu", tmp_path / "fw", shards=1)
+    assert open_shard(tmp_path / "fw" / "val_000000.bin")[-1] == 65535
+    assert [name for name, _ in hub.requests] == ["finewebedu_val_000000.bin"] * 2
+
+
+def test_fineweb_edu_does_not_go_among_other_files(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds thesis.txt"):
+        prepare("fineweb-edu", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_shakespeare_is_checked(tmp_path, monkeypatch):
+    text = b"To be, or not to be.\n" * 100
+    (tmp_path / "input.txt").write_bytes(text)
+    url, right = (tmp_path / "input.txt").as_uri(), hashlib.sha256(text).hexdigest()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAKESPEARE", (url, len(text), "0" * 64))
+    with pytest.raises(UserError, match="sent another text than Shakespeare's 2,100 bytes"):
+        prepare("shakespeare")
+    monkeypatch.setattr(data, "SHAKESPEARE", (url, len(text), right))
+    out = prepare("shakespeare", tokenizer="bpe:260")
     assert load_tokenizer(out).n_vocab == 260 and len(Loader(out, "val", 8, 260)) > 0
+    (tmp_path / "input.txt").unlink()
+    prepare("shakespeare", tokenizer="bytes")  # from the copy
+    (tmp_path / "data" / "shakespeare.txt").write_text("<html>log in</html>")
+    with pytest.raises(UserError, match="is not Shakespeare's text"):
+        prepare("shakespeare")
 
 # ------------------------------------------------------------------ command line
 

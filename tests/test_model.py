@@ -479,7 +479,7 @@ def test_foreign_files_are_refused(published):
 
 def test_models_on_the_hub_need_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="some/model is no directory here.*pip install huggingface_hub"):
+    with pytest.raises(UserError, match="some/model is on the Hugging Face hub: pip install huggingface_hub"):
         Parcae.from_pretrained("some/model")
     hub = types.ModuleType("huggingface_hub")
     hub.snapshot_download = lambda name, allow_patterns: str(tmp_path)

@@ -1,6 +1,8 @@
 import argparse
 import json
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -90,6 +92,37 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     assert losses(parts) == losses(whole)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(parts).items())
     assert log(parts, "done")[0]["val_loss"] == log(whole, "done")[0]["val_loss"]
+
+
+def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
+    """Each child is forked from a process that has torch imported, killed outright and followed by a resume."""
+    flags = ["--max-steps", 120, "--eval-every", 4, "--eval-sequences", 1, "--eval-recurrence", 1]
+    train("whole", *flags)
+    context, moment, out = multiprocessing.get_context("forkserver"), random.Random(0), train.out / "killed"
+    context.set_forkserver_preload(["torch._dynamo", "tiktoken"])  # the slow imports
+    first = ["--data", corpus, *TINY, *map(str, flags)]
+
+    def start():
+        child = context.Process(target=script, args=("train.py", "--out", out, *(["--resume"] if (out / "ckpt.pt").exists() else first)))
+        child.start()
+        return child
+
+    def size():
+        return (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
+    for _ in range(20):
+        child, more, before = start(), moment.randrange(0, 2000), size()
+        while child.is_alive() and size() < before + more:
+            time.sleep(0.002)
+        time.sleep(moment.random() * 0.05)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    (out / ".ckpt.pt.x.tmp").touch()  # as a kill leaves it in the middle of a save
+    child = start()
+    child.join()
+    assert losses(out) == losses(train.out / "whole") and log(out, "done")[0]["step"] == 120
+    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(train.out / "whole").values()))
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (train.out / "whole").iterdir())
 
 
 def test_two_ranks_and_accumulation_repeat_one_process(train):
@@ -251,6 +284,14 @@ def test_another_batch_size_goes_on_in_the_data(train, monkeypatch):
     train("parts", "--resume", "--max-steps", 4, "--batch-size", 4, tiny=[])
     assert torch.load(train.out / "parts" / "ckpt.pt", weights_only=True)["state"]["samples"] == 24
     assert set(range(24)) <= set(read)
+
+
+def test_a_full_disk_gets_one_line_and_the_run_stays_whole(train, full_disk):
+    out = train.out / "a"
+    for flags in ([], ["--overwrite"]):
+        done = train("a", "--max-steps", 2, *flags, code=2)
+        assert done.stderr.count("\n") == 1 and ("disk" in done.stderr or "too large" in done.stderr), done.stderr
+        assert not [path for path in out.rglob("*") if path.suffix == ".tmp" or path.name == "ckpt.pt"]
 
 
 @pytest.mark.parametrize("damage, said", [
