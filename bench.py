@@ -20,18 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import COUNT, LOOPS, Parser, UserError, run_script, write_text
-from model import (
-    CHUNK,
-    PRESETS,
-    KVCache,
-    Parcae,
-    ParcaeConfig,
-    keep_freed_memory,
-    matmul_peak,
-    pick_device,
-    pick_dtype,
-)
+from common import COUNT, LOOPS, Parser, UserError, keep_freed_memory, matmul_peak, pick_device, pick_dtype, run_script, write_text
+from model import CHUNK, PRESETS, KVCache, Parcae, ParcaeConfig
 
 MB = 1e6
 

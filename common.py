@@ -6,16 +6,20 @@ happens, a reader finds the old file or the new one, never a half.
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 try:
     import fcntl
@@ -201,6 +205,16 @@ def whole_directory(path, check):
                 parent.rmdir()  # only if it is still empty
 
 
+def load_checkpoint(path):
+    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{path} is not a checkpoint that can be read: {(str(error).splitlines() or ['it is empty'])[0]}") from None
+
+
 def from_hub(function, repository, *arguments, **options):
     """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises UserError."""
     try:
@@ -244,3 +258,52 @@ def lock(directory):
         with contextlib.suppress(OSError):
             path.unlink()
         file.close()
+
+# ----------------------------------------------------------------------------- the machine
+
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
+
+
+def pick_device(device="auto"):
+    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not re.fullmatch(r"[a-z]+(:\d+)?", device) or not available.get(device.partition(":")[0]):
+        raise UserError(f"--device is {device}, must be auto or one of {', '.join(d for d in available if available[d])}")
+    return torch.device(device)
+
+
+def pick_dtype(device, dtype="auto"):
+    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
+        faster = matmul_peak(device, torch.bfloat16, 512) > matmul_peak(device, torch.float32, 512)
+    else:
+        faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if faster else torch.float32
+
+
+def matmul_peak(device, dtype, size=2048):
+    """FLOP/s of large matrix products: the data sheet's where known, else the best of a few measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, peak in BF16_PEAK.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
+    which on a CPU costs more than most element-wise operations."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -22,9 +22,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import COUNT, LOOPS, Parser, UserError, number, read_json, run_script, some_path, write_text
+from common import (
+    COUNT,
+    LOOPS,
+    Parser,
+    UserError,
+    keep_freed_memory,
+    number,
+    pick_device,
+    pick_dtype,
+    read_json,
+    run_script,
+    some_path,
+    write_text,
+)
 from data import Loader, begin_token, encode, load_tokenizer, read_text, same_tokens
-from model import KVCache, Parcae, Settled, keep_freed_memory, local_files, pick_device, pick_dtype, read_config
+from model import KVCache, Parcae, Settled, local_files, read_config
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 

@@ -24,13 +24,10 @@ and, departing from the published code:
 - float32 weights are cast to the dtype of the activations where they are used: `compute_dtype`, no autocast
 """
 
-import contextlib
 import copy
-import ctypes
 import json
 import math
 import re
-import time
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,9 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, from_hub, read_json, whole_file, write_text
+from common import UserError, from_hub, load_checkpoint, read_json, whole_file, write_text
 
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
 LARGEST = 2 ** 24  # of any size: beyond it is a slip of the finger
@@ -748,16 +744,6 @@ def _their_name(name):
     return name if name.startswith(("value_embeds.", "lm_head.")) else f"transformer.{name}"
 
 
-def load_checkpoint(path):
-    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path} is not a checkpoint that can be read: {(str(error).splitlines() or ['it is empty'])[0]}") from None
-
-
 def fit_weights(model, weights, complaint):
     """Load a state dict. Raises UserError that begins with `complaint` and names what is missing, unknown or of another shape."""
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
@@ -784,48 +770,3 @@ def sample(logits, temperature, top_k, top_p, generator):
     if top_p is not None:
         probs[probs.cumsum(-1) - probs >= top_p] = 0  # what comes before already holds top_p
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
-
-
-def pick_device(device="auto"):
-    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name in available if available[name])
-    if not re.fullmatch(r"[a-z]+(:\d+)?", device) or not available.get(device.partition(":")[0]):
-        raise UserError(f"--device is {device}, must be auto or one of {', '.join(d for d in available if available[d])}")
-    return torch.device(device)
-
-
-def pick_dtype(device, dtype="auto"):
-    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
-        faster = matmul_peak(device, torch.bfloat16, 512) > matmul_peak(device, torch.float32, 512)
-    else:
-        faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if faster else torch.float32
-
-
-def matmul_peak(device, dtype, size=2048):
-    """FLOP/s of large matrix products: the data sheet's where known, else the best of a few measured."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, peak in BF16_PEAK.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
-    which on a CPU costs more than most element-wise operations."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common import COUNT, LOOPS, SEED, Parser, UserError, number, run_script, some_path, whole_file
+from common import COUNT, LOOPS, SEED, Parser, UserError, number, pick_device, pick_dtype, run_script, some_path, whole_file
 from data import begin_token, decode_stream, encode, load_tokenizer
-from model import Parcae, Settled, local_files, pick_device, pick_dtype, read_config
+from model import Parcae, Settled, local_files, read_config
 
 
 def parse_args():

@@ -35,21 +35,28 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, lock, number, read_json, run_script, some_path, whole_file, write_text
-from data import Loader, begin_token, decode_stream, load_tokenizer, other_text, prepare, same_tokens, save_tokenizer
-from model import (
-    PRESETS,
-    Parcae,
-    ParcaeConfig,
-    fit_weights,
+from common import (
+    COUNT,
+    LOOPS,
+    POSITIVE,
+    SEED,
+    Parser,
+    UserError,
     keep_freed_memory,
     load_checkpoint,
-    local_files,
+    lock,
     matmul_peak,
+    number,
     pick_device,
     pick_dtype,
-    read_config,
+    read_json,
+    run_script,
+    some_path,
+    whole_file,
+    write_text,
 )
+from data import Loader, begin_token, decode_stream, load_tokenizer, other_text, prepare, same_tokens, save_tokenizer
+from model import PRESETS, Parcae, ParcaeConfig, fit_weights, local_files, read_config
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
