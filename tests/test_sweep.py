@@ -1,0 +1,189 @@
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+
+import scaling
+import sweep
+from common import lock
+from data import prepare
+from runs.coverage import made_up, parametric
+
+SMALL = ["--n-embd", "32", "--n-head", "2", "--block-size", "32", "--batch-size", "4",
+         "--eval-sequences", "2", "--eval-every", "20", "--device", "cpu", "--dtype", "float32"]
+
+
+def run(*args, cwd, code=0):
+    done = script("sweep.py", *args, cwd=cwd)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+def start(*args, cwd):
+    """The same in a process of its own."""
+    command = [sys.executable, ROOT / "sweep.py", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            start_new_session=True)
+
+
+def make_data(folder):
+    sources = [ROOT / name for name in ("model.py", "scaling.py", "data.py", "train.py")]
+    prepare("text", folder / "data", "bytes", sources)
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--budgets", "0", "--recurrences", "1"], "--budgets is 0.0, must be at least 1"),
+    (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "--preset is huge"),
+    (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is set by the sweep"),
+    (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is set by the sweep"),
+    (["--budgets", "1e9", "--recurrences", "1", "--table", ""], "--table is empty"),
+])
+def test_bad_input_gets_one_line(args, said, tmp_path):
+    error = run(*args, cwd=tmp_path, code=2).stderr
+    assert said in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
+    make_data(tmp_path)
+    args = ["--budgets", "4e9", "2e10", "--recurrences", "1", "3", "--jobs", "2", "--out", "sweep",
+            "--eval-recurrence", "2", "--data", tmp_path / "data", *SMALL]
+    plan = run(*args, "--dry-run", cwd=tmp_path).stdout
+    assert "4 cells, 0 of them finished, 4.8e+10 FLOPs to spend" in plan
+    assert not (tmp_path / "sweep").exists()
+
+    process = start(*args, cwd=tmp_path)
+    deadline = time.time() + 90
+    while time.time() < deadline:
+        if any('"step": 5,' in log.read_text() for log in tmp_path.glob("sweep/*/log.jsonl")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
+    process.communicate(timeout=60)
+    logs = list(tmp_path.glob("sweep/*/log.jsonl"))
+    done = [log for log in logs if '"done"' in log.read_text()]
+    before = {log: log.stat().st_mtime_ns for log in done}
+    assert len(done) < 4
+
+    said = run(*args, cwd=tmp_path).stdout
+    assert f"{len(done)} of them finished" in said
+    assert {log: log.stat().st_mtime_ns for log in done} == before
+    rows = scaling.read_csv(tmp_path / "sweep" / "table.csv")
+    rows = [row for row in rows if row["accounting"] == "exact"]
+    for row in rows:
+        budget = min((4e9, 2e10), key=lambda c: abs(c - row["flops"]))
+        assert budget <= row["flops"] <= 1.4 * budget, row  # a step more at most
+    cells = {(row["mu_rec"], row["recurrence"]) for row in rows}
+    assert cells == {(mu, loops) for mu in (1, 3) for loops in (1, 2, 3)}
+    assert len(rows) == 2 * 6
+
+    # Other settings are another sweep.
+    error = run(*args[:-1], "bfloat16", cwd=tmp_path, code=2).stderr
+    assert "was run with other settings (dtype)" in error
+
+    # A table that was lost is made of the runs, without training.
+    table = tmp_path / "sweep" / "table.csv"
+    text = table.read_text()
+    table.unlink()
+    assert "4 of them finished" in run(*args, cwd=tmp_path).stdout
+    assert sorted(table.read_text().splitlines()) == sorted(text.splitlines())
+
+
+def test_a_sweep_does_not_train_beside_its_orphans(tmp_path):
+    prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
+    cell = tmp_path / "sweep" / "C4e+09-mu1-seed0"
+    cell.mkdir(parents=True)
+    with lock(cell):
+        error = run("--budgets", "4e9", "--recurrences", "1", "--out", "sweep", "--data", "data",
+                    *SMALL, cwd=tmp_path, code=2).stderr
+    assert "is in use by process" in error
+    assert list(cell.iterdir()) == []
+
+
+def test_sweeps_share_a_table(tmp_path):
+    make_data(tmp_path)
+    # --jobs 2: one thread for a run, since the two sweeps have this machine together.
+    args = ["--budgets", "1e10", "--recurrences", "2", "--data", "data", "--jobs", "2",
+            "--table", "shared/t.csv", *SMALL]
+
+    # Two at once lose nothing.
+    both = [start(*args, "--seeds", seed, "--out", f"sweep{seed}", cwd=tmp_path) for seed in (0, 1)]
+    for process in both:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    text = (tmp_path / "shared" / "t.csv").read_text()
+    rows = scaling.read_csv(tmp_path / "shared" / "t.csv")
+    assert len(rows) == 2 * 2 * 5  # seeds, accountings, loops
+    assert {row["seed"] for row in rows} == {0, 1}
+    assert not list(tmp_path.glob("sweep*/table.csv"))
+
+    # A third finds its cells there, trains nothing and changes nothing.
+    said = run(*args, "--seeds", 0, 1, "--out", "third", cwd=tmp_path).stdout
+    assert "2 cells, 2 of them finished" in said
+    assert not (tmp_path / "third").exists()
+    assert (tmp_path / "shared" / "t.csv").read_text() == text
+
+    # Cells that are not there yet are still to do.
+    plan = run(*args, "--seeds", 0, 1, 2, "--out", "third", "--dry-run", cwd=tmp_path).stdout
+    assert "3 cells, 2 of them finished, 1e+10 FLOPs" in plan
+
+
+@pytest.fixture
+def rows():
+    return made_up(parametric, 0.01, np.random.default_rng(0))
+
+
+def test_rows_that_many_add_at_once_are_all_kept(rows, tmp_path):
+    table = tmp_path / "t.csv"
+
+    def add(some):
+        for row in some:
+            sweep.add_rows(table, [row])
+    threads = [threading.Thread(target=add, args=[rows[i::6]]) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = scaling.read_csv(table)
+    assert sorted(map(scaling.identity, kept)) == sorted(map(scaling.identity, rows))
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]  # no lock, no temporary file
+
+
+def test_adding_rows_leaves_what_is_there(rows, tmp_path):
+    table = tmp_path / "t.csv"
+    scaling.write_csv(table, [row | {"note": "mine, all mine"} for row in rows[:3]],
+                      [*scaling.COLUMNS, "note"])
+    text = table.read_text()
+    sweep.add_rows(table, rows[:5])
+    assert table.read_text().startswith(text) and len(table.read_text().splitlines()) == 6
+    assert scaling.read_csv(table)[4]["tokens"] == pytest.approx(rows[4]["tokens"])
+
+    # What is no table is not replaced.
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(scaling.UserError, match="has no column model"):
+        sweep.add_rows(table, rows)
+    assert table.read_text() == "a,b\n1,2\n"
+
+
+def test_a_row_is_of_a_cell_if_all_but_the_overshoot_agrees(tmp_path):
+    rows = scaling.read_csv(ROOT / "results" / "sweep-stdlib-16.csv")
+    model = {"n_prelude": 1, "n_recurrent": 2, "n_coda": 1, "n_embd": 16, "mean_recurrence": 4,
+             "backprop_depth": 2}
+    settings = {"accounting": "exact"}
+
+    def there(flops=1e12, seed=0, settings=settings, **changed):
+        plan = {"settings": settings, "model": model | changed}
+        return sweep.Cell(tmp_path, flops, 4, seed, [], plan).is_in(rows)
+    assert there() and there(flops=0.98e12)
+    assert not there(flops=1.1e12)
+    assert not there(seed=5)
+    assert not there(n_embd=32)
+    assert not there(backprop_depth=3)
+    assert not there(mean_recurrence=5)
+    assert not there(settings={"accounting": "other"})
+    by_paper = [row for row in rows if row["accounting"] == "paper" and row["mu_rec"] == 4]
+    assert there(flops=by_paper[0]["flops"], settings={"accounting": "paper"})
