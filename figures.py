@@ -74,10 +74,11 @@ def trace(path, tokens, tops, probabilities, moved):
 
     tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
     token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
-    plt, moved = pyplot(), np.asarray(moved)
+    moved = np.asarray(moved)
     loops, T = moved.shape
-    figure, (axes, below) = plt.subplots(2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops),
-                                         sharex=True, layout="constrained", height_ratios=[loops, 3])
+    figure, (axes, below) = pyplot().subplots(
+        2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
+        height_ratios=[loops, 3])
     image = cells(axes, np.asarray(probabilities), tops, lowest=0)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     for i in range(T):
@@ -85,7 +86,8 @@ def trace(path, tokens, tops, probabilities, moved):
         for t in range(1, loops):
             if tops[t][i] != tops[t - 1][i]:
                 settled = t
-        axes.add_patch(plt.Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
+        corner = (i - 0.5, settled - 0.5)
+        axes.add_patch(pyplot().Rectangle(corner, 1, 1, fill=False, lw=1.5))
     axes.set_yticks(range(loops), range(1, loops + 1))
     axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
 
@@ -280,8 +282,8 @@ def p_hop(path, hops, loops, looped, once, layers, trained):
             axes.text(end, top, "  more than that", color=RED)
     every[0].set_yticks(range(len(hops)), hops)
     every[0].set_ylabel(f"p lookups in a row (trained: {min(hops)} to {max(hops)})")
-    right.suptitle("Each loop brings one more lookup within reach\n"
-                   "right answers in %, of which guessing gives 25", fontsize=11)
+    right.suptitle("One loop does no lookup yet; each further loop brings one more within reach\n"
+                   "(right answers in %; guessing gives 25)", fontsize=11)
     save(figure, path)
 
 
@@ -302,15 +304,15 @@ def stability(path, runs):
         loss.semilogx([run["rate"] for run in mine], losses, f"{marker}-", label=rule)
         for run in mine:
             color = shade(rates.index(run["rate"]), len(rates))
-            sizes.semilogy(run["loops"], run["size"], color=color, label=f"{run['rate']:g}")
-            radii.semilogy(run["step"], run["radius"], color=color)
+            sizes.semilogy(run["loops"], run["size"], color=color)
+            radii.semilogy(run["step"], run["radius"], color=color, label=f"{run['rate']:g}")
         loops_axis(sizes, "loops T")
         sizes.set_title(rule)
         radii.axhline(1, color="0.8", zorder=0)
         radii.set_xlabel("training step")
     grid[0, 0].set_ylabel("state, root mean square")
     grid[1, 0].set_ylabel("spectral radius")
-    grid[0, 0].legend(title="learning rate", fontsize=7)
+    grid[1, 0].legend(title="learning rate", fontsize=7, loc="upper right")
     loss.set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)",
              title="Final loss (no point: it broke off)")
     loss.legend(title="injection")
