@@ -332,9 +332,12 @@ def read_run(path):
             lines.append(json.loads(line))
         except ValueError:
             pass  # a run that is still training may be writing it at this moment
-    steps = [line for line in lines if line["kind"] == "train"]
+    lines = [line for line in lines if isinstance(line, dict)]
+    steps = [line for line in lines if line.get("kind") == "train"]
     if not steps:
         raise UserError(f"{file} has no training step yet")
+    if not all({"flops", "tokens", "loss"} <= line.keys() for line in steps):
+        raise UserError(f"{file} is not the log of a run of train.py")
     looped = read_json(Path(path) / "config.json")["model"]["n_recurrent"] > 0
     return {"label": Path(path).name, "looped": looped, "steps": steps,
             "evaluations": [line for line in lines if "val_loss" in line]}
