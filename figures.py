@@ -233,7 +233,7 @@ def half(path, models):
 
 
 LOOKUP = """Find the last time that this symbol
-was there; go to what came after it.
+was there (red); go to what came next.
 
 From the a at the end, no lookup gives a,
 1 lookup c, 2 lookups b: each says only
@@ -241,9 +241,9 @@ where to look next, so p take p steps."""
 
 
 def lookup(axes):
-    """What a lookup is: two of them, in a string."""
+    """What a lookup is: two of them in a string; what each finds is red, where it gets to black."""
     for i, symbol in enumerate("cbdacda"):
-        color = "k" if i in (6, 4, 1) else "0.6"
+        color = {6: "k", 3: RED, 4: "k", 0: RED, 1: "k"}.get(i, "0.6")
         axes.text(i, 0, symbol, ha="center", va="center", fontsize=16, color=color)
     arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.6", "color": RED, "lw": 1.5}
     for number, start, end in (("1", 6, 4), ("2", 4, 1)):
@@ -323,24 +323,22 @@ def stability(path, runs):
 
 def read_run(path):
     """What `training` draws of a run directory. Raises UserError."""
-    file = Path(path) / "log.jsonl"
+    path = Path(path)
+    file = path / "log.jsonl"
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
-    lines = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            pass  # a run that is still training may be writing it at this moment
-    lines = [line for line in lines if isinstance(line, dict)]
-    steps = [line for line in lines if line.get("kind") == "train"]
+    whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
+    try:
+        lines = [json.loads(line) for line in whole]
+        steps = [line for line in lines if line["kind"] == "train"]
+        run = {key: [line[key] for line in steps] for key in ("flops", "tokens", "loss")}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file} is not the log of a run of train.py") from None
     if not steps:
         raise UserError(f"{file} has no training step yet")
-    if not all({"flops", "tokens", "loss"} <= line.keys() for line in steps):
-        raise UserError(f"{file} is not the log of a run of train.py")
-    looped = read_json(Path(path) / "config.json")["model"]["n_recurrent"] > 0
-    return {"label": Path(path).name, "looped": looped, "steps": steps,
-            "evaluations": [line for line in lines if "val_loss" in line]}
+    run["looped"] = read_json(path / "config.json")["model"]["n_recurrent"] > 0
+    run["evaluations"] = [line for line in lines if "val_loss" in line]
+    return run | {"label": path.name}
 
 
 def common_loops(runs):
@@ -358,17 +356,15 @@ def training(path, runs):
     loops, highest = common_loops(runs), []
     for i, run in enumerate(runs):
         # A mean over a fiftieth of the run; its first and last step stand for what is beyond.
-        losses = np.array([step["loss"] for step in run["steps"]])
-        width = 2 * (len(losses) // 100) + 1
-        losses = np.pad(losses, width // 2, mode="edge")
-        smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        width = 2 * (len(run["loss"]) // 100) + 1
+        padded = np.pad(run["loss"], width // 2, mode="edge")
+        smooth = np.convolve(padded, np.full(width, 1 / width), mode="valid")
         highest.append(smooth[len(smooth) // 20])
         # A plain transformer has one val loss, whatever T.
         points = [e for e in run["evaluations"] if not run["looped"] or loops in e["val_loss"]]
         values = [e["val_loss"].get(loops, [*e["val_loss"].values()][0]) for e in points]
         for axes, key in zip(both, ("flops", "tokens")):
-            axes.plot([step[key] for step in run["steps"]], smooth, lw=1, color=f"C{i}",
-                      label=run["label"])
+            axes.plot(run[key], smooth, lw=1, color=f"C{i}", label=run["label"])
             axes.plot([e[key] for e in points], values, "o", mec="k", color=f"C{i}")
     for axes, key, title in zip(both, ("FLOPs", "tokens"), ("the same compute", "the same text")):
         axes.set(xlabel=f"training {key}", ylabel="loss (nats per token)", title=f"For {title}",

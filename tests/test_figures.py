@@ -102,7 +102,7 @@ def test_val_losses_are_those_of_a_recurrence_that_all_looped_runs_have(tmp_path
 
 
 @pytest.mark.parametrize("log, message", [
-    (None, "has no log.jsonl"), ("", "has no training step yet"), ("3\n[]\n", "training step"),
+    (None, "has no log.jsonl"), ("", "has no training step yet"), ("3\n[]\n", "is not the log"),
     ('{"kind": "train"}\n', "is not the log of a run of train.py")])
 def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
     (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1}}')
