@@ -1,29 +1,61 @@
-"""Table of runs/ablation.sh: python runs/ablation.py RUN... ; runs are named VARIANT-SEED. Writes results/ablation.csv."""
+"""What of the recipe matters? The table of runs/ablation.sh.
 
-import sys
-from collections import defaultdict
+    python -m runs.ablation out/half/looped-3e-2-{0,1} out/ablation/*
+
+Runs are named VARIANT-SEED. Writes results/ablation.csv.
+"""
+
 from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parent.parent))
+from common import Parser, UserError, run_script
 from scaling import last_line, write_csv
 
-rows, table = [], defaultdict(list)
-for path in map(Path, sys.argv[1:]):
-    name, seed = path.name.rsplit("-", 1)
+
+def read_row(path):
+    """The row of a finished run; None where it is not finished. Raises UserError."""
+    variant, _, seed = path.name.rpartition("-")
+    if not variant or not seed.isdigit():
+        raise UserError(f"{path} is not named VARIANT-SEED, as per-batch-0")
     done = last_line(path / "log.jsonl")
     if done["kind"] != "done":
         print(f"{path} is not finished and left out")
-        continue
-    rows.append({"variant": name, "seed": int(seed), "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"]),
-                 **{f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}})
-    table[name].append(rows[-1])
-write_csv("results/ablation.csv", rows, rows[0])
-loops = [key for key in rows[0] if key.startswith("val_loss")]
-print("| variant | " + " | ".join(key.replace("val_loss_", "T = ") for key in loops) + " | each seed at T = 4 | FLOPs | time |")
-print("|" + "---|" * (len(loops) + 4))
-for name, mine in table.items():
-    print(f"| {name} | " + " | ".join(f"{np.mean([row[key] for row in mine]):.4f}" for key in loops) +
-          f" | {', '.join(str(row['val_loss_4']) for row in mine)} | {np.mean([float(row['flops']) for row in mine]):.3g} | "
-          f"{np.mean([row['seconds'] for row in mine]):.0f} s |")
+        return None
+    row = {"variant": variant, "seed": int(seed), "flops": f"{done['flops']:.4g}",
+           "seconds": round(done["seconds"])}
+    for T, loss in done["val_loss"].items():
+        row[f"val_loss_{T}"] = round(loss, 5)
+    return row
+
+
+def print_table(rows):
+    """The README's table: means of the seeds."""
+    loops = [name for name in rows[0] if name.startswith("val_loss")]
+    names = [name.replace("val_loss_", "T = ") for name in loops]
+    heads = ["variant", *names, "each seed at T = 4", "FLOPs", "time"]
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        losses = [f"{np.mean([row[name] for row in mine]):.4f}" for name in loops]
+        seeds = ", ".join(str(row["val_loss_4"]) for row in mine)
+        flops = np.mean([float(row["flops"]) for row in mine])
+        seconds = np.mean([row["seconds"] for row in mine])
+        cells = [variant, *losses, seeds, f"{flops:.3g}", f"{seconds:.0f} s"]
+        print("| " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    args = parser.parse_args()
+    rows = [row for row in map(read_row, args.runs) if row]
+    if not rows:
+        raise UserError("none of these runs is finished")
+    write_csv("results/ablation.csv", rows, rows[0])
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,73 +1,116 @@
-"""Do the intervals of scaling.py hold what they promise? Fits of made-up sweeps whose laws are known.
+"""Do the intervals of scaling.py hold what they promise? Fits of made-up sweeps of known laws.
 
-    python runs/coverage.py           the power laws, two minutes
-    python runs/coverage.py --laws    the training law and phi as well
+    python -m runs.coverage           the power laws, two minutes
+    python -m runs.coverage --laws    the training law and phi as well
 """
 
-import argparse
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parent.parent))
 import scaling
+from common import COUNT, Parser, number, run_script
 
-BUDGETS, RECURRENCES = (1e12, 2e12, 4e12, 8e12, 16e12), (1, 2, 4, 6, 8, 12, 16)
+BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
+RECURRENCES = (1, 2, 4, 6, 8, 12, 16)
 
 
 def made_up(loss, noise, rng, sizes=(1.0,)):
-    """A sweep, models of 1e5 parameters times each size, with log loss from loss(row) and noise of that standard deviation."""
-    rows = [{"model": f"made up {s:g}", "params_core": 5e4 * s, "params_noncore": 5e4 * s, "flops": c, "accounting": "exact",
-             "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2), "tokens": c / (1e5 * s * (2 + mu)), "recurrence": float(mu), "seed": 0}
-            for s in sizes for c in BUDGETS for mu in RECURRENCES]
-    return [row | {"val_loss": loss(row) * math.exp(noise * rng.standard_normal())} for row in rows]
+    """A sweep of models of 1e5 parameters times each size.
+
+    Log losses are those of loss(row), with noise of that standard deviation."""
+    rows = []
+    for size in sizes:
+        for flops in BUDGETS:
+            for mu in RECURRENCES:
+                row = {
+                    "model": f"made up {size:g}",
+                    "params_core": 5e4 * size, "params_noncore": 5e4 * size,
+                    "flops": flops, "accounting": "exact",
+                    "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
+                    "tokens": flops / (1e5 * size * (2 + mu)),
+                    "recurrence": float(mu), "seed": 0,
+                }
+                row["val_loss"] = loss(row) * math.exp(noise * rng.standard_normal())
+                rows.append(row)
+    return rows
 
 
 def parabolic(row, exponent=0.4, curvature=0.02):
     """A loss whose optimum is mu* = 4 (C / 4e12)^exponent."""
-    c, mu = row["flops"], row["mu_rec"]
-    return (1 + 2 * (c / 1e12) ** -0.1) * math.exp(curvature * math.log(mu / (4 * (c / 4e12) ** exponent)) ** 2)
+    best = 4 * (row["flops"] / 4e12) ** exponent
+    lowest = 1 + 2 * (row["flops"] / 1e12) ** -0.1
+    return lowest * math.exp(curvature * math.log(row["mu_rec"] / best) ** 2)
 
 
 def parametric(row, phi=1.0):
     """L = 0.8 + 40 (N_noncore + mu^phi N_core)^-0.4 + 3e3 D^-0.6."""
-    return 0.8 + 40 * (row["params_noncore"] + row["mu_rec"] ** phi * row["params_core"]) ** -0.4 + 3e3 * row["tokens"] ** -0.6
+    N = row["params_noncore"] + row["mu_rec"] ** phi * row["params_core"]
+    return 0.8 + 40 * N ** -0.4 + 3e3 * row["tokens"] ** -0.6
+
+
+def true_exponents():
+    """What the fits should find. D* follows from mu*: tokens are C / (1e5 (2 + mu))."""
+    log_c = np.log(BUDGETS)
+    best = 4 * (np.exp(log_c) / 4e12) ** 0.4
+    slope, _ = np.polyfit(log_c, log_c - np.log(2 + best), 1)
+    return {"mu_rec": 0.4, "tokens": slope, "x": 0.4, "y": 0.6, "phi": 0.5}
+
+
+def fit_laws(noise, rng, seed):
+    """{exponent: (value, interval)} of the training law and of the worth of a recurrence."""
+    rows = made_up(parametric, noise, rng)
+    training = scaling.natural(scaling.fit_law("training", rows, seed=seed))
+    rows = made_up(lambda row: parametric(row, 0.5), noise, rng, sizes=(0.5, 1, 2))
+    worth = scaling.natural(scaling.fit_law("worth", rows, seed=seed))
+    fits = {"x": training, "y": training, "phi": worth}
+    return {name: (law[name], law["ci"][name]) for name, law in fits.items()}
 
 
 def coverage(repeats, noise, laws=False, seed=0):
-    """{exponent: (mean error, share of the 95 % intervals that hold the truth)} over made-up sweeps of known laws; laws: those
-    of the training law and phi too, and the median error for the mean, since now and then two terms change places."""
-    x = np.log(BUDGETS)
-    truth = {"mu_rec": 0.4, "tokens": np.polyfit(x, x - np.log(2 + 4 * (np.exp(x) / 4e12) ** 0.4), 1)[0], "x": 0.4, "y": 0.6, "phi": 0.5}
+    """{exponent: (mean error, share of the 95 % intervals that hold the truth)} of made-up sweeps.
+
+    laws: the exponents of the training law and phi, too; of those the median error, since now and
+    then two terms change places."""
+    truth = true_exponents()
     found = {name: [] for name in truth}
     for i in tqdm(range(repeats), desc=f"noise {noise:.1%}", leave=False, disable=None):
         rng = np.random.default_rng([seed, i])
-        for name, law in scaling.isoflop(made_up(parabolic, noise, rng), seed=i)[1].items():
+        _, powers, _ = scaling.isoflop(made_up(parabolic, noise, rng), seed=i)
+        for name, law in powers.items():
             found[name].append((law["exponent"], law["ci"]))
         if laws:
-            fit = scaling.natural(scaling.fit_law("training", made_up(parametric, noise, rng), seed=i))
-            rows = made_up(lambda row: parametric(row, 0.5), noise, rng, sizes=(0.5, 1, 2))
-            worth = scaling.natural(scaling.fit_law("worth", rows, seed=i))
-            for name, law in (("x", fit), ("y", fit), ("phi", worth)):
-                found[name].append((law[name], law["ci"][name]))
-    middle = lambda name: np.mean if name in ("mu_rec", "tokens") else np.median
-    return {name: (middle(name)([e - truth[name] for e, _ in f]), np.mean([ci[0] <= truth[name] <= ci[1] for _, ci in f]))
-            for name, f in found.items() if f}
+            for name, fit in fit_laws(noise, rng, i).items():
+                found[name].append(fit)
+
+    result = {}
+    for name, fits in found.items():
+        if fits:
+            errors = [value - truth[name] for value, _ in fits]
+            holds = [low <= truth[name] <= high for _, (low, high) in fits]
+            middle = np.mean if name in ("mu_rec", "tokens") else np.median
+            result[name] = middle(errors), np.mean(holds)
+    return result
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="sweeps for each noise level (default: %(default)s)")
-    parser.add_argument("--noise", type=float, nargs="+", default=[0.002, 0.005, 0.01], metavar="SD",
-                        help="of the loss, relative (default: 0.002 0.005 0.01)")
-    parser.add_argument("--laws", action="store_true")
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--repeats", type=COUNT, default=200, metavar="N",
+        help="sweeps for each noise level (default: %(default)s)")
+    add("--noise", type=number(float, 0), nargs="+", default=[0.002, 0.005, 0.01], metavar="SD",
+        help="of the loss, relative (default: 0.002 0.005 0.01)")
+    add("--laws", action="store_true", help="the training law and phi as well: much longer")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for noise in args.noise:
-        print(f"noise {noise:.1%}, {args.repeats} sweeps: " + "; ".join(
-            f"{name} off by {error:+.4f}, interval holds the truth {share:.1%}"
-            for name, (error, share) in coverage(args.repeats, noise, args.laws).items()))
+        parts = []
+        for name, (error, share) in coverage(args.repeats, noise, args.laws).items():
+            parts.append(f"{name} off by {error:+.4f}, interval holds the truth {share:.1%}")
+        print(f"noise {noise:.1%}, {args.repeats} sweeps: " + "; ".join(parts))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,72 +1,169 @@
-"""Table and figure of runs/half.sh: python runs/half.py out/half results
+"""Half the parameters? The table and the picture of runs/half.sh.
 
-Of several learning rates, each model gets the one at which its seed 0 does best."""
+    python -m runs.half out/half results            the runs, OUT/half.csv and OUT/half.png
+    python -m runs.half results/half.csv results    the same table and picture again, from the table
 
-import json
+Runs are named MODEL-RATE-SEED. Of several learning rates, each model gets the one at which its
+seed 0 does best.
+"""
+
+import csv
 import math
-import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-sys.path.append(str(Path(__file__).parent.parent))
+import figures
 from bench import kv_bytes
+from common import Parser, UserError, read_json, run_script
 from model import Parcae, ParcaeConfig
 from scaling import last_line, write_csv
 
-NAMES = {"looped": "looped, T = 4", "plain": "transformer", "longer": "transformer, as many FLOPs",
-         "deep": "transformer, twice the layers", "wide": "transformer, 1.5 times the width"}
+NAMES = {
+    "looped": "looped, T = 4",
+    "plain": "transformer",
+    "longer": "transformer, as many FLOPs",
+    "deep": "transformer, twice the layers",
+    "wide": "transformer, 1.5 times the width",
+}
+COLUMNS = {
+    "model": str, "rate": float, "seed": int, "parameters": int, "tokens": int,
+    "training_flops": str, "inference_flops_per_token": float, "cache_bytes_per_token": int,
+    "val_loss": float, "bits_per_byte": float,
+}
 
-folder, results = map(Path, sys.argv[1:])
-rows = []
-for path in sorted(folder.iterdir()):
-    name, _, rest = path.name.partition("-")
-    rate, _, seed = rest.rpartition("-")
-    config = json.loads((path / "config.json").read_text())
+
+def read_table(path, columns):
+    """The rows of a CSV file, dicts; columns: {name: type}. Raises UserError."""
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    try:
+        return [{name: kind(line[name]) for name, kind in columns.items()} for line in lines]
+    except (KeyError, TypeError, ValueError):
+        needed = ", ".join(columns)
+        raise UserError(f"{path} is not this experiment's table, with columns {needed}") from None
+
+
+def read_row(path):
+    """The row of a finished run; None where it is not finished. Raises UserError."""
+    try:
+        name, rate, seed = split_name(path.name)
+    except ValueError:
+        raise UserError(f"{path} is not named MODEL-RATE-SEED, as plain-3e-2-0") from None
     done = last_line(path / "log.jsonl")
     if done["kind"] != "done":
         print(f"{path} is not finished and left out")
-        continue
-    model = Parcae(ParcaeConfig(**config["model"]))
+        return None
+    config = read_json(path / "config.json")
+    with torch.device("meta"):  # only its cost is asked for
+        model = Parcae(ParcaeConfig(**config["model"]))
     T = model.config.mean_recurrence if model.config.n_recurrent else 1
     loss = done["val_loss"][str(T)]
-    rows.append({"model": name, "rate": float(rate), "seed": int(seed), "parameters": config["parameters"], "tokens": done["tokens"],
-                 "training_flops": f"{done['flops']:.4g}", "inference_flops_per_token": model.flops_per_token(T, 0),
-                 "cache_bytes_per_token": kv_bytes(model.config, 1, T), "val_loss": round(loss, 5),
-                 "bits_per_byte": round(loss / math.log(2), 5)})
-write_csv(results / "half.csv", rows, rows[0])
+    return {
+        "model": name, "rate": rate, "seed": seed,
+        "parameters": config["parameters"],
+        "tokens": done["tokens"],
+        "training_flops": f"{done['flops']:.4g}",
+        "inference_flops_per_token": model.flops_per_token(T, 0),
+        "cache_bytes_per_token": kv_bytes(model.config, 1, T),
+        "val_loss": round(loss, 5),
+        "bits_per_byte": round(loss / math.log(2), 5),
+    }
 
-runs = {}
-for name in NAMES:
-    mine = [row for row in rows if row["model"] == name]
-    best = min((row for row in mine if row["seed"] == 0), key=lambda row: row["val_loss"])["rate"]
-    print(f"{NAMES[name]}: seed 0 by rate", ", ".join(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in mine if row["seed"] == 0))
-    runs[name] = sorted((row for row in mine if row["rate"] == best), key=lambda row: row["seed"])
-loss = {name: np.array([row["val_loss"] for row in mine]) for name, mine in runs.items()}
-print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | val loss | bits per byte |\n|" + "---|" * 7)
-for name, mine in runs.items():
-    row, values = mine[0], loss[name]
-    print(f"| {NAMES[name]} | {row['parameters']:,} | {row['training_flops']} | {row['inference_flops_per_token']:,.0f} | "
-          f"{row['cache_bytes_per_token']:,} B | {values.mean():.4f} ({', '.join(f'{v:.4f}' for v in values)}) | "
-          f"{values.mean() / math.log(2):.3f} |")
-for name in ("deep", "wide"):
-    share = (loss["plain"] - loss["looped"]) / (loss["plain"] - loss[name])
-    print(f"share of the gap to the {NAMES[name]} that looping closes: {share.mean():.0%} ({', '.join(f'{s:.0%}' for s in share)})")
-print(f"looped less transformer on as many FLOPs: {loss['looped'].mean() - loss['longer'].mean():+.4f}")
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
-for ax, key, unit, low, high in ((axes[0], "parameters", 1e3, 70, 170), (axes[1], "training_flops", 1e12, 6, 14)):
+def split_name(text):
+    """(model, rate, seed) of a run's name. Raises ValueError.
+
+    >>> split_name("plain-3e-2-0")
+    ('plain', 0.03, 0)
+    """
+    name, _, rest = text.partition("-")
+    rate, _, seed = rest.rpartition("-")
+    if name not in NAMES:
+        raise ValueError
+    return name, float(rate), int(seed)
+
+
+def at_best_rate(rows):
+    """{model: its rows at the rate at which seed 0 does best, by seed}; prints what there was."""
+    runs = {}
+    for name in NAMES:
+        mine = [row for row in rows if row["model"] == name]
+        first = [row for row in mine if row["seed"] == 0]
+        if not first:
+            print(f"{NAMES[name]}: no run of seed 0, left out")
+            continue
+        tried = ", ".join(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in first)
+        print(f"{NAMES[name]}: seed 0 by rate", tried)
+        best = min(first, key=lambda row: row["val_loss"])["rate"]
+        chosen = [row for row in mine if row["rate"] == best]
+        runs[name] = sorted(chosen, key=lambda row: row["seed"])
+    return runs
+
+
+def print_table(runs):
+    """The README's table."""
+    print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | "
+          "val loss | bits per byte |\n|" + "---|" * 7)
+    for name, rows in runs.items():
+        row, losses = rows[0], [row["val_loss"] for row in rows]
+        mean = np.mean(losses)
+        seeds = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"| {NAMES[name]} | {row['parameters']:,} | {row['training_flops']} | "
+              f"{row['inference_flops_per_token']:,.0f} | {row['cache_bytes_per_token']:,} B | "
+              f"{mean:.4f} ({seeds}) | {mean / math.log(2):.3f} |")
+
+
+def print_comparison(runs):
+    """How far looping goes towards larger transformers, seed by seed, where all are there."""
+    loss = {name: {row["seed"]: row["val_loss"] for row in rows} for name, rows in runs.items()}
+    for name in ("deep", "wide"):
+        if not {"plain", "looped", name} <= loss.keys():
+            continue
+        shares = []
+        for seed in sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys()):
+            gained = loss["plain"][seed] - loss["looped"][seed]
+            shares.append(gained / (loss["plain"][seed] - loss[name][seed]))
+        print(f"share of the gap to the {NAMES[name]} that looping closes: {np.mean(shares):.0%} "
+              f"({', '.join(f'{share:.0%}' for share in shares)})")
+    if {"looped", "longer"} <= loss.keys():
+        mean = {name: np.mean(list(loss[name].values())) for name in ("looped", "longer")}
+        print(f"looped less transformer on as many FLOPs: {mean['looped'] - mean['longer']:+.4f}")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="DIR|CSV", help="a directory of runs, or the table of before")
+    add("out", type=Path, metavar="OUT", help="directory for the table and the picture")
+    args = parser.parse_args()
+    figures.pyplot()
+    if args.source.is_dir():
+        rows = [read_row(path) for path in sorted(args.source.iterdir())]
+        rows = [row for row in rows if row]
+    else:
+        rows = read_table(args.source, COLUMNS)
+    if not rows:
+        raise UserError(f"{args.source} holds no finished run")
+    if args.source.is_dir():
+        write_csv(args.out / "half.csv", rows, COLUMNS)
+
+    runs = at_best_rate(rows)
+    print_table(runs)
+    print_comparison(runs)
+    models = []
     for name, mine in runs.items():
-        x = float(mine[0][key]) / unit
-        right = x > (low + high) / 2  # labels towards the middle
-        ax.plot([x] * len(mine), loss[name], "o" if name == "looped" else "s", color="C3" if name == "looped" else "0.4", ms=5, alpha=0.7)
-        ax.annotate(NAMES[name], (x, loss[name].mean()), xytext=(-8 if right else 8, 0), textcoords="offset points", va="center",
-                    ha="right" if right else "left", fontsize=8)
-    ax.set_xlim(low, high)
-axes[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)", title="What it is worth: parameters")
-axes[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")
-figure.savefig(results / "half.png", dpi=150)
+        models.append({
+            "label": NAMES[name],
+            "looped": name == "looped",
+            "parameters": mine[0]["parameters"],
+            "flops": float(mine[0]["training_flops"]),
+            "losses": [row["val_loss"] for row in mine],
+        })
+    if models:
+        figures.half(args.out / "half.png", models)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,54 +1,84 @@
 """Turn a plain transformer into a looped one that computes the same at T = 1.
 
-    python runs/retrofit.py out/gpt out/retrofit
+    python -m runs.retrofit out/gpt out/retrofit
     python train.py --init-from out/retrofit ...      goes on from there
 
-The middle half of its layers becomes the recurrent block. What is new starts as the identity: C_proj, and what the injection lets
-through of e (B = 1 / dt); the prelude is not normalised, as nothing stood there. At T = 2 the loop takes its own output for a
-state, which it was never trained for.
+The middle half of its layers becomes the recurrent block. What is new starts as the identity:
+C_proj, and what the injection lets through of e (B = 1 / dt); the prelude is not normalised, as
+nothing stood there. At T = 2 the loop takes its own output for a state, which it was never
+trained for.
 """
 
-import argparse
-import sys
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).parent.parent))
-from model import Parcae, UserError
+from common import Parser, UserError, run_script, whole_directory, whole_file, write_text
+from model import Parcae
 
 
 @torch.no_grad()
 def retrofit(gpt):
+    """The looped model (in eval mode) of a plain one of at least two layers. Raises UserError."""
     blocks = [*gpt.prelude, *gpt.coda]
-    layers = len(blocks)
-    if gpt.config.n_recurrent or layers < 2:
+    if gpt.config.n_recurrent or len(blocks) < 2:
         raise UserError("the model to start from must be a plain transformer of two layers or more")
-    first, last = layers // 4, layers - layers // 4  # of the recurrent block, and of the coda
-    looped = Parcae(replace(gpt.config, n_prelude=first, n_recurrent=last - first, n_coda=layers - last, prelude_norm=False))
+    before = len(blocks) // 4  # layers before the loop, and as many after it
+    config = replace(gpt.config, n_prelude=before, n_recurrent=len(blocks) - 2 * before,
+                     n_coda=before, prelude_norm=False)
+    looped = Parcae(config)
+
+    # What there was: the layers in their order, the embeddings and the head.
     for ours, theirs in zip([*looped.prelude, *looped.recurrent, *looped.coda], blocks):
         ours.load_state_dict(theirs.state_dict())
     for name in ("wte", "value_embeds", "norm_f", "lm_head"):
         getattr(looped, name).load_state_dict(getattr(gpt, name).state_dict())
-    looped.C_proj.weight.copy_(torch.eye(gpt.config.n_embd))
+
+    # What is new: h = dt * B e = e after the first injection, and C_proj h = h at the end.
+    looped.C_proj.weight.copy_(torch.eye(config.n_embd))
     looped.injection.B.copy_(torch.diag(1 / F.softplus(looped.injection.dt_bias)))
     return looped.eval()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("gpt", metavar="GPT", help="run directory of a plain transformer")
-    parser.add_argument("out", metavar="OUT", help="directory to write, in the published format")
+def check_free(path):
+    """Raise UserError where something is that a new directory would replace."""
+    if path.exists():
+        raise UserError(f"{path} is there already: choose another directory, or remove it")
+
+
+def write_run(model, source, out):
+    """A run directory with the model and source's tokenizer, for train.py --init-from."""
+    with whole_directory(out, check_free) as directory:
+        settings = {"model": asdict(model.config), "settings": {}}
+        write_text(directory / "config.json", json.dumps(settings, indent=1))
+        with whole_file(directory / "ckpt.pt", "wb") as file:
+            torch.save({"model": model.state_dict()}, file)
+        shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("gpt", type=Path, metavar="GPT", help="run directory of a plain transformer")
+    add("out", type=Path, metavar="OUT", help="run directory to write")
     args = parser.parse_args()
-    try:
-        gpt = Parcae.from_pretrained(args.gpt)
-        looped = retrofit(gpt)
-    except UserError as error:
-        parser.error(str(error))
+    check_free(args.out)
+    gpt = Parcae.from_pretrained(args.gpt)
+    looped = retrofit(gpt)
+
+    # The claim, checked on random tokens.
     idx = torch.randint(gpt.config.vocab_size, (1, gpt.config.block_size))
     with torch.no_grad():
-        print(f"largest difference of the logits at T = 1: {(looped(idx, recurrence=1)[0] - gpt(idx)[0]).abs().max():.1e}")
-    looped.export(args.out)
-    print(f"wrote {args.out}: {looped.config.n_prelude}/{looped.config.n_recurrent}/{looped.config.n_coda} layers")
+        difference = (looped(idx, recurrence=1)[0] - gpt(idx)[0]).abs().max()
+    print(f"largest difference of the logits at T = 1: {difference:.1e}")
+    write_run(looped, args.gpt, args.out)
+    c = looped.config
+    print(f"wrote {args.out}: {c.n_prelude}/{c.n_recurrent}/{c.n_coda} layers")
+
+
+if __name__ == "__main__":
+    run_script(main)

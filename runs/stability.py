@@ -1,62 +1,103 @@
-"""Table and figure of runs/stability.sh: python runs/stability.py out/stability results"""
+"""Which injection survives which learning rate? The table and the picture of runs/stability.sh.
+
+    python -m runs.stability out/stability results    writes OUT/stability.csv and OUT/stability.png
+
+Runs are named RULE-RATE. Those that broke off count: they are what the picture is about.
+"""
 
 import json
 import math
-import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-sys.path.append(str(Path(__file__).parent.parent))
+import figures
+from common import Parser, UserError, run_script
 from scaling import write_csv
 
-RULES = {"add": "k--", "concat": "k:", "diagonal": "k-"}
 
-folder, results = map(Path, sys.argv[1:])
-runs = {}
-for path in folder.iterdir():
-    rule, _, rate = path.name.partition("-")
-    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    runs[float(rate), rule] = lines
+def read_logs(folder):
+    """{(rate, rule): lines of the log} of a folder's runs, by rising rate. Raises UserError."""
+    runs = {}
+    for path in sorted(folder.iterdir()):
+        rule, _, rate = path.name.partition("-")
+        try:
+            key = float(rate), rule
+        except ValueError:
+            raise UserError(f"{path} is not named RULE-RATE, as add-1e-2") from None
+        lines = []
+        for line in (path / "log.jsonl").read_text().splitlines():
+            lines.append(json.loads(line))
+        if lines:
+            runs[key] = lines
+    if not runs:
+        raise UserError(f"{folder} holds no run")
+    return dict(sorted(runs.items()))
 
-rates = sorted({rate for rate, _ in runs})
-rows = []
-for (rate, rule), lines in sorted(runs.items()):
-    done, evals = lines[-1], [line for line in lines if line["kind"] in ("eval", "done")]
+
+def value(line, key, T):
+    """What an evaluation says of T loops, NaN where it says nothing."""
+    return line.get(key, {}).get(T, math.nan)
+
+
+def summary(rate, rule, lines):
+    """The table's row of a run. Losses are those of finished runs."""
+    done = lines[-1]
     finished = done["kind"] == "done"
-    last, final = evals[-1] if evals else {}, done if finished else {}
-    value = lambda line, key, T: line.get(key, {}).get(T, math.nan)
-    rows.append({"rule": rule, "rate": rate, "finished": finished, "steps": done["step"], "skipped": done["skipped"],
-                 "val_loss_8": value(final, "val_loss", "8"), "val_loss_64": value(final, "val_loss", "64"),
-                 "state_rms_8": value(last, "state_rms", "8"), "state_rms_64": value(final, "state_rms", "64"),
-                 "spectral_radius": last.get("spectral_radius", math.nan)})
-write_csv(results / "stability.csv", [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], rows[0])
-print(f"{'rate':>6} {'rule':9} {'loss T=8':>9} {'T=64':>9} {'|h| T=8':>9} {'T=64':>9} {'rho':>7}  steps (skipped)")
-for r in rows:
-    print(f"{r['rate']:6g} {r['rule']:9} {r['val_loss_8']:9.3f} {r['val_loss_64']:9.3f} {r['state_rms_8']:9.3g} {r['state_rms_64']:9.3g} "
-          f"{r['spectral_radius']:7.3f}  {r['steps']} ({r['skipped']}){'' if r['finished'] else '  broke off'}")
+    final = done if finished else {}
+    evaluations = [line for line in lines if line["kind"] in ("eval", "done")]
+    last = evaluations[-1] if evaluations else {}
+    return {
+        "rule": rule, "rate": rate, "finished": finished,
+        "steps": done["step"], "skipped": done["skipped"],
+        "val_loss_8": value(final, "val_loss", "8"),
+        "val_loss_64": value(final, "val_loss", "64"),
+        "state_rms_8": value(last, "state_rms", "8"),
+        "state_rms_64": value(final, "state_rms", "64"),
+        "spectral_radius": last.get("spectral_radius", math.nan),
+    }
 
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
-for rule, style in RULES.items():
-    mine = [row for row in rows if row["rule"] == rule]
-    axes[0].semilogx([row["rate"] for row in mine], [row["val_loss_8"] for row in mine], style, marker="o", label=rule)
-for i, rate in enumerate(rates):
-    color = plt.cm.viridis(0.9 * i / max(len(rates) - 1, 1))
-    for rule, style in RULES.items():
-        lines = runs.get((rate, rule), [])
-        evals = [line for line in lines if "spectral_radius" in line]
-        label = f"{rate:g}" if rule == "diagonal" else None
-        if lines and lines[-1]["kind"] == "done":
-            norms = lines[-1]["state_rms"]
-            axes[1].loglog([int(T) for T in norms], norms.values(), style[1:], color=color, label=label)
-        axes[2].semilogy([e["step"] for e in evals], [e["spectral_radius"] for e in evals], style[1:], color=color, label=label)
-axes[0].set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)", title="Final loss (no point: it broke off)")
-axes[1].set(xlabel="loops T", ylabel="root mean square of h_T", title="Size of the state")
-axes[2].set(xlabel="step", ylabel="spectral radius", title="What multiplies the state")
-axes[2].axhline(1, color="0.8", zorder=0)
-axes[0].legend(fontsize=8)
-axes[1].legend(fontsize=7, title="learning rate")
-figure.savefig(results / "stability.png", dpi=150)
+
+def short(row):
+    """A row as the table has it: four digits."""
+    return {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
+
+
+def print_table(rows):
+    print(f"{'rate':>6} {'rule':9} {'loss T=8':>9} {'T=64':>9} {'|h| T=8':>9} {'T=64':>9} "
+          f"{'rho':>7}  steps (skipped)")
+    for r in rows:
+        end = "" if r["finished"] else "  broke off"
+        print(f"{r['rate']:6g} {r['rule']:9} {r['val_loss_8']:9.3f} {r['val_loss_64']:9.3f} "
+              f"{r['state_rms_8']:9.3g} {r['state_rms_64']:9.3g} {r['spectral_radius']:7.3f}  "
+              f"{r['steps']} ({r['skipped']}){end}")
+
+
+def curves(row, lines):
+    """What the picture shows of a run, see figures.stability."""
+    evaluations = [line for line in lines if "spectral_radius" in line]
+    sizes = lines[-1]["state_rms"] if row["finished"] else {}
+    return {
+        "rule": row["rule"], "rate": row["rate"], "loss": row["val_loss_8"],
+        "loops": [int(T) for T in sizes],
+        "size": list(sizes.values()),
+        "step": [line["step"] for line in evaluations],
+        "radius": [line["spectral_radius"] for line in evaluations],
+    }
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="a directory of runs")
+    add("out", type=Path, metavar="OUT", help="directory for the table and the picture")
+    args = parser.parse_args()
+    figures.pyplot()
+    runs = read_logs(args.folder)
+    rows = [summary(*key, lines) for key, lines in runs.items()]
+    write_csv(args.out / "stability.csv", list(map(short, rows)), rows[0])
+    print_table(rows)
+    shown = [curves(row, lines) for row, lines in zip(rows, runs.values())]
+    figures.stability(args.out / "stability.png", shown)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Table 2 of the paper, small: which injection rule survives which learning rate? Six and a half minutes on two cores, two runs at a time.
+# Table 2 of the paper, small: which injection rule survives which learning rate? Six and a half
+# minutes on two cores, two runs at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-python -c "import matplotlib" 2>/dev/null || { echo "the figure needs matplotlib: pip install matplotlib" >&2; exit 2; }
+python -c "import common, figures; common.run_script(figures.pyplot)"
 for rate in ${RATES:-1e-2 3e-2 1e-1 3e-1 1}; do
     for rule in add concat diagonal; do
         echo --injection $rule --muon-lr $rate --adamw-lr $rate --out out/stability/$rule-$rate
     done
-done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --n-embd 32 --block-size 128 --batch-size 32 --mean-recurrence 8 \
-    --max-steps "${STEPS:-250}" --eval-every 20 --eval-sequences 32 --eval-recurrence 1 2 4 8 16 32 64 || true  # those that break exit with 2
-python runs/stability.py out/stability results
+done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite \
+    --n-embd 32 --block-size 128 --batch-size 32 --mean-recurrence 8 \
+    --max-steps "${STEPS:-250}" --eval-every 20 --eval-sequences 32 \
+    --eval-recurrence 1 2 4 8 16 32 64 || true  # those that break off exit with 2
+python -m runs.stability out/stability results

@@ -1,21 +1,225 @@
+"""The experiments' tables and pictures, from tiny runs; what a retrofitted model computes."""
+
+import csv
+import importlib
+import json
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
 import torch
-from conftest import save_run, script
+from conftest import ROOT, save_run, script
 
+from data import load_tokenizer, make_tokenizer, p_hop_docs, save_tokenizer
 from model import Parcae
+from runs import p_hop
+
+EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
 
 
-def test_a_retrofitted_transformer_computes_the_same_until_it_loops(build, tmp_path):
-    gpt = build(n_prelude=6, n_recurrent=0, n_coda=0, value_embeds=True, vocab_size=320).eval()
-    save_run(gpt, tmp_path)
-    done = script("runs/retrofit.py", tmp_path, tmp_path / "looped")
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_log(path, *lines):
+    """The end of a log as train.py writes it."""
+    state = {"step": 20, "skipped": 0, "tokens": 1000, "flops": 1.23e9, "seconds": 3.2}
+    text = "".join(json.dumps(state | line) + "\n" for line in lines)
+    (path / "log.jsonl").write_text(text)
+
+
+def make_run(path, model, *lines):
+    """A run directory with a log."""
+    path.mkdir(parents=True)
+    save_run(model, path, parameters=sum(p.numel() for p in model.parameters()))
+    add_log(path, *lines)
+
+
+def png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_explain_themselves_and_import_without_work(name):
+    importlib.import_module(f"runs.{name}")
+    done = script(f"runs/{name}.py", "--help")
+    assert done.returncode == 0 and f"python -m runs.{name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["half", "p_hop", "stability"])
+def test_no_run_gets_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(p_hop, "read_docs", lambda: None)
+    (tmp_path / "runs").mkdir()
+    done = script(f"runs/{name}.py", tmp_path / "runs", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = script(f"runs/{name}.py", tmp_path / "none.csv", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build, tmp_path):
+    looped = build(vocab_size=320)
+    plain = build(vocab_size=320, n_recurrent=0, n_prelude=4, n_coda=0)
+    for name, model, loss in (("looped-3e-2-0", looped, {"1": 3.0, "4": 2.4}),
+                              ("looped-1e-2-0", looped, {"1": 3.0, "4": 2.5}),
+                              ("plain-3e-2-0", plain, {"1": 2.6}),
+                              ("deep-3e-2-0", plain, {"1": 2.2})):
+        make_run(tmp_path / "runs" / name, model, {"kind": "done", "val_loss": loss})
+    make_run(tmp_path / "runs" / "plain-3e-2-1", plain, {"kind": "eval", "val_loss": {"1": 2.6}})
+    first = script("runs/half.py", tmp_path / "runs", tmp_path)
+    assert first.returncode == 0 and png(tmp_path / "half.png"), first.stderr
+    assert "plain-3e-2-1 is not finished and left out" in first.stdout
+    assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
+    assert "twice the layers that looping closes: 50% (50%)" in first.stdout
+    rows = read_csv(tmp_path / "half.csv")
+    assert len(rows) == 4 and rows[0]["training_flops"] == "1.23e+09"
+    assert float(rows[1]["inference_flops_per_token"]) > float(rows[-1]["cache_bytes_per_token"])
+
+    (tmp_path / "half.png").unlink()
+    again = script("runs/half.py", tmp_path / "half.csv", tmp_path)
+    assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize("name, table", [("half", "half.csv"), ("p_hop", "p-hop.csv")])
+def test_the_published_pictures_are_redrawn_from_the_published_tables(name, table, tmp_path):
+    done = script(f"runs/{name}.py", ROOT / "results" / table, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_a_foreign_table_gets_one_line(tmp_path):
+    done = script("runs/half.py", ROOT / "results" / "p-hop.csv", tmp_path)
+    assert done.returncode == 2 and "is not this experiment's table" in done.stderr
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """model.loops, where model.py has none yet: what hidden() lets one see."""
+    def stand_in(self, idx, most):
+        seen = []
+        last = self.hidden(idx, most, until=lambda x, t: seen.append(x))
+        return seen or [last]
+
+    if not hasattr(Parcae, "loops"):
+        monkeypatch.setattr(Parcae, "loops", stand_in, raising=False)
+
+
+def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build, loops):
+    _, docs = p_hop_docs(n_train=1, n_val=3)
+    rows = [[0, *text.encode()] for text in docs]
+    docs = torch.tensor(rows)
+    model = build(vocab_size=128, block_size=192, n_recurrent=1, mean_recurrence=8).eval()
+    found = p_hop.accuracies(model, docs)
+    assert list(found) == p_hop.LOOPS
+    hops, truth = docs[:, 1::3] - ord("0"), docs[:, 3::3]
+    for T in (1, 3, 12):
+        with torch.no_grad():
+            right = model(docs[:, :-1], recurrence=T)[0][:, 2::3].argmax(-1) == truth
+        expected = [right[hops == p].float().mean().item() for p in p_hop.HOPS]
+        assert found[T] == pytest.approx(expected, nan_ok=True)
+
+
+def test_p_hop_from_runs(build, loops, tmp_path, monkeypatch):
+    _, docs = p_hop_docs(n_train=1, n_val=1000)
+    docs = torch.tensor([[0, *text.encode()] for text in docs])[:50]
+    shard = torch.cat([docs] * 20).numpy()
+    (tmp_path / "data" / "p-hop").mkdir(parents=True)
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, shard.size
+    with open(tmp_path / "data" / "p-hop" / "val_000000.bin", "wb") as file:
+        file.write(header.tobytes() + shard.astype(np.uint16).tobytes())
+    flat = {"vocab_size": 128, "block_size": 192, "n_prelude": 0, "n_coda": 0, "n_embd": 16}
+    looped = build(n_recurrent=1, mean_recurrence=2, **flat)
+    make_run(tmp_path / "runs" / "looped-0", looped)
+    make_run(tmp_path / "runs" / "once-0", build(n_recurrent=1, mean_recurrence=1, **flat))
+    monkeypatch.setattr(p_hop, "LOOPS", [1, 3])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["p_hop.py", "runs", "."])
+    p_hop.main()
+    rows = read_csv(tmp_path / "p-hop.csv")
+    assert {(row["model"], row["T"]) for row in rows} == {("looped", "1"), ("looped", "3"),
+                                                          ("once", "1")}
+    assert len(rows) == 27 and png(tmp_path / "p-hop.png")
+
+
+def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
+    done = {"val_loss": {"8": 2.0, "64": 2.5}, "state_rms": {"1": 1.0, "8": 4.0, "64": 32.0}}
+    for name, last in (("add-1e-1", {"kind": "done", "spectral_radius": 1.0} | done),
+                       ("concat-1e-1", {"kind": "train", "loss": float("nan"), "step": 33})):
+        evaluation = {"kind": "eval", "val_loss": {"8": 3.0}, "state_rms": {"8": 5.0},
+                      "spectral_radius": 4.5}
+        make_run(tmp_path / "runs" / name, build(), evaluation, last)
+    table = script("runs/stability.py", tmp_path / "runs", tmp_path)
+    assert table.returncode == 0 and png(tmp_path / "stability.png"), table.stderr
+    add, concat = read_csv(tmp_path / "stability.csv")
+    assert (add["finished"], add["val_loss_64"], add["state_rms_64"]) == ("True", "2.5", "32")
+    assert (concat["finished"], concat["steps"], concat["val_loss_8"]) == ("False", "33", "nan")
+    assert (concat["state_rms_8"], concat["spectral_radius"]) == ("5", "4.5")
+    assert "33 (0)  broke off" in table.stdout
+
+
+def test_ablation_averages_the_seeds_of_a_variant(build, tmp_path):
+    (tmp_path / "results").mkdir()
+    for seed, loss in ((0, 2.0), (1, 2.5)):
+        line = {"kind": "done", "val_loss": {"1": 3.0, "4": loss}}
+        make_run(tmp_path / f"per-batch-{seed}", build(), line)
+    done = script("runs/ablation.py", "per-batch-0", "per-batch-1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| per-batch | 3.0000 | 2.2500 | 2.0, 2.5 | 1.23e+09 | 3 s |" in done.stdout
+    assert len(read_csv(tmp_path / "results" / "ablation.csv")) == 2
+
+
+@pytest.fixture
+def gpt(build, tmp_path):
+    """A plain transformer and its run directory."""
+    model = build(n_prelude=6, n_recurrent=0, n_coda=0, value_embeds=True, vocab_size=320).eval()
+    save_run(model, tmp_path / "gpt")
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "gpt" / "tokenizer.json")
+    return model, tmp_path / "gpt"
+
+
+def test_a_retrofitted_transformer_computes_the_same_until_it_loops(gpt, tmp_path):
+    gpt, path = gpt
+    done = script("runs/retrofit.py", path, tmp_path / "looped")
     assert done.returncode == 0, done.stderr
     looped, idx = Parcae.from_pretrained(tmp_path / "looped"), torch.randint(320, (2, 20))
-    assert (looped.config.n_prelude, looped.config.n_recurrent, looped.config.n_coda) == (1, 4, 1)
+    config = looped.config
+    assert (config.n_prelude, config.n_recurrent, config.n_coda) == (1, 4, 1)
     assert torch.allclose(looped(idx, recurrence=1)[0], gpt(idx)[0], atol=1e-4)
     assert not torch.allclose(looped(idx, recurrence=2)[0], gpt(idx)[0], atol=1e-2)
+
+
+def test_a_retrofitted_transformer_is_a_run_directory(gpt, tmp_path):
+    _, path = gpt
+    assert script("runs/retrofit.py", path, tmp_path / "looped").returncode == 0
+    names = {file.name for file in (tmp_path / "looped").iterdir()}
+    assert names == {"config.json", "ckpt.pt", "tokenizer.json"}
+    assert load_tokenizer(tmp_path / "looped").n_vocab == load_tokenizer(path).n_vocab
+    config = json.loads((tmp_path / "looped" / "config.json").read_text())
+    assert config["settings"] == {}
+    assert config["model"] == asdict(Parcae.from_pretrained(tmp_path / "looped").config)
+    again = script("runs/retrofit.py", path, tmp_path / "looped")  # nothing is replaced
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_without_a_tokenizer_nothing_is_left_behind(gpt, tmp_path):
+    _, path = gpt
+    (path / "tokenizer.json").unlink()
+    done = script("runs/retrofit.py", path, tmp_path / "looped")
+    assert done.returncode == 2 and "tokenizer.json" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["gpt"]
 
 
 def test_what_loops_already_is_refused(build, tmp_path):
     save_run(build(vocab_size=320), tmp_path)
     done = script("runs/retrofit.py", tmp_path, tmp_path / "looped")
-    assert done.returncode == 2 and "must be a plain transformer" in done.stderr and not (tmp_path / "looped").exists()
+    assert done.returncode == 2 and "must be a plain transformer" in done.stderr
+    assert not (tmp_path / "looped").exists()
+
+
+@pytest.mark.parametrize("name", ["half", "p_hop", "stability"])
+def test_an_experiment_asks_for_matplotlib_before_it_trains(name):
+    text = (ROOT / "runs" / f"{name}.sh").read_text()
+    assert 0 < text.index("run_script(figures.pyplot)") < text.index("train.py --")
+    assert shutil.which("bash") and f"python -m runs.{name} out/" in text

@@ -1,0 +1,389 @@
+"""Every picture of the project; as a command, the training curves of runs side by side.
+
+    python figures.py out/default                            one run: how its loss fell
+    python figures.py out/looped out/plain --out both.png    two: which makes more of what?
+
+The command draws loss against training FLOPs (the same compute) and training tokens (the same
+text). Lines are the train loss, smoothed. Points are the val loss, at the largest number of loops T
+that all the runs were evaluated at. A run may still be training. For scripts there is a function
+for each picture: plain numbers in, a PNG out. matplotlib, imported here alone, is optional.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import Parser, UserError, read_json, run_script, some_path, whole_file
+
+MARKERS = "osD^vP*X<>"
+RED = "C3"
+
+
+def pyplot():
+    """matplotlib.pyplot, set to draw into files. Raises UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def panels(n, width, height):
+    """A figure of so many inches and its n axes side by side, a list."""
+    figure, axes = pyplot().subplots(1, n, figsize=(width, height), layout="constrained",
+                                     squeeze=False)
+    return figure, list(axes[0])
+
+
+def save(figure, path):
+    """Write a figure as PNG, whole or not at all."""
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
+    pyplot().close(figure)
+
+
+def shade(i, n):
+    """The colour of the i-th of n things that have an order: from dark to light."""
+    return pyplot().cm.viridis(0.9 * i / max(n - 1, 1))
+
+
+def loops_axis(axes, label):
+    """Numbers of loops from left to right: each doubling is a step, labels are plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)
+
+
+def cells(axes, shares, texts, lowest):
+    """A table (rows, columns) of shares, from lowest (white) to 1 (blue), with a text in each."""
+    image = axes.imshow(shares, cmap="Blues", vmin=lowest, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        color = "w" if share > 0.4 * lowest + 0.6 else "k"
+        axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=7.5,
+                  color=color, parse_math=False)
+    return image
+
+# ----------------------------------------------------------------------------- models
+
+
+def trace(path, tokens, tops, probabilities, moved):
+    """What each loop would predict (sample.py --trace).
+
+    tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
+    token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
+    moved = np.asarray(moved)
+    loops, T = moved.shape
+    figure, (axes, below) = pyplot().subplots(
+        2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
+        height_ratios=[loops, 3])
+    image = cells(axes, np.asarray(probabilities), tops, lowest=0)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+    for i in range(T):
+        settled = 0  # the loop from which on the prediction stays
+        for t in range(1, loops):
+            if tops[t][i] != tops[t - 1][i]:
+                settled = t
+        corner = (i - 0.5, settled - 0.5)
+        axes.add_patch(pyplot().Rectangle(corner, 1, 1, fill=False, lw=1.5))
+    axes.set_yticks(range(loops), range(1, loops + 1))
+    axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
+
+    # The first loop starts from nothing, so that it moves all of the state: no line for it.
+    for t in range(1, loops):
+        color = shade(t - 1, loops - 1)
+        below.semilogy(moved[t], lw=1, color=color)
+        below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
+    below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
+    below.set_xticks(range(T), tokens, fontsize=7, parse_math=False)
+    save(figure, path)
+
+
+def memory(path, curves, even):
+    """Memory of inference against the tokens in the cache (bench.py).
+
+    curves: [(label, tokens, gigabytes, line style)]. even: the tokens at which the looped model
+    holds as much as the transformer it stands for; None where it never does."""
+    figure, [axes] = panels(1, 6, 4)
+    for label, tokens, gigabytes, style in curves:
+        axes.loglog(tokens, gigabytes, style, label=label)
+    if even:
+        axes.axvline(even, color=RED, lw=1, label=f"break-even: {even:,.0f} tokens")
+    axes.set(xlabel="tokens in the cache (batch x context)",
+             ylabel="weights and KV cache, bfloat16 (GB)",
+             title="When has the looped model's cache eaten the weights it saved?")
+    axes.legend(framealpha=1, edgecolor="none")
+    save(figure, path)
+
+# ----------------------------------------------------------------------------- scaling laws
+
+
+def isoflop(path, curves, title):
+    """Loss against mean recurrence at equal FLOPs, and the same above each budget's lowest point.
+
+    curves: dicts, one a budget: "flops"; "mu" and "log_loss", arrays of its runs; "parabola",
+    [a, b, c] of the log loss in log mu, or None; "optimum", (mu, log loss), or None."""
+    figure, (left, right) = panels(2, 10.5, 4.2)
+    for i, curve in enumerate(curves):
+        mu, label = np.asarray(curve["mu"]), f"{curve['flops']:.2g} FLOPs"
+        x, fitted = mu, np.asarray(curve["log_loss"])
+        if curve["parabola"] is not None:
+            x = np.geomspace(mu.min(), mu.max(), 100)
+            fitted = np.polyval(curve["parabola"], np.log(x))
+        parts = [(mu, curve["log_loss"], {"marker": MARKERS[i % 10], "ls": "", "label": label})]
+        if curve["parabola"] is not None:
+            parts.append((x, fitted, {"lw": 1}))
+        if curve["optimum"] is not None:
+            parts.append((*curve["optimum"], {"marker": "*", "ms": 14, "mec": "k", "zorder": 3}))
+        for at, log_loss, style in parts:
+            color = shade(i, len(curves))
+            left.plot(at, np.exp(log_loss), color=color, **style)
+            right.plot(at, 100 * np.expm1(log_loss - fitted.min()), color=color, **style)
+    loops_axis(left, "mean recurrence mu_rec in training (loops)")
+    loops_axis(right, "mean recurrence mu_rec in training (loops)")
+    left.set(ylabel="val loss at T = mu_rec (nats per token)", title=title)
+    left.legend(fontsize=8)
+    right.set(ylabel="above the parabola's lowest (%)", ylim=(-1, 4),
+              title="The same, from each budget's optimum (star)")
+    save(figure, path)
+
+
+def power_laws(path, flops, laws):
+    """The best recurrence and the best token count against the budget.
+
+    flops: the budgets. laws: dicts, one a panel: "label"; "values" at the budgets; "exponent" and
+    "coefficient" of the fit; "x", "low", "high", its 95 % band; "published", a slope or None."""
+    middle = np.exp(np.log(flops).mean())
+    figure, every = panels(len(laws), 4.25 * len(laws), 3.8)
+    for axes, law in zip(every, laws):
+        x, exponent, published = np.asarray(law["x"]), law["exponent"], law["published"]
+        fitted = law["coefficient"] * x ** exponent
+        if np.isfinite(law["low"]).any():
+            axes.fill_between(x, law["low"], law["high"], color="0.85", label="95 % interval")
+        axes.loglog(x, fitted, "k-", label=f"fit: C^{exponent:.2f}")
+        if published is not None:  # through the middle of the fit: only its slope is compared
+            turned = fitted * (x / middle) ** (published - exponent)
+            axes.loglog(x, turned, "k:", label=f"published slope: C^{published:.2f}")
+        axes.loglog(flops, law["values"], "ko", mfc="w")
+        axes.set_xticks(flops, [f"{c:.2g}" for c in flops], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="training FLOPs C", ylabel=law["label"])
+        axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def contours(path, runs, grid, frontier, title):
+    """Loss by the training law over recurrence and tokens.
+
+    runs: (mu, tokens), arrays. grid: (x, y, loss[y, x]). frontier: (mu, tokens) of lowest loss at
+    each of many budgets."""
+    figure, [axes] = panels(1, 6, 4.2)
+    axes.set(ylabel="training tokens D", yscale="log", title=title)
+    loops_axis(axes, "mean recurrence mu_rec (loops)")
+    # Levels that part the picture evenly: the loss itself falls ever more slowly.
+    levels = np.unique(np.quantile(grid[2], np.linspace(0.03, 0.97, 12)).round(3))
+    lines = axes.contour(*grid, levels=levels, cmap="viridis_r", linewidths=1)
+    axes.clabel(lines, fontsize=7)
+    axes.plot(*runs, "o", color="0.6", ms=3, label="runs")
+    axes.plot(*frontier, "k-", lw=2, label="efficient frontier\n(mu_bwd rounds up: steps)")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def test_time(path, curves):
+    """Loss against the loops at test time.
+
+    curves: dicts, one a model: "mu_rec"; "T" and "loss", arrays; "fit_T" and "fit_loss"."""
+    figure, [axes] = panels(1, 6, 4.2)
+    for i, curve in enumerate(curves):
+        color, label = shade(i, len(curves)), f"mu_rec = {curve['mu_rec']:g}"
+        axes.plot(curve["T"], curve["loss"], MARKERS[i % 10], color=color, label=label)
+        axes.plot(curve["fit_T"], curve["fit_loss"], lw=1, color=color)
+    loops_axis(axes, "loops T at test time")
+    axes.set(ylabel="val loss (nats per token)",
+             title="Test-time loops at the largest budget: L(T) = L_inf + Z exp(-z T)")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+# ----------------------------------------------------------------------------- experiments
+
+
+def half(path, models):
+    """Loss against size and against cost (runs/half.py).
+
+    models: dicts: "label"; "parameters"; "flops" of training; "losses" of the seeds; "looped"."""
+    figure, both = panels(2, 9, 3.8)
+    for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
+        middle = (min(m[key] for m in models) + max(m[key] for m in models)) / 2
+        for model in models:
+            color, marker = (RED, "o") if model["looped"] else ("0.4", "s")
+            x, losses = model[key] / unit, model["losses"]
+            axes.plot([x] * len(losses), losses, marker, color=color, alpha=0.7)
+            # Names stand towards the middle, where there is room.
+            side, shift = ("right", -9) if model[key] > middle else ("left", 9)
+            axes.annotate(model["label"], (x, np.mean(losses)), xytext=(shift, 0), ha=side,
+                          va="center", textcoords="offset points", fontsize=8, color=color)
+        axes.margins(x=0.12)
+    both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
+                title="What it is worth: parameters")
+    both[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")
+    save(figure, path)
+
+
+LOOKUP = """Find the last time that this symbol
+was there (red); go to what came next.
+
+From the a at the end, no lookup gives a,
+1 lookup c, 2 lookups b: each says only
+where to look next, so p take p steps."""
+
+
+def lookup(axes):
+    """What a lookup is: two of them in a string; what each finds is red, where it gets to black."""
+    for i, symbol in enumerate("cbdacda"):
+        color = {6: "k", 3: RED, 4: "k", 0: RED, 1: "k"}.get(i, "0.6")
+        axes.text(i, 0, symbol, ha="center", va="center", fontsize=16, color=color)
+    arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.6", "color": RED, "lw": 1.5}
+    for number, start, end in (("1", 6, 4), ("2", 4, 1)):
+        axes.annotate("", (end, 0.35), (start, 0.35), arrowprops=arrow)
+        axes.text((start + end) / 2, 1.4, number, color=RED, ha="center")
+    axes.text(3, -0.8, LOOKUP, ha="center", va="top", fontsize=10)
+    axes.set(xlim=(-1, 7), ylim=(-4, 3), title="A lookup")
+    axes.axis("off")
+
+
+def p_hop(path, hops, loops, looped, once, layers, trained):
+    """How many lookups in a row take how many loops (runs/p_hop.py).
+
+    hops: numbers of lookups, p. loops: T at test time. looped: accuracy (p, T). once and layers:
+    accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: mean loops
+    of training."""
+    models = {"trained to\nrun once": once, "looped": looped, "eight\nlayers": layers}
+    tables = {name: np.reshape(a, (len(hops), -1)) for name, a in models.items() if a is not None}
+    figure = pyplot().figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+    lookup(left.subplots())
+    widths = [table.shape[1] for table in tables.values()]
+    every = right.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
+    for axes, (name, table) in zip(every, tables.items()):
+        cells(axes, table, [[f"{100 * share:.0f}" for share in row] for row in table], 0.25)
+        axes.invert_yaxis()
+        axes.set_xticks([0], [name])
+        axes.set_yticks([])
+        if name == "looped":
+            axes.set_xticks(range(len(loops)), loops)
+            axes.set_xlabel("one layer, looped T times at test time")
+            end, top = sum(T <= trained for T in loops) - 0.5, len(hops) - 0.45
+            axes.axvline(end, color=RED, lw=2)
+            text = f"trained with {trained:g} loops on average  "
+            axes.text(end, top, text, color=RED, ha="right")
+            axes.text(end, top, "  more than that", color=RED)
+    every[0].set_yticks(range(len(hops)), hops)
+    every[0].set_ylabel(f"p lookups in a row (trained: {min(hops)} to {max(hops)})")
+    right.suptitle("One loop does no lookup yet; each further loop brings one more within reach\n"
+                   "(right answers in %; guessing gives 25)", fontsize=11)
+    save(figure, path)
+
+
+def stability(path, runs):
+    """Which injection rule survives which learning rate (runs/stability.py).
+
+    runs: dicts by rising "rate": "rule"; "loss", NaN where it broke off; "loops" and "size", the
+    root mean square of the state after so many; "step" and "radius", the spectral radius."""
+    rules = list(dict.fromkeys(run["rule"] for run in runs))
+    rates = list(dict.fromkeys(run["rate"] for run in runs))
+    figure = pyplot().figure(figsize=(4 + 2.5 * len(rules), 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[4, 2.5 * len(rules)])
+    loss = left.subplots()
+    grid = right.subplots(2, len(rules), sharex="row", sharey="row", squeeze=False)
+    for rule, marker, (sizes, radii) in zip(rules, MARKERS, grid.T):
+        mine = [run for run in runs if run["rule"] == rule]
+        losses = [run["loss"] for run in mine]
+        loss.semilogx([run["rate"] for run in mine], losses, f"{marker}-", label=rule)
+        for run in mine:
+            color = shade(rates.index(run["rate"]), len(rates))
+            sizes.semilogy(run["loops"], run["size"], color=color)
+            radii.semilogy(run["step"], run["radius"], color=color, label=f"{run['rate']:g}")
+        loops_axis(sizes, "loops T")
+        sizes.set_title(rule)
+        radii.axhline(1, color="0.8", zorder=0)
+        radii.set_xlabel("training step")
+    grid[0, 0].set_ylabel("state, root mean square")
+    grid[1, 0].set_ylabel("spectral radius")
+    grid[1, 0].legend(title="learning rate", fontsize=7, loc="upper right")
+    loss.set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)",
+             title="Final loss (no point: it broke off)")
+    loss.legend(title="injection")
+    save(figure, path)
+
+# ----------------------------------------------------------------------------- training curves
+
+
+def read_run(path):
+    """What `training` draws of a run directory. Raises UserError."""
+    path = Path(path)
+    file = path / "log.jsonl"
+    if not file.exists():
+        raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
+    whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
+    try:
+        lines = [json.loads(line) for line in whole]
+        steps = [line for line in lines if line["kind"] == "train"]
+        run = {key: [line[key] for line in steps] for key in ("flops", "tokens", "loss")}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file} is not the log of a run of train.py") from None
+    if not steps:
+        raise UserError(f"{file} has no training step yet")
+    run["looped"] = read_json(path / "config.json")["model"]["n_recurrent"] > 0
+    run["evaluations"] = [line for line in lines if "val_loss" in line]
+    return run | {"label": path.name}
+
+
+def common_loops(runs):
+    """The largest T, as text, of all evaluations of all runs that loop, else of their last ones."""
+    for part in (slice(None), slice(-1, None)):
+        loops = [set(e["val_loss"]) for r in runs if r["looped"] for e in r["evaluations"][part]]
+        if loops and set.intersection(*loops):
+            return max(set.intersection(*loops), key=int)
+    return None
+
+
+def training(path, runs):
+    """Training curves, against FLOPs and against tokens; runs: as read_run gives them."""
+    figure, both = panels(2, 10.5, 4.2)
+    loops, highest = common_loops(runs), []
+    for i, run in enumerate(runs):
+        # A mean over a fiftieth of the run; its first and last step stand for what is beyond.
+        width = 2 * (len(run["loss"]) // 100) + 1
+        padded = np.pad(run["loss"], width // 2, mode="edge")
+        smooth = np.convolve(padded, np.full(width, 1 / width), mode="valid")
+        highest.append(smooth[len(smooth) // 20])
+        # A plain transformer has one val loss, whatever T.
+        points = [e for e in run["evaluations"] if not run["looped"] or loops in e["val_loss"]]
+        values = [e["val_loss"].get(loops, [*e["val_loss"].values()][0]) for e in points]
+        for axes, key in zip(both, ("flops", "tokens")):
+            axes.plot(run[key], smooth, lw=1, color=f"C{i}", label=run["label"])
+            axes.plot([e[key] for e in points], values, "o", mec="k", color=f"C{i}")
+    for axes, key, title in zip(both, ("FLOPs", "tokens"), ("the same compute", "the same text")):
+        axes.set(xlabel=f"training {key}", ylabel="loss (nats per token)", title=f"For {title}",
+                 ylim=(None, max(highest)))  # the first steps would take all the height
+    at = f" at T = {loops}" if loops else ""
+    both[0].legend(title=f"line: train loss\npoint: val loss{at}")
+    save(figure, path)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
+    add("--out", type=some_path, default="curves.png", metavar="FILE",
+        help="the picture to write (default: %(default)s)")
+    args = parser.parse_args()
+    training(args.out, [read_run(path) for path in args.runs])
+    print("wrote", args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,113 @@
+"""Each picture is drawn from plain numbers; the command shows runs or says in one line why not."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+
+import figures
+from common import UserError
+
+X = np.array([1.0, 2, 4, 8])
+LOSS = np.array([3.0, 2.5, 2.2, 2.1])
+
+PICTURES = {
+    "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
+              [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
+    "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
+    "isoflop": ([{"flops": 1e12, "mu": X, "log_loss": np.log(LOSS), "parabola": [0.1, -0.3, 1.0],
+                  "optimum": (4, 0.8)},
+                 {"flops": 2e12, "mu": X[:2], "log_loss": np.log(LOSS[:2]), "parabola": None,
+                  "optimum": None}], "a title"),
+    "power_laws": (X * 1e12, [{"label": name, "values": X ** 0.4, "exponent": 0.4,
+                               "coefficient": 1e-5, "x": X * 1e12, "low": low, "high": X,
+                               "published": published}
+                              for name, low, published in (("mu*", X / 2, 0.4),
+                                                           ("D*", X * np.nan, None))]),
+    "contours": ((X, X * 1e6), (X, X[:3] * 1e6, np.add.outer(LOSS[:3], LOSS)), (X, X * 1e6), "t"),
+    "test_time": ([{"mu_rec": 4, "T": X, "loss": LOSS, "fit_T": X, "fit_loss": LOSS}],),
+    "half": ([{"label": "looped", "parameters": 8e4, "flops": 1e12, "losses": [1.3],
+               "looped": True},
+              {"label": "plain", "parameters": 9e4, "flops": 2e12, "losses": [1.2, 1.3],
+               "looped": False}],),
+    "p_hop": (range(3), [1, 2, 4, 8], np.full((3, 4), 0.5), None, [1, 1, 0.9], 4),
+    "stability": ([{"rule": "add", "rate": 0.1, "loss": 2.0, "loops": [1, 2], "size": [1, 9],
+                    "step": [20, 40], "radius": [1.0, 1.0]},
+                   {"rule": "concat", "rate": 0.3, "loss": float("nan"), "loops": [], "size": [],
+                    "step": [20], "radius": [5.0]}],),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_each_picture_is_drawn_whole(name, tmp_path):
+    file = tmp_path / "a.png"
+    getattr(figures, name)(file, *PICTURES[name])
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert not figures.pyplot().get_fignums()  # closed: a sweep of pictures keeps no memory
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path, full_disk):
+    with pytest.raises(OSError):
+        figures.memory(tmp_path / "a.png", *PICTURES["memory"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_experiment_imports_matplotlib_itself():
+    users = [file for file in ROOT.glob("runs/*.py") if "import matplotlib" in file.read_text()]
+    assert not users
+
+
+def test_pictures_say_that_they_need_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        figures.pyplot()
+
+
+def make_run(path, evaluations, looped=True, steps=60):
+    """A run directory with a log: {step: {T: val loss}}, the last one of the end of training."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model": {"n_recurrent": 2 if looped else 0}}))
+    lines = []
+    for step in range(1, steps + 1):
+        state = {"step": step, "tokens": 512 * step, "flops": 1e6 * step}
+        lines.append({"kind": "train", **state, "loss": 5 / step ** 0.2})
+        if step in evaluations:
+            kind = "done" if step == steps else "eval"
+            lines.append({"kind": kind, **state, "val_loss": evaluations[step]})
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_curves_of_runs_side_by_side(tmp_path):
+    looped = make_run(tmp_path / "looped", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0, "8": 3.0}})
+    plain = make_run(tmp_path / "plain", {30: {"1": 3.3}, 60: {"1": 3.2}}, looped=False)
+    with open(looped / "log.jsonl", "a") as log:
+        log.write('{"kind": "train", "st')  # it is being written
+    done = script("figures.py", looped, plain, "--out", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_val_losses_are_those_of_a_recurrence_that_all_looped_runs_have(tmp_path):
+    four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"4": 3.0, "8": 3.0, "16": 3.0}})
+    also_four = make_run(tmp_path / "b", {60: {"2": 3.3, "4": 3.0, "16": 3.0}})
+    eight = make_run(tmp_path / "c", {30: {"8": 3.1}, 60: {"4": 3.0, "8": 3.0}})
+    plain = make_run(tmp_path / "d", {60: {"1": 3.0}}, looped=False)
+    four, also_four, eight, plain = map(figures.read_run, (four, also_four, eight, plain))
+    assert figures.common_loops([four, also_four, plain]) == "4"  # of every evaluation
+    assert figures.common_loops([four, eight]) == "8"  # of the last ones: on the way they differ
+    assert figures.common_loops([plain]) is None
+
+
+@pytest.mark.parametrize("log, message", [
+    (None, "has no log.jsonl"), ("", "has no training step yet"), ("3\n[]\n", "is not the log"),
+    ('{"kind": "train"}\n', "is not the log of a run of train.py")])
+def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
+    (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1}}')
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log)
+    done = script("figures.py", tmp_path, "--out", tmp_path / "curves.png")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "curves.png").exists()
