@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+import figures
 from common import COUNT, LOOPS, Parser, UserError, keep_freed_memory, matmul_peak, pick_device, pick_dtype, run_script, write_text
 from model import CHUNK, PRESETS, KVCache, Parcae, ParcaeConfig
 
@@ -149,8 +150,8 @@ def memory(config, context, batch, recurrence, device, dtype):
             "parameters": sum(p.numel() for p in model.parameters()),
             "weights": {"predicted": 2 * parameters(c), "measured": sum(p.nbytes for p in model.to(torch.bfloat16).parameters())},
             "optimizer": {"predicted": optimizer_bytes(model), "measured": state},
-            "kv_cache": {"predicted": kv_bytes(c, context, T), "measured": cache.kv.nbytes},
-            "kv_cache_shared": {"predicted": kv_bytes(c, context, 1), "measured": shared.kv.nbytes},
+            "kv_cache": {"predicted": kv_bytes(c, context, T), "measured": cache.nbytes},
+            "kv_cache_shared": {"predicted": kv_bytes(c, context, 1), "measured": shared.nbytes},
             "activations": {"predicted": activation_bytes(c, batch * context, context, device, dtype), "measured": activations}})
     return rows
 
@@ -237,7 +238,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compile, st
 
         def fill(model=model, cache=cache, idx=idx, T=T):
             cache.pos = 0
-            model(idx, recurrence=T, cache=cache)
+            model.step(idx, T, cache)
 
         def step(model=model, cache=cache, idx=idx, T=T):
             cache.pos = context
@@ -276,28 +277,14 @@ def both(key, unit=MB):
 
 def draw(config, path):
     """Inference memory against tokens in the cache, for the looped model and the double-size transformer."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure: matplotlib is not installed")
-        return
     double, T = contenders(config)["plain, twice the parameters"], config.mean_recurrence
     even = break_even(config)
     tokens = [10 ** (i / 20) * (even or 1e5) / 100 for i in range(81)]
-    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    curves = []
     for label, c, loops, style in ((f"looped, T = {T}", config, T, "k-"), (f"looped, T = {T}, shared cache", config, 1, "k:"),
                                    (f"plain, twice the parameters ({double.n_layer} layers)", double, 1, "k--")):
-        axes.loglog(tokens, [(2 * parameters(c) + n * kv_bytes(c, 1, loops)) / 1e9 for n in tokens], style, label=label)
-    if even:
-        axes.axvline(even, color="0.7", zorder=0)
-        axes.annotate(f" break-even: {even:,.0f} tokens", (even, axes.get_ylim()[0] * 1.1), va="bottom")
-    axes.set(xlabel="tokens in the cache (batch x context)", ylabel="weights and KV cache, bfloat16 (GB)",
-             title="When has the looped model's cache eaten the weights it saved?")
-    axes.legend(framealpha=1, edgecolor="none")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        curves.append((label, tokens, [(2 * parameters(c) + n * kv_bytes(c, 1, loops)) / 1e9 for n in tokens], style))
+    figures.memory(path, curves, even)
 
 
 def main(args):
@@ -326,7 +313,10 @@ def main(args):
                       "KV cache, a sequence": both("kv_cache"), "shared": both("kv_cache_shared"), "activations": both("activations")})
         print(f"break-even with the plain transformer of twice the parameters at T = {config.mean_recurrence}: " +
               (f"{even:,.0f} tokens of batch x context" if even else "none, the looped model's cache is the smaller one"))
-        draw(config, out / f"memory-{args.preset}.png")
+        try:
+            draw(config, out / f"memory-{args.preset}.png")
+        except UserError as error:  # without matplotlib the tables are still worth printing
+            print(f"no figure: {error}")
     rate = lambda key: lambda r: f"{r[key]:,.1f}"
     spread = {"tokens/s": rate("tokens/s"), "(range)": lambda r: f"({r['min']:,.1f} to {r['max']:,.1f})"}
     if args.only in (None, "train"):

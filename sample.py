@@ -2,7 +2,10 @@
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
     cat prompt.txt | python sample.py --prompt-file -
-    python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop would predict, as a picture
+    python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop predicts
+
+A generator of tokens is `stream`, a whole continuation `generate`. Early exit (`settle`) and the
+trace go loop by loop through `model.loops`, where a loop can be looked at or left.
 """
 
 import sys
@@ -11,37 +14,192 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from common import COUNT, LOOPS, SEED, Parser, UserError, number, pick_device, pick_dtype, run_script, some_path, whole_file
+import figures
+from common import (
+    COUNT,
+    LOOPS,
+    SEED,
+    Parser,
+    UserError,
+    number,
+    pick_device,
+    pick_dtype,
+    run_script,
+    some_path,
+)
 from data import begin_token, decode_stream, encode, load_tokenizer
-from model import Parcae, Settled, local_files, read_config
+from model import KVCache, Parcae, read_config
+
+TRACED = 40  # tokens of a prompt that a trace shows
+
+# ------------------------------------------------------------------------------- generation
+
+
+def choose(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Draw tokens (B, 1) from logits (B, vocab_size)."""
+    if temperature < 1e-6:  # greedy; logits divided by less would overflow
+        return logits.argmax(-1, keepdim=True)
+    logits, tokens = (logits / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        before = probs.cumsum(-1) - probs
+        probs[before >= top_p] = 0  # what comes before already holds top_p
+    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
+
+
+def settle(model, idx, most, cache, threshold):
+    """Logits (B, T, vocab_size) of idx (B, T), and the loops that they took, at most `most`.
+
+    The loop ends once the prediction changes, from one loop to the next, by less than `threshold`
+    nats of KL divergence summed over the tokens (recurrent-depth models, arXiv 2502.05171). Tokens
+    that stop early have no keys and values for later loops, so the cache must be a shared one."""
+    before = None
+    for loops, x in enumerate(model.loops(idx, most, cache), start=1):
+        logits = model.lm_head(x).float()
+        now = logits.log_softmax(-1)
+        if loops > 1 and F.kl_div(before, now, reduction="sum", log_target=True) < threshold:
+            break
+        before = now
+    return logits, loops
+
+
+@torch.no_grad()
+def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p=None,
+           generator=None, kv_cache="per-loop", exit_threshold=None, loops_used=None):
+    """Yield n next tokens (B, 1), each drawn given the last block_size before it.
+
+    Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
+    end early. The cache serves until the context is full; from then on the window slides, which
+    moves every token in it, and each token costs a full forward pass."""
+    check(idx, temperature, top_k, top_p, exit_threshold)
+    config = model.config
+    recurrence = model.depths_of(1, config.mean_recurrence if recurrence is None else recurrence)[0]
+    capacity = min(idx.shape[1] + n, config.block_size)
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    if exit_threshold is not None:
+        kv_cache = "shared"
+    cache = KVCache(config, len(idx), capacity, recurrence, idx.device, dtype, kv_cache)
+    training = model.training
+    model.eval()
+    try:
+        for _ in range(n):
+            if idx.shape[1] > capacity:  # the window slides: no cache
+                logits, _ = model(idx[:, -capacity:], recurrence=max(1, recurrence))
+            elif cache.pos == 0:  # prefill: the prompt, all at once
+                logits = model.lm_head(model.hidden(idx, recurrence, cache)[:, -1:]).float()
+            elif exit_threshold is not None:
+                new = idx[:, cache.pos:]
+                logits, loops = settle(model, new, recurrence, cache, exit_threshold)
+                if loops_used is not None:
+                    loops_used.append(loops)
+            else:  # one more token
+                logits = model.step(idx[:, cache.pos:], recurrence, cache)
+            token = choose(logits[:, -1], temperature, top_k, top_p, generator)
+            idx = torch.cat([idx, token], dim=1)
+            yield token
+    finally:
+        model.train(training)
+
+
+def generate(model, idx, n, **options):
+    """Continue idx (B, T) int64 by n tokens: (B, T + n) int64.
+
+    options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
+    the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
+    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold: see `settle`
+    (B = 1). Raises UserError on an empty prompt and on values out of range."""
+    return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
+
+
+def check(idx, temperature, top_k, top_p, exit_threshold):
+    """Raise UserError for what `stream` cannot work with."""
+    if idx.ndim != 2 or idx.shape[1] == 0:
+        raise UserError("the prompt is empty, must hold at least one token")
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}, must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}, must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, must be in (0, 1]")
+    if exit_threshold is not None and not exit_threshold >= 0:
+        raise UserError(f"exit threshold is {exit_threshold}, must be at least 0")
+
+# ------------------------------------------------------------------------------- trace
+
+
+@torch.no_grad()
+def trace(model, idx, recurrence):
+    """What the model would predict after each loop at each token of idx (1, T), probabilities
+    (loops, T, vocab_size), and how far the loop moved the state, |h - last h| / |h| (loops, T)."""
+    probs, moved, before = [], [], 0
+    for h, tokens in model.states(idx, recurrence):
+        probs.append(model.lm_head(model.readout(h, tokens))[0].float().softmax(-1))
+        moved.append((h - before).norm(dim=-1)[0] / h.norm(dim=-1)[0])
+        before = h
+    return torch.stack(probs), torch.stack(moved)
+
+
+def draw_trace(model, tokenizer, idx, recurrence, path):
+    """Write the picture of a trace of the last tokens of idx (1, T)."""
+    if not model.config.n_recurrent or idx.shape[1] < 2:
+        raise UserError("--trace needs a model that loops and a prompt")
+    idx = idx[:, -TRACED:]
+    probs, moved = trace(model, idx, recurrence)
+    likeliest, tops = probs.max(-1)
+    figures.trace(path, [label(tokenizer, i) for i in idx[0].tolist()],
+                  [[label(tokenizer, i) for i in row] for row in tops.tolist()],
+                  likeliest.cpu().numpy(), moved.cpu().numpy())
+    print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops")
+
+
+def label(tokenizer, i):
+    """Token i in up to five visible characters."""
+    if i >= tokenizer.n_vocab:
+        return "?"  # vocabularies are rounded up
+    text = "".join(decode_stream(tokenizer, [i]))
+    return repr(text)[1:-1].replace(" ", "\u2423")[:5]
+
+# ------------------------------------------------------------------------------- command line
 
 
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--run", type=some_path, default="out/default", metavar="DIR", help="run directory of train.py (default: %(default)s)")
-    add("--init-from", type=some_path, metavar="DIR", help="a model in the published format instead: a directory, or owner/name on the hub")
+    add("--run", type=some_path, default="out/default", metavar="DIR",
+        help="run directory of train.py (default: %(default)s)")
     add("--prompt", metavar="TEXT", help="text to continue (default: none, a new document)")
-    add("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
-    add("--recurrence", type=LOOPS, nargs="+", metavar="T", help="loops, one block of text for each (default: the model's mean)")
+    add("--prompt-file", metavar="FILE",
+        help="read the prompt from a file; - is standard input")
+    add("--recurrence", type=LOOPS, nargs="+", metavar="T",
+        help="loops, one block of text for each (default: the model's mean)")
     add("--tokens", type=COUNT, default=300, metavar="N", help="new tokens (default: %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=COUNT, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    add("--top-p", type=float, metavar="P", help="sample from the fewest tokens with total probability P (default: all)")
+    add("--temperature", type=number(float, 0), default=0.7,
+        help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=COUNT, metavar="K",
+        help="sample from the K likeliest tokens (default: all)")
+    add("--top-p", type=float, metavar="P",
+        help="sample from the fewest tokens with total probability P (default: all)")
     add("--kv-cache", choices=("per-loop", "shared"), default="per-loop",
-        help="shared: keep keys and values of the last loop only, less memory, not exact (default: %(default)s)")
-    add("--trace", type=some_path, metavar="FILE",
-        help="no new text: draw what the model would predict after each loop at each token of the prompt "
-        "(the last 40), up to the largest --recurrence (default: twice the model's mean), as PNG")
+        help="shared: keep keys and values of the last loop only, less memory, not exact "
+        "(default: %(default)s)")
     add("--exit-threshold", type=number(float, 0), metavar="EPS",
-        help="end each token's loop when its prediction changes by less than EPS nats "
-        "(KL) from one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
+        help="end each token's loop when its prediction changes by less than EPS nats (KL) from "
+        "one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
+    add("--trace", type=some_path, metavar="FILE",
+        help="no new text: draw what the model would predict after each loop at each token of the "
+        f"prompt (the last {TRACED}), up to the largest --recurrence (default: twice the model's "
+        "mean), as PNG; needs matplotlib")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of weights and activations; auto is float32 on CPUs, "
-        "where bfloat16 is slower for small models and faster for large ones (default: auto)")
-    add("--compile", action="store_true", help="compile the decoding step: about twice as fast, after a minute or two of compiling")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of weights and activations; auto is float32 on CPUs, where bfloat16 is slower for "
+        "small models and faster for large ones (default: auto)")
+    add("--compile", action="store_true",
+        help="compile the decoding step: about twice as fast, after a minute or two of compiling")
     return parser.parse_args()
 
 
@@ -52,100 +210,67 @@ def read_prompt(args):
     else:
         name = f"--prompt-file {args.prompt_file}"
         try:
-            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+            if args.prompt_file == "-":
+                data = sys.stdin.buffer.read()
+            else:
+                data = Path(args.prompt_file).read_bytes()
             text = data.decode("utf-8")
         except OSError as error:
             raise UserError(f"{name}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UserError(f"{name} is not UTF-8 text") from None
     if text == "":
-        raise UserError(f"{name} is empty, must hold at least one character (leave it out for a new document)")
+        raise UserError(f"{name} is empty, must hold at least one character "
+                        "(leave it out for a new document)")
     return text
 
 
-@torch.no_grad()
-def trace(model, idx, recurrence):
-    """What coda and head make of every state of the loop: probabilities (loops, T, vocab_size) for idx (1, T), and how far
-    each loop moved the state, |h_t - h_{t-1}| / |h_t|, (loops, T)."""
-    states, probs = [], []
-    hook = model.C_proj.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][0].float()))
-    model.hidden(idx, recurrence, until=lambda x, t: probs.append(model.lm_head(x)[0].float().softmax(-1)))
-    hook.remove()
-    states.pop()  # the last one is seen once more at the end
-    moved = [(new - old).norm(dim=-1) / new.norm(dim=-1) for old, new in zip([torch.zeros_like(states[0]), *states], states)]
-    return torch.stack(probs), torch.stack(moved)
+def write_block(args, model, tokenizer, prompt, idx, recurrence):
+    """Print a continuation of the prompt at one number of loops, as it comes."""
+    loops_used = []
+    generator = torch.Generator(idx.device).manual_seed(args.seed)
+    tokens = stream(model, idx, args.tokens, recurrence=recurrence, temperature=args.temperature,
+                    top_k=args.top_k, top_p=args.top_p, generator=generator,
+                    kv_cache=args.kv_cache, exit_threshold=args.exit_threshold,
+                    loops_used=loops_used)
+    print(f"--- recurrence {recurrence}\n{prompt or ''}", end="")
+    start = time.perf_counter()
+    for text in decode_stream(tokenizer, tokens):
+        print(text, end="", flush=True)
+    rate = args.tokens / (time.perf_counter() - start)
+    used = f", {sum(loops_used) / len(loops_used):.2f} loops a token" if loops_used else ""
+    print(f"\n--- {args.tokens} tokens, {rate:,.1f} tokens/s{used}")
 
 
-def draw_trace(probs, moved, tokenizer, idx, path):
-    """The picture of a trace: the likeliest token and its probability, boxed where the prediction has settled."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("--trace needs matplotlib: pip install matplotlib") from None
-    loops, T, _ = probs.shape
-    name = lambda i: repr("".join(decode_stream(tokenizer, [i])))[1:-1].replace(" ", "\u2423")[:5] if i < tokenizer.n_vocab else "?"
-    p, top = (z.tolist() for z in probs.max(-1))
-    figure, (axes, below) = plt.subplots(2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, constrained_layout=True,
-                                         gridspec_kw={"height_ratios": [loops, 3]})
-    image = axes.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i in range(T):
-        settled = max([t for t in range(1, loops) if top[t][i] != top[t - 1][i]], default=0)  # nothing changes from here on
-        axes.add_patch(plt.Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
-        for t in range(loops):
-            axes.text(i, t, name(top[t][i]), ha="center", va="center", fontsize=7, color="w" if p[t][i] > 0.6 else "k", parse_math=False)
-    axes.set_yticks(range(loops), range(1, loops + 1))
-    axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
-    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
-    below.semilogy(moved[1:].T, lw=1)
-    for t, color in zip(range(1, loops), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-        below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
-    below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
-    below.set_xticks(range(T), [name(i) for i in idx[0].tolist()], fontsize=7, parse_math=False)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
-
-
-def main(args):
+def main():
+    args = parse_args()
+    if args.trace:
+        figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
-    source = local_files(args.init_from) if args.init_from else Path(args.run)
-    read_config(source)  # a run that is not there is no name on the hub
-    exact = args.trace or device.type == "cpu" and args.dtype == "auto"  # token by token, bfloat16 is no faster for small models
+    read_config(args.run)  # "train one first" comes before anything slow
+    # token by token bfloat16 is no faster for small models on a CPU
+    exact = args.trace or device.type == "cpu" and args.dtype == "auto"
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
-    model = Parcae.from_pretrained(source).to(device, dtype)
+    model = Parcae.from_pretrained(args.run).to(device, dtype)
     if args.compile:
         model.step = torch.compile(model.step, dynamic=True)
-    tokenizer = load_tokenizer(source)
+
+    tokenizer = load_tokenizer(args.run)
     prompt = read_prompt(args)
-    idx = torch.tensor([[begin_token(tokenizer), *map(int, chain.from_iterable(encode(tokenizer, prompt or "")))]], device=device)
-    recurrence = args.recurrence or [model.config.mean_recurrence]
+    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt or "")))
+    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
+
+    mean = model.config.mean_recurrence
+    if args.trace:
+        draw_trace(model, tokenizer, idx, max(args.recurrence or [2 * mean]), args.trace)
+        return
+    recurrences = args.recurrence or [mean]
     if not model.config.n_recurrent:
         print("a plain transformer: nothing loops, --recurrence has no effect")
-        recurrence = [1]
-    if args.trace:
-        if not model.config.n_recurrent or idx.shape[1] < 2:
-            raise UserError("--trace needs a model that loops and a prompt")
-        idx = idx[:, -40:]
-        loops = max(args.recurrence or [2 * model.config.mean_recurrence])
-        probs, moved = trace(model, idx, loops)
-        draw_trace(probs.cpu(), moved.cpu(), tokenizer, idx, args.trace)
-        print(f"wrote {args.trace}: {idx.shape[1]} tokens, {loops} loops")
-        return
-    for T in recurrence:
-        until = None if args.exit_threshold is None else Settled(model, args.exit_threshold)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        tokens = model.stream(idx, args.tokens, recurrence=T, temperature=args.temperature, top_k=args.top_k,
-                              top_p=args.top_p, generator=generator, kv_cache="shared" if until else args.kv_cache, until=until)
-        print(f"--- recurrence {T}\n{prompt or ''}", end="")
-        start = time.perf_counter()
-        for text in decode_stream(tokenizer, tokens):
-            print(text, end="", flush=True)
-        seconds = time.perf_counter() - start
-        used = f", {sum(until.loops) / len(until.loops):.2f} loops a token" if until and until.loops else ""
-        print(f"\n--- {args.tokens} tokens, {args.tokens / seconds:,.1f} tokens/s{used}")
+        recurrences = [1]
+    for recurrence in recurrences:
+        write_block(args, model, tokenizer, prompt, idx, recurrence)
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    run_script(main)

@@ -28,7 +28,7 @@ def good(tmp_path_factory):
 
 SAMPLE = ["sample.py", "--run", "r", "--tokens", "2", "--device", "cpu"]
 EVALUATE = ["evaluate.py", "--run", "r", "--recurrence", "1", "--device", "cpu", "--dtype", "float32", "--sequences", "2"]
-CORE = [*EVALUATE, "--core", "core"]
+CORE = ["core.py", "core", "--run", "r", "--recurrence", "1", "--device", "cpu", "--dtype", "float32"]
 TRAIN = ["train.py", "--data", "d", "--out", "new", "--n-embd", "16", "--n-head", "1", "--block-size", "32", "--max-steps", "1", "--device",
          "cpu"]
 FIT = ["scaling.py", "fit", "s.csv", "--resamples", "2", "--figures", "figures"]
@@ -97,8 +97,8 @@ FLAGS = [
     (TRAIN, "--out", "t.txt/x"), (TRAIN, "--out", "x" * 300), (TRAIN, "--data", "t.txt"), (TRAIN, "--data", "no\npe"),
     (TRAIN, "--data", "x" * 300), (TRAIN, "--eval-recurrence", "99999999999"), (FIT, "--resamples", "-1"), (FIT, "--resamples", "nan"),
     (FIT, "--resamples", "1e400"), (FIT, "--resamples", "abc"), (["scaling.py", "predict", "s.csv"], "--flops", "nan"),
-    (["scaling.py", "predict", "s.csv"], "--flops", "1e400"), (["scaling.py", "sweep", "--recurrences", "1"], "--budgets", "x"),
-    (["scaling.py", "sweep", "--budgets", "1e7"], "--recurrences", "1.5"), (BENCH, "--out", "t.txt"), (BENCH, "--rounds", "0"),
+    (["scaling.py", "predict", "s.csv"], "--flops", "1e400"), (["sweep.py", "--recurrences", "1"], "--budgets", "x"),
+    (["sweep.py", "--budgets", "1e7"], "--recurrences", "1.5"), (BENCH, "--out", "t.txt"), (BENCH, "--rounds", "0"),
     (["data.py", "text", "t.txt"], "--out", "t.txt")]
 CASES = {
     **{f"config {change}": (SAMPLE, lambda f, change=change: config(f, **change)) for change in CONFIGS},

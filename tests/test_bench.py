@@ -27,9 +27,9 @@ def test_contenders_are_what_they_are_called():
 @pytest.mark.parametrize("recurrence", [1, 5])
 def test_cache_and_optimizer_take_the_predicted_memory(recurrence):
     cache = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16)
-    assert cache.kv.nbytes == 3 * bench.kv_bytes(SMALL, 64, recurrence)
+    assert cache.nbytes == 3 * bench.kv_bytes(SMALL, 64, recurrence)
     shared = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16, "shared")
-    assert shared.kv.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
+    assert shared.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,73 +1,19 @@
 import json
 import math
-import sys
-import types
-import zlib
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, Settled, UserError, _our_name
-
-PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())
+from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, UserError
 
 
 def executed_flops(run):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops()
-
-# ------------------------------------------------------------------ agreement with the published implementation
-
-
-@pytest.fixture
-def published(tmp_path):
-    """A directory in the published format, its parameters filled by a rule from their names."""
-    theirs = {"injection.log_A": "adapter.A_log", "injection.": "adapter.", "recurrent.": "core_block.",
-              "C_proj.": "C.", "norm_f.": "ln_f.", "norm_prelude.": "ln_prelude."}
-    c = PARITY["config"]
-    model = Parcae(ParcaeConfig(c["vocab_size"], c["block_size"], c["n_embd"], 2, 2, 2, 2, mlp_width=64, value_embeds=True))
-    weights = {}
-    for name, p in model.named_parameters():
-        for ours, published in theirs.items():
-            if name.startswith(ours):
-                name = published + name.removeprefix(ours)
-                break
-        name = name if name.startswith("value_embeds") else "transformer." + name
-        phase = (zlib.crc32(name.encode()) % 10007) / 1000
-        w = torch.sin(0.37 * torch.arange(p.numel(), dtype=torch.float64) + phase).view(p.shape)
-        w = w / p.shape[1] ** 0.5 if p.ndim == 2 else 0.1 * w + ("norm" in name or ".ln_" in name)
-        weights[name] = w.float()
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    weights["freqs_cis"] = torch.zeros(1, 24, 1, 8, 2)
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps(PARITY["config"]))
-    return tmp_path
-
-
-@pytest.mark.parametrize("recurrence", [1, 2, 4, 8])
-def test_logits_of_the_published_implementation(published, recurrence):
-    model = Parcae.from_pretrained(published)
-    logits, loss = model(torch.tensor(PARITY["tokens"]), recurrence=recurrence)
-    assert loss is None and logits.dtype == torch.float32
-    torch.testing.assert_close(logits[0], torch.tensor(PARITY["logits"][str(recurrence)]), atol=1e-4, rtol=0)
-
-
-def test_training_step_of_the_published_implementation(published):
-    model, step = Parcae.from_pretrained(published).train(), PARITY["train"]
-    _, loss = model(torch.tensor(PARITY["tokens"]), torch.tensor(step["targets"]), depths=torch.tensor(step["depths"]))
-    loss.backward()
-    total = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    assert loss.item() == pytest.approx(step["loss"], rel=1e-4)
-    assert total == pytest.approx(step["total_grad_norm"], rel=1e-4)
-    ours = dict(model.named_parameters())
-    for name, norm in step["grad_norm"].items():
-        assert ours[_our_name(name)].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
-
 
 @pytest.mark.parametrize("name, parameters, flops", [
     ("parcae-140m", 144_323_136, 1_359_902_976), ("parcae-370m", 388_003_328, 4_173_740_032),
@@ -284,43 +230,10 @@ def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     full = model(tokens, recurrence=3)[0]
     cache = KVCache(model.config, len(tokens), 16, 3, tokens.device, dtype)
     with torch.no_grad():
-        pieces = [model(tokens[:, a:b], recurrence=3, cache=cache)[0] for a, b in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16))]
+        pieces = [model.step(tokens[:, a:b], 3, cache)
+                  for a, b in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16))]
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-5 if dtype == torch.float32 else 0.15, rtol=1e-4)
 
-
-def test_compiled_decoding_step_is_one_graph_for_all_positions(build, tokens):
-    model, graphs = build(value_embeds=True, block_size=32).eval(), []
-    plain = model.generate(tokens, 16, recurrence=3, temperature=0)
-    torch._dynamo.reset()
-    model.step = torch.compile(model.step, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    assert torch.equal(model.generate(tokens, 16, recurrence=3, temperature=0), plain)
-    assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("recurrence", [1, 5, None])
-def test_greedy_generation_slides_over_the_last_block(build, tokens, recurrence):
-    model = build(value_embeds=True, block_size=20).eval()
-    out = model.generate(tokens, 12, recurrence=recurrence, temperature=0)
-    idx = tokens
-    for _ in range(12):
-        idx = torch.cat([idx, model(idx[:, -20:], recurrence=recurrence)[0][:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, idx)
-
-
-def test_sampling_is_seeded_and_follows_the_logits(build, tokens):
-    model = build().train()
-    def draw(seed, **options):
-        return model.generate(tokens[:1].repeat(500, 1), 1, generator=torch.Generator().manual_seed(seed), **options)[:, -1]
-    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
-    assert model.training
-    probs = model.eval()(tokens[:1])[0][0, -1].div(0.5).softmax(-1)
-    counts = torch.bincount(draw(0, temperature=0.5), minlength=50) / 500
-    assert (counts - probs).abs().max() < 5 * (0.25 / 500) ** 0.5
-    ranked = probs.argsort(descending=True)
-    assert set(draw(0, top_k=3).tolist()) == set(ranked[:3].tolist())
-    nucleus = int((model(tokens[:1])[0][0, -1].softmax(-1).sort(descending=True).values.cumsum(-1) < 0.3).sum()) + 1
-    assert set(draw(0, top_p=0.3).tolist()) == set(ranked[:nucleus].tolist())
-    assert torch.equal(draw(0, top_k=1), draw(0, temperature=0))
 
 # ------------------------------------------------------------------ bad input
 
@@ -343,12 +256,6 @@ def test_bad_calls_are_refused(build, tokens):
         model(tokens, depths=torch.tensor([1, 2]))
     with pytest.raises(UserError, match="40 tokens do not fit block_size 32"):
         model(torch.zeros(1, 40, dtype=torch.int64))
-    for options, message in (({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 1.5}, "top_p"),
-                             ({"recurrence": 0}, "recurrence")):
-        with pytest.raises(UserError, match=message):
-            model.generate(tokens, 1, **options)
-    with pytest.raises(UserError, match="prompt is empty"):
-        model.generate(tokens[:, :0], 1)
     with pytest.raises(UserError, match="accounting"):
         model.flops_per_token(accounting="guess")
 
@@ -385,104 +292,43 @@ def test_spectral_radius_is_the_growth_of_the_state_alone():
                 h = h / norms[-1]
         assert torch.stack(norms[2000:]).log().mean().exp().item() == pytest.approx(injection.spectral_radius().item(), rel=1e-3)
 
-# ------------------------------------------------------------------ depth of its own for each token
+# ------------------------------------------------------------------ loop by loop
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("threshold, loops", [(0.0, 5), (math.inf, 2)])
-def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops):
-    model = build(value_embeds=True).eval()
-    until = Settled(model, threshold)
-    caches = [KVCache(model.config, 1, 16, n, "cpu", torch.float32, "shared") for n in (5, loops)]
-    for t in range(16):
-        ours = model.hidden(tokens[:1, t:t + 1], 5, cache=caches[0], until=until)
-        fixed = model.hidden(tokens[:1, t:t + 1], loops, cache=caches[1])
-        torch.testing.assert_close(ours, fixed)
-    assert until.loops == [loops] * 16
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_every_loop_reads_as_if_it_were_the_last(build, tokens, injection):
+    model = build(value_embeds=True, injection=injection).eval()
+    read = [model.lm_head(x) for x in model.loops(tokens, 5)]
+    assert len(read) == 5 and not next(model.loops(tokens, 1)).requires_grad
+    for loops, logits in enumerate(read, start=1):
+        torch.testing.assert_close(logits, model(tokens, recurrence=loops)[0])
+    plain = build(n_recurrent=0).eval()
+    (x,) = plain.loops(tokens, 5)
+    torch.testing.assert_close(plain.lm_head(x), plain(tokens)[0])
 
 
-@torch.no_grad()
-def test_tokens_stop_when_their_prediction_settles(build, tokens):
+@pytest.mark.parametrize("kind, pairs", [("per-loop", [1, 5, 5, 1]), ("shared", [1, 1, 1, 1])])
+def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs):
     model = build().eval()
-    cache, until = KVCache(model.config, 1, 16, 30, "cpu", torch.float32, "shared"), Settled(model, 1e-4)
-    x = torch.cat([model.hidden(token, 30, cache=cache, until=until) for token in tokens[:1].split(1, dim=1)], 1)
-    full = model.hidden(tokens[:1], 30)
-    assert 2 < sum(until.loops) / 16 < 30 and len(set(until.loops)) > 1
-    torch.testing.assert_close(model.lm_head(x).softmax(-1), model.lm_head(full).softmax(-1), atol=0.05, rtol=0)
-    with pytest.raises(UserError, match="exit threshold is -1"):
-        Settled(model, -1)
-
-# ------------------------------------------------------------------ the published format
-
-
-def test_the_published_names_come_back(published):
-    before = torch.load(published / "pytorch_model.bin", weights_only=True)
-    Parcae.from_pretrained(published).export(published / "again")
-    after = torch.load(published / "again" / "pytorch_model.bin", weights_only=True)
-    del before["freqs_cis"]
-    assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
-    assert not list((published / "again").glob("*.tmp"))
-    ours, theirs = json.loads((published / "again" / "config.json").read_text()), PARITY["config"]
-    assert {k: v for k, v in ours.items() if k in theirs and k != "state_init"} == {k: theirs[k] for k in ours if k != "state_init"}
+    cache = KVCache(model.config, 6, 16, 5, "cpu", torch.float32, kind)
+    assert [len(p) for p in cache.pairs] == pairs
+    assert cache.nbytes == sum(pairs) * 2 * 6 * 16 * 32 * 4
+    first, last = (cache.pair_of(1, t)[0] for t in (0, 4))
+    assert last.shape == (6, 2, 16, 16)
+    assert (first.data_ptr() == last.data_ptr()) == (kind == "shared")
+    with torch.no_grad():
+        model.hidden(tokens, 5, cache)
+    assert cache.pos == 16 and cache.rows(torch.tensor([2, 2, 0])).pair_of(0)[0].shape[0] == 3
 
 
-@pytest.mark.parametrize("config", [
-    {"value_embeds": True}, {"tie_embeddings": False, "prelude_norm": False}, {"injection": "concat"}, {"injection": "add"},
-    {"n_prelude": 3, "n_recurrent": 0, "n_coda": 0, "value_embeds": True}, {"state_init": "zero", "mean_recurrence": 1, "mlp_width": 80}],
-    ids=["looped", "untied", "concat", "add", "plain", "fixed depth"])
-def test_an_exported_model_reads_back_identical(build, tokens, tmp_path, config):
-    model = build(**config).eval()
-    model.export(tmp_path)
-    again = Parcae.from_pretrained(tmp_path)
-    assert again.config == model.config
-    assert torch.equal(again(tokens, recurrence=3)[0], model(tokens, recurrence=3)[0])
-
-
-def test_a_gpt_in_one_stack_is_read(build, tokens, tmp_path):
-    model = build(n_prelude=2, n_recurrent=0, n_coda=0).eval()
-    model.export(tmp_path)
-    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    torch.save({name.replace(".prelude.", ".h."): w for name, w in weights.items()}, tmp_path / "model.pt")
-    (tmp_path / "pytorch_model.bin").unlink()
-    settings = json.loads((tmp_path / "config.json").read_text())
-    for name in ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "injection_type", "prelude_norm",
-                 "mean_recurrence", "mean_backprop_depth", "recurrent_embedding_dimension"):
-        del settings[name]
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"n_layer": 2}))
-    assert torch.equal(Parcae.from_pretrained(tmp_path)(tokens)[0], model(tokens)[0])
-
-
-@pytest.mark.parametrize("change, said", [
-    ({"logit_softcap": 30.0}, "logit_softcap is 30.0, which is not implemented here"), ({"bias": True}, "bias is True"),
-    ({"nonlin_name": "GELU"}, "nonlin_name is 'GELU', which is not implemented here, only 'ReLU2'"),
-    ({"num_key_value_heads": 1}, "num_key_value_heads is 1, which is not implemented here, only 2"),
-    ({"rope_settings": {"use_rope": False, "rope_base": 1e4}}, "rope_settings.use_rope is False"), ({"a_new_thing": 3}, "a_new_thing is 3"),
-    ({"injection_type": "gated"}, "injection is 'gated', must be one of diagonal"), ({"state_init": "embed"}, "state_init is 'embed'"),
-    ({"block_size": "x"}, "is not the JSON of a model"), ({"recurrent_embedding_dimension": 64}, "recurrent_embedding_dimension is 64"),
-    ({"n_embd": 64, "recurrent_embedding_dimension": 64}, r"C_proj.weight is \(32, 32\), must be \(64, 64\)"),
-    ({"n_layers_in_coda": 1}, "no coda.0.attn.ve_gate.weight; .*unknown coda.1"), ({"n_layers_in_coda": 3}, "no coda.2")])
-def test_what_is_not_implemented_is_refused_by_name(published, change, said):
-    (published / "config.json").write_text(json.dumps(PARITY["config"] | change))
-    with pytest.raises(UserError, match=said):
-        Parcae.from_pretrained(published)
-
-
-def test_foreign_files_are_refused(published):
-    torch.save({"model": {"state": 1}}, published / "pytorch_model.bin")
-    with pytest.raises(UserError, match="must hold a plain state dict"):
-        Parcae.from_pretrained(published)
-    for content, said in (("[1]", "is not the JSON of a model"), ("{", "is not the JSON of a model"), ("{}", "has no 'rope_settings'")):
-        (published / "config.json").write_text(content)
-        with pytest.raises(UserError, match=said):
-            Parcae.from_pretrained(published)
-
-
-def test_models_on_the_hub_need_its_package(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="some/model is on the Hugging Face hub: pip install huggingface_hub"):
-        Parcae.from_pretrained("some/model")
-    hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, allow_patterns: str(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(UserError, match=f"{tmp_path} holds no model"):
-        Parcae.from_pretrained("some/model")
+@torch.no_grad()
+def test_a_loop_can_be_left_at_any_time(build, tokens):
+    """What the cache then holds is that of a model with so many loops."""
+    model = build(value_embeds=True).eval()
+    caches = [KVCache(model.config, 6, 16, n, "cpu", torch.float32) for n in (5, 2)]
+    for loops, _ in enumerate(model.loops(tokens[:, :9], 5, caches[0]), start=1):
+        if loops == 2:
+            break
+    model.step(tokens[:, :9], 2, caches[1])
+    a, b = (model.step(tokens[:, 9:], 2, cache) for cache in caches)
+    torch.testing.assert_close(a, b)

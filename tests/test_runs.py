@@ -93,19 +93,7 @@ def test_a_foreign_table_gets_one_line(tmp_path):
     assert done.returncode == 2 and "is not this experiment's table" in done.stderr
 
 
-@pytest.fixture
-def loops(monkeypatch):
-    """model.loops, where model.py has none yet: what hidden() lets one see."""
-    def stand_in(self, idx, most):
-        seen = []
-        last = self.hidden(idx, most, until=lambda x, t: seen.append(x))
-        return seen or [last]
-
-    if not hasattr(Parcae, "loops"):
-        monkeypatch.setattr(Parcae, "loops", stand_in, raising=False)
-
-
-def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build, loops):
+def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build):
     _, docs = p_hop_docs(n_train=1, n_val=3)
     rows = [[0, *text.encode()] for text in docs]
     docs = torch.tensor(rows)

@@ -1,10 +1,13 @@
+import math
+import sys
+
 import pytest
 import torch
 from conftest import save_run, script
 
 from data import make_tokenizer, save_tokenizer
-from model import Parcae
-from sample import trace
+from model import KVCache, Parcae, UserError
+from sample import choose, generate, settle, trace
 
 
 @pytest.fixture
@@ -45,14 +48,6 @@ def test_mistakes_get_one_line(run_directory, flags, message):
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
 
 
-def test_a_model_in_the_published_format(run_directory, tmp_path):
-    Parcae.from_pretrained(run_directory).export(tmp_path / "published")
-    save_tokenizer(make_tokenizer("bytes"), tmp_path / "published" / "tokenizer.json")
-    text = lambda out: [line for line in out.stdout.split("\n") if "tokens/s" not in line]
-    ours, theirs = sample(run_directory, "--tokens", "20"), sample("nowhere", "--init-from", tmp_path / "published", "--tokens", "20")
-    assert theirs.returncode == 0 and text(ours) == text(theirs)
-
-
 def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
     model = Parcae.from_pretrained(run_directory)
     idx = torch.arange(12)[None]
@@ -68,3 +63,89 @@ def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
 def test_an_exit_threshold_saves_loops(run_directory):
     done = sample(run_directory, "--tokens", "12", "--recurrence", "6", "--exit-threshold", "1e9")
     assert done.returncode == 0 and ", 2.00 loops a token" in done.stdout, done.stderr
+
+
+def test_matplotlib_is_asked_for_first(run_directory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = sample("nowhere", "--prompt", "x", "--trace", run_directory / "t.png")
+    assert done.returncode == 2 and "pip install matplotlib" in done.stderr
+
+
+def test_the_least_temperatures_are_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (0, 1e-38, 1e-7):
+        assert choose(logits, temperature).item() == 1
+
+
+# ------------------------------------------------------------------ generation
+
+
+def test_compiled_decoding_step_is_one_graph_for_all_positions(build, tokens):
+    model, graphs = build(value_embeds=True, block_size=32).eval(), []
+    plain = generate(model, tokens, 16, recurrence=3, temperature=0)
+    torch._dynamo.reset()
+    model.step = torch.compile(model.step, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    assert torch.equal(generate(model, tokens, 16, recurrence=3, temperature=0), plain)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("recurrence", [1, 5, None])
+def test_greedy_generation_slides_over_the_last_block(build, tokens, recurrence):
+    model = build(value_embeds=True, block_size=20).eval()
+    out = generate(model, tokens, 12, recurrence=recurrence, temperature=0)
+    idx = tokens
+    for _ in range(12):
+        idx = torch.cat([idx, model(idx[:, -20:], recurrence=recurrence)[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, idx)
+
+
+def test_sampling_is_seeded_and_follows_the_logits(build, tokens):
+    model = build().train()
+    def draw(seed, **options):
+        return generate(model, tokens[:1].repeat(500, 1), 1, generator=torch.Generator().manual_seed(seed), **options)[:, -1]
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert model.training
+    probs = model.eval()(tokens[:1])[0][0, -1].div(0.5).softmax(-1)
+    counts = torch.bincount(draw(0, temperature=0.5), minlength=50) / 500
+    assert (counts - probs).abs().max() < 5 * (0.25 / 500) ** 0.5
+    ranked = probs.argsort(descending=True)
+    assert set(draw(0, top_k=3).tolist()) == set(ranked[:3].tolist())
+    nucleus = int((model(tokens[:1])[0][0, -1].softmax(-1).sort(descending=True).values.cumsum(-1) < 0.3).sum()) + 1
+    assert set(draw(0, top_p=0.3).tolist()) == set(ranked[:nucleus].tolist())
+    assert torch.equal(draw(0, top_k=1), draw(0, temperature=0))
+
+
+def test_bad_options_are_refused(build, tokens):
+    model = build()
+    for options, message in (({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 1.5}, "top_p"),
+                             ({"recurrence": 0}, "recurrence")):
+        with pytest.raises(UserError, match=message):
+            generate(model, tokens, 1, **options)
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate(model, tokens[:, :0], 1)
+
+# ------------------------------------------------------------------ depth of its own for each token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold, loops", [(0.0, 5), (math.inf, 2)])
+def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops):
+    model = build(value_embeds=True).eval()
+    caches = [KVCache(model.config, 1, 16, n, "cpu", torch.float32, "shared") for n in (5, loops)]
+    for t in range(16):
+        ours, used = settle(model, tokens[:1, t:t + 1], 5, caches[0], threshold)
+        torch.testing.assert_close(ours, model.step(tokens[:1, t:t + 1], loops, caches[1]))
+        assert used == loops
+
+
+@torch.no_grad()
+def test_tokens_stop_when_their_prediction_settles(build, tokens):
+    model = build().eval()
+    cache = KVCache(model.config, 1, 16, 30, "cpu", torch.float32, "shared")
+    logits, loops = zip(*(settle(model, token, 30, cache, 1e-4)
+                          for token in tokens[:1].split(1, dim=1)))
+    full = model(tokens[:1], recurrence=30)[0]
+    assert 2 < sum(loops) / 16 < 30 and len(set(loops)) > 1
+    torch.testing.assert_close(torch.cat(logits, 1).softmax(-1), full.softmax(-1), atol=0.05, rtol=0)
+    with pytest.raises(UserError, match="exit threshold is -1"):
+        generate(model, tokens[:1], 1, exit_threshold=-1)

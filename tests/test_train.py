@@ -166,10 +166,11 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
 
 def test_training_starts_from_another_model(train, tmp_path):
     train("first", "--max-steps", 60)
-    Parcae.from_pretrained(tmp_path / "first").export(tmp_path / "published")
-    (tmp_path / "published" / "tokenizer.json").write_text((tmp_path / "first" / "tokenizer.json").read_text())
+    for action, source, out in (("export", "first", "published"), ("import", "published", "again")):
+        done = script("published.py", action, tmp_path / source, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
     small = TINY[4:]  # the sizes come with the model
-    for source in ("first", "published"):
+    for source in ("first", "again"):
         train("more", "--init-from", tmp_path / source, "--mean-recurrence", 6, "--max-steps", 3, "--overwrite", tiny=small)
         config = json.loads((tmp_path / "more" / "config.json").read_text())["model"]
         assert (config["n_embd"], config["mean_recurrence"], config["backprop_depth"]) == (32, 6, 3)

@@ -1,0 +1,306 @@
+"""CORE, 22 in-context tasks, at chosen numbers of loops.
+
+    python core.py eval_data --run out/default --recurrence 1 4 8 --max-per-task 100
+
+CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the centred accuracy, (accuracy -
+baseline) / (1 - baseline). The folder is the public bundle's eval_data. There are three kinds of
+task. Multiple choice (one context, several continuations) and schema (several contexts, one
+continuation) are right where the right option has the lowest mean loss over the continuation;
+language modelling where greedy decoding gives the whole continuation.
+
+Writes core.json in the run directory.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import (
+    COUNT,
+    LOOPS,
+    Parser,
+    UserError,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    run_script,
+    some_path,
+    write_text,
+)
+from data import begin_token, load_tokenizer
+from model import KVCache, Parcae, read_config
+
+# name: (file, kind, examples shown, what comes between context and continuation, baseline in %).
+# The baselines are those with which CORE has been reported: some are the largest class's share,
+# and DCLM corrected some later (its issue 114).
+TASKS = {
+    "hellaswag_zeroshot": ("language_understanding/hellaswag", "choice", 0, " ", 25),
+    "jeopardy": ("world_knowledge/jeopardy_all", "language", 10, "\nAnswer: ", 0),
+    "bigbench_qa_wikidata": ("world_knowledge/bigbench_qa_wikidata", "language", 10, " ", 0),
+    "arc_easy": ("world_knowledge/arc_easy", "choice", 10, "\nAnswer: ", 25),
+    "arc_challenge": ("world_knowledge/arc_challenge", "choice", 10, "\nAnswer: ", 25),
+    "copa": ("commonsense_reasoning/copa", "choice", 0, " ", 50),
+    "commonsense_qa": ("commonsense_reasoning/commonsense_qa", "choice", 10, " ", 20),
+    "piqa": ("commonsense_reasoning/piqa", "choice", 10, "\nAnswer: ", 50),
+    "openbook_qa": ("commonsense_reasoning/openbook_qa", "choice", 0, " ", 25),
+    "lambada_openai": ("language_understanding/lambada_openai", "language", 0, " ", 0),
+    "hellaswag": ("language_understanding/hellaswag", "choice", 10, " ", 25),
+    "winograd": ("language_understanding/winograd_wsc", "schema", 0, " ", 50),
+    "winogrande": ("language_understanding/winogrande", "schema", 0, " ", 50),
+    "bigbench_dyck_languages": (
+        "symbolic_problem_solving/bigbench_dyck_languages", "language", 10, " ", 0),
+    "agi_eval_lsat_ar": ("symbolic_problem_solving/agi_eval_lsat_ar", "choice", 3, " ", 20),
+    "bigbench_cs_algorithms": (
+        "symbolic_problem_solving/bigbench_cs_algorithms", "language", 10, " ", 0),
+    "bigbench_operators": ("symbolic_problem_solving/bigbench_operators", "language", 10, " ", 0),
+    "bigbench_repeat_copy_logic": (
+        "symbolic_problem_solving/bigbench_repeat_copy_logic", "language", 10, " ", 0),
+    "squad": ("reading_comprehension/squad", "language", 10, " ", 0),
+    "coqa": ("reading_comprehension/coqa", "language", 0, " ", 0),
+    "boolq": ("reading_comprehension/boolq", "choice", 10, "\nAnswer: ", 62),
+    "bigbench_language_identification": (
+        "language_understanding/bigbench_language_identification", "choice", 10, " ", 9.1),
+}
+
+# ------------------------------------------------------------------------------- prompts
+
+
+def read_task(file, kind):
+    """Items of a task, shuffled. Raises UserError that names the file and the line."""
+    items = []
+    for line_number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            check_item(item, kind)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} has an item that is not of kind {kind} in line "
+                            f"{line_number}: {error}") from None
+        items.append(item)
+    if not items:
+        raise UserError(f"{file} has no items")
+    random.Random(1337).shuffle(items)
+    return items
+
+
+def check_item(item, kind):
+    """Raise TypeError or ValueError where an item's options or its right one are none."""
+    pairs, gold = options(item, kind, "")
+    for pair in pairs:
+        if not all(isinstance(text, str) for text in pair):
+            raise TypeError("an option is no text")
+    if type(gold) is not int or not 0 <= gold < len(pairs):
+        raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} options")
+
+
+def options(item, kind, delimiter):
+    """[(context, continuation)] of an item's options, and the number of the right one."""
+    if kind == "choice":
+        return [(item["query"] + delimiter, choice) for choice in item["choices"]], item["gold"]
+    if kind == "schema":
+        pairs = [(context + delimiter, item["continuation"]) for context in item["context_options"]]
+        return pairs, item["gold"]
+    return [(item["context"].strip() + delimiter, item["continuation"])], 0
+
+
+class Item:
+    """The token rows of an item's options and, for each, where the scored part starts.
+
+    rows: lists of tokens; starts: numbers; gold: the right option; prefix: the length of what all
+    rows share before any scored part."""
+
+    def __init__(self, i, items, kind, shots, delimiter, tokenizer, block_size):
+        # examples: other items with their right option, a blank line after each
+        others = [j for j in range(len(items)) if j != i]
+        before = ""
+        for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
+            pairs, gold = options(items[j], kind, delimiter)
+            before += "".join(pairs[gold]) + "\n\n"
+
+        pairs, self.gold = options(items[i], kind, delimiter)
+        encode = lambda text: [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
+        rows = [encode(before + context + continuation) for context, continuation in pairs]
+        if kind == "choice":  # what differs comes last
+            starts = [common_prefix(rows)] * len(rows)
+        elif kind == "schema":  # what differs comes first, the same continuation is scored
+            tail = common_prefix([row[::-1] for row in rows])
+            starts = [len(row) - tail for row in rows]
+        else:
+            context = encode((before + pairs[0][0]).strip())
+            starts = [common_prefix([context, rows[0]])]
+
+        # a long context loses its beginning, the same for all options; one token at least counts
+        cut = max(0, max(map(len, rows)) - block_size - 1)
+        self.rows = [row[cut:] for row in rows]
+        self.starts = [max(1, min(start, len(row) - 1) - cut) for start, row in zip(starts, rows)]
+        same = common_prefix(self.rows) if len(rows) > 1 else len(rows[0])
+        self.prefix = min(same, *(start - 1 for start in self.starts))
+
+
+def common_prefix(rows):
+    """Length of the common prefix of lists.
+
+    >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]])
+    2
+    """
+    for i, column in enumerate(zip(*rows)):
+        if len(set(column)) > 1:
+            return i
+    return min(map(len, rows))
+
+# ------------------------------------------------------------------------------- scores
+
+
+@torch.no_grad()
+def score(model, items, recurrence):
+    """For each item, for each option: (mean loss of the scored part in nats per token, whether
+    greedy decoding gives it).
+
+    The prefix that an item's options share, up to 10 examples long, is run once for each item, into
+    a KV cache; the rest of every option then reads from it: several times as fast as running every
+    option whole. Options are padded at their ends, which nothing before the padding sees."""
+    device = model.wte.weight.device
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    rows, owner, starts = [], [], []  # of all options: tokens, number of the item, scored part
+    for number, item in enumerate(items):
+        rows += item.rows
+        owner += [number] * len(item.rows)
+        starts += item.starts
+
+    # the prefixes, one row an item; n: tokens that every item's options share
+    n = min(item.prefix for item in items)
+    longest = max(len(row) - 1 for row in rows)
+    cache = KVCache(model.config, len(items), longest, recurrence, device, dtype)
+    if n:
+        prefixes = torch.tensor([item.rows[0][:n] for item in items], device=device)
+        model.hidden(prefixes, recurrence, cache)
+
+    # the rest, one row an option; the last token of a row is only a target
+    cache = cache.rows(torch.tensor(owner, device=device))
+    padded = [row[n:-1] + [0] * (longest - len(row) + 1) for row in rows]
+    idx = torch.tensor(padded, device=device)                             # (rows, longest - n)
+    x = model.hidden(idx, recurrence, cache)
+
+    results = [[] for _ in items]
+    for i, row in enumerate(rows):
+        targets = torch.tensor(row[starts[i]:], device=device)
+        first = starts[i] - 1 - n  # the place that predicts the first of them
+        logits = model.lm_head(x[i, first:first + len(targets)]).float()
+        greedy = bool((logits.argmax(-1) == targets).all())
+        results[owner[i]].append((F.cross_entropy(logits, targets).item(), greedy))
+    return results
+
+
+def batches_of(items, batch_size):
+    """Yield lists of items of about batch_size rows, items of like length side by side."""
+    batch = []
+    for item in sorted(items, key=lambda item: (item.prefix, max(map(len, item.rows)))):
+        rows = sum(len(other.rows) for other in batch)
+        if batch and rows + len(item.rows) > batch_size:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def accuracy(model, items, kind, recurrence, batch_size=32, bar=None):
+    """Share of the items (Item) that the model gets right."""
+    right = 0
+    for batch in batches_of(items, batch_size):
+        for item, scores in zip(batch, score(model, batch, recurrence)):
+            losses = [loss for loss, _ in scores]
+            if kind == "language":
+                right += scores[0][1]
+            else:
+                right += losses.index(min(losses)) == item.gold
+        if bar:
+            bar.update(len(batch))
+    return right / len(items)
+
+
+def core(model, tokenizer, folder, recurrence, batch_size, limit):
+    """{task: {"items", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the tasks
+    that are in the folder. Raises UserError."""
+    files = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items()}
+    tasks = {name: read_task(file, TASKS[name][1]) for name, file in files.items() if file.exists()}
+    if not tasks:
+        example = next(iter(files.values())).relative_to(folder)
+        raise UserError(f"{folder} holds none of the tasks, such as {example}")
+    results = {}
+    total = sum(len(items[:limit]) for items in tasks.values()) * len(recurrence)
+    with tqdm(total=total, unit="item", leave=False, disable=None) as bar:
+        for name, raw in tasks.items():
+            bar.set_description(name)
+            _, kind, shots, delimiter, percent = TASKS[name]
+            baseline = percent / 100
+            items = [Item(i, raw, kind, shots, delimiter, tokenizer, model.config.block_size)
+                     for i in range(len(raw))[:limit]]
+            right = {T: accuracy(model, items, kind, T, batch_size, bar) for T in recurrence}
+            centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
+            results[name] = {"items": len(items), "baseline": baseline, "accuracy": right,
+                             "centered": centered}
+    return results
+
+# ------------------------------------------------------------------------------- command line
+
+
+def show(results, recurrence):
+    """Print the tasks and their mean; returns its name and {T: mean}."""
+    heads = "".join(f"{f'T = {T}':>18s}" for T in recurrence)
+    print(f"accuracy (centred) by loops{'':10s}  items{heads}")
+    for name, task in results.items():
+        cells = [f"{task['accuracy'][T]:9.3f} ({task['centered'][T]:+.3f})" for T in recurrence]
+        print(f"{name:35s}  {task['items']:7d}{''.join(cells)}")
+    missing = [name for name in TASKS if name not in results]
+    label = "CORE" if not missing else f"mean of {len(results)} of the 22 tasks, not CORE"
+    mean = {}
+    for T in recurrence:
+        mean[T] = sum(task["centered"][T] for task in results.values()) / len(results)
+    print(f"{label:44s}" + "".join(f"{'':9s} ({mean[T]:+.3f})" for T in recurrence))
+    if missing:
+        print("missing:", ", ".join(missing))
+    return label, mean
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("folder", type=some_path, metavar="FOLDER", help="eval_data of the public bundle")
+    add("--run", type=some_path, default="out/default", metavar="DIR",
+        help="run directory of train.py (default: %(default)s)")
+    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
+        help="loops (default: 1 2 4 8 16)")
+    add("--max-per-task", type=COUNT, metavar="N",
+        help="items of a task, the first N after shuffling (default: all)")
+    add("--batch-size", type=COUNT, default=32, metavar="N",
+        help="options at a time (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of the activations (default: auto)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    keep_freed_memory()
+    device = pick_device(args.device)
+    read_config(args.run)  # "train one first" comes before anything slow
+    model = Parcae.from_pretrained(args.run).to(device)
+    model.compute_dtype = pick_dtype(device, args.dtype)
+    recurrence = args.recurrence if model.config.n_recurrent else [1]
+    tasks = core(model, load_tokenizer(args.run), args.folder, recurrence, args.batch_size,
+                 args.max_per_task)
+    label, mean = show(tasks, recurrence)
+    record = {"label": label, "mean": mean, "max_per_task": args.max_per_task,
+              "dtype": str(model.compute_dtype), "tasks": tasks}
+    write_text(Path(args.run) / "core.json", json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,233 @@
+"""A run directory: what train.py writes and every other script reads.
+
+    out/<name>/config.json      every setting, the model's config, the data, versions, git revision
+    out/<name>/log.jsonl        a JSON object a line; "kind" is "train", "eval" or "done"
+    out/<name>/ckpt.pt          weights, optimisers and state: all that resuming needs
+    out/<name>/tokenizer.json
+
+One process at a time writes there. Files appear whole, and a run that replaces another one lies in
+the folder .new until its first checkpoint: at any moment one of the two is whole.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (
+    UserError,
+    load_checkpoint,
+    lock,
+    matmul_peak,
+    read_json,
+    whole_file,
+    write_text,
+)
+from data import save_tokenizer
+from model import fit_weights
+
+FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")
+
+
+def process():
+    """(rank, number of ranks), as torchrun tells."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_place(path):
+    """Raise UserError where a directory has files of a run's names that are not a run's."""
+    there = [name for name in FILES if (path / name).exists()]
+    if not there:
+        return
+    config = read_json(path / "config.json") if "config.json" in there else {}
+    if not isinstance(config.get("settings"), dict) or not isinstance(config.get("model"), dict):
+        raise UserError(f"--out {path} holds {there[0]} of something else than a run: "
+                        "choose another --out")
+
+
+def check_free(args):
+    """Raise UserError where --out holds what this run must not replace."""
+    out = Path(args.out)
+    check_place(out)
+    if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite or args.dry_run):
+        raise UserError(f"--out {out} holds a run already: continue it with --resume, replace it "
+                        "with --overwrite, or choose another --out")
+
+
+@contextlib.contextmanager
+def held(path):
+    """Make a run directory where it is missing and hold its lock, on rank 0."""
+    path = Path(path)
+    if process()[0] > 0:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with lock(path):
+        yield
+
+
+def remove_leftovers(path):
+    """Remove what a process left that was killed while it wrote; for the holder of the lock."""
+    for file in Path(path).glob(".*.tmp"):
+        if file.name.startswith((".ckpt.pt.", ".config.json.", ".log.jsonl.")):
+            file.unlink()
+
+
+def describe(args, model):
+    """What config.json holds: every setting, and what else the numbers of a run depend on."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    device, dtype, world = model.wte.weight.device, model.compute_dtype, process()[1]
+    cost = {}
+    for accounting in ("exact", "paper"):
+        once, core = model.matmul_params(accounting)
+        cost[accounting] = {"params_noncore": once, "params_core": core,
+                            "flops_per_token": model.flops_per_token(accounting=accounting)}
+    not_stored = ("out", "resume", "overwrite", "dry_run")
+    on_gpu = device.type == "cuda"
+    return {"settings": {k: v for k, v in vars(args).items() if k not in not_stored},
+            "model": asdict(model.config),
+            "data": args.data,
+            "text": read_json(Path(args.data) / "tokenizer.json").get("text"),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "cost": cost,
+            "device": str(device),
+            "dtype": str(dtype),
+            "machine": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+            "ranks": world,
+            "threads": torch.get_num_threads(),
+            "peak_flops": matmul_peak(device, dtype) * world,
+            "git": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}}
+
+class Run:
+    """A run in its directory; writes on rank 0 alone. `state` counts what has been done."""
+
+    def __init__(self, path, model, optimizers):
+        self.path = Path(path)
+        self.folder = self.path  # where it writes
+        self.model = model
+        self.optimizers = optimizers
+        self.state = {"step": 0, "samples": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0,
+                      "skipped": 0}
+        self.saved = None  # step of the last checkpoint
+
+    # ------------------------------------------------------------------------- writing
+
+    def start(self, record, tokenizer):
+        """Begin a new run; record: what config.json holds."""
+        if process()[0] > 0:
+            return
+        if (self.path / "ckpt.pt").exists():  # it replaces another one
+            self.folder = self.path / ".new"
+            self.folder.mkdir(exist_ok=True)
+        save_tokenizer(tokenizer, self.folder / "tokenizer.json")
+        write_text(self.folder / "config.json", json.dumps(record, indent=1))
+        write_text(self.folder / "log.jsonl", "")
+
+    def go_on(self, record, lines):
+        """Write what is in force now and the log so far, in which an earlier "done" was only an
+        evaluation on the way."""
+        if process()[0] > 0:
+            return
+        lines = [line | {"kind": "eval"} if line["kind"] == "done" else line for line in lines]
+        write_text(self.path / "config.json", json.dumps(record, indent=1))
+        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def log(self, kind, **values):
+        """Add a line to the log, with the state."""
+        if process()[0] == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"kind": kind, **self.state, **values}) + "\n")
+
+    def save(self):
+        """Write the checkpoint; the first one of a run that replaces another moves it in."""
+        self.saved = self.state["step"]
+        if process()[0] > 0:
+            return
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        with whole_file(self.folder / "ckpt.pt", "wb") as file:
+            torch.save({"model": self.model.state_dict(), "state": self.state,
+                        "optimizers": optimizers}, file)
+        if self.folder != self.path:
+            for name in FILES:
+                os.replace(self.folder / name, self.path / name)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # unless a run that was killed left something there
+            self.folder = self.path
+
+    # ------------------------------------------------------------------------- resuming
+
+    def resume(self, batch_size):
+        """Load the checkpoint. Raises UserError that names what is damaged.
+
+        batch_size: sequences of its steps so far, for checkpoints that do not count them."""
+        file = self.path / "ckpt.pt"
+        checkpoint = load_checkpoint(file)
+        for name in ("model", "optimizers", "state"):
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
+                raise UserError(f"{file} is damaged: it has no {name}")
+        state = checkpoint["state"]
+        if "samples" not in state and isinstance(state.get("step"), int):
+            state["samples"] = state["step"] * batch_size
+        for name, value in self.state.items():
+            found = state.get(name)
+            if type(found) not in {int, type(value)} or not 0 <= found < math.inf:
+                raise UserError(f"{file} is damaged: state {name} is {found!r}, "
+                                "must be a number from 0")
+        fit_weights(self.model, checkpoint["model"], f"{file} does not fit these settings")
+        updated = state["step"] > state["skipped"]
+        for name, optimizer in self.optimizers.items():
+            saved = checkpoint["optimizers"].get(name)
+            load_optimizer(optimizer, saved, updated, f"{file} is damaged: the state of the "
+                           f"optimiser {name} is missing or does not fit the model")
+        self.state = {name: state[name] for name in self.state}
+        self.saved = self.state["step"]
+
+    def read_log(self):
+        """The lines of the log up to the checkpoint, dicts. What cannot be read is left out, and
+        said."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            if process()[0] == 0:
+                print(f"{file} is missing, a new one begins")
+            return []
+        lines, bad = [], 0
+        for line in filter(None, file.read_bytes().split(b"\n")):
+            try:
+                value = json.loads(line)
+                if value["kind"] and value["step"] <= self.state["step"]:
+                    lines.append(value)
+            except (ValueError, TypeError, KeyError):
+                bad += 1
+        if bad and process()[0] == 0:
+            print(f"{file}: {bad} unreadable line(s) left out")
+        return lines
+
+
+def load_optimizer(optimizer, saved, updated, complaint):
+    """Give an optimiser its state again. Raises UserError with the complaint where it does not fit.
+
+    updated: whether it has updated the weights: then every parameter must have all of its state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        states = []
+        if saved["state"] or updated:
+            states = [dict(saved["state"][i]) for i in range(len(parameters))]
+        fits = all(state and state.keys() == states[0].keys()
+                   and all(value.shape in ((), p.shape) for value in state.values())
+                   for state, p in zip(states, parameters))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(complaint)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})

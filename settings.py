@@ -1,0 +1,165 @@
+"""The settings of a training run: the command line of train.py, and reading it back.
+
+A run stores its settings in config.json. `--resume` reads them back as a command line, so that they
+are checked as one; what is then given on the command line comes on top.
+"""
+
+import argparse
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, read_json, some_path
+from model import INJECTIONS, PRESETS, ParcaeConfig
+
+DEFAULT_DATA = "data/stdlib"
+DEFAULT_STEPS = 1200
+
+
+def preset(name):
+    """An argparse type."""
+    if name not in PRESETS:
+        raise argparse.ArgumentTypeError(f"is {name}, must be one of {', '.join(PRESETS)}")
+    return name
+
+
+def make_parser(about):
+    parser = Parser(description=about)
+    add = parser.add_argument
+    add("--out", type=some_path, default="out/default", metavar="DIR",
+        help="run directory to write (default: %(default)s)")
+    add("--resume", action="store_true",
+        help="continue the run in --out with its settings; flags given here change them")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--dry-run", action="store_true",
+        help="print what config.json would say, the cost of a token among it, and stop")
+    add("--data", type=some_path, default=DEFAULT_DATA, metavar="DIR",
+        help="of data.py (default: %(default)s, made if missing)")
+    add("--preset", type=preset, default="parcae-nano", metavar="NAME",
+        help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
+    add("--init-from", type=some_path, metavar="DIR",
+        help="start from the weights of another run, in place of --preset; flags of the model "
+        "that keep its weights may change")
+
+    add = parser.add_argument_group("budget (the first one spent ends the run; default: "
+                                    f"{DEFAULT_STEPS} steps)").add_argument
+    add("--max-steps", type=number(float, 1), metavar="N", help="optimiser steps")
+    add("--max-tokens", type=number(float, 1), metavar="D", help="training tokens")
+    add("--max-flops", type=number(float, 1), metavar="C",
+        help="training FLOPs, counted from the depths really drawn")
+    add("--accounting", choices=("exact", "paper"), default="exact",
+        help="how FLOPs are counted (default: exact)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=COUNT, default=16, metavar="N",
+        help="sequences a step, over all ranks (default: %(default)s)")
+    add("--micro-batch", type=COUNT, metavar="N",
+        help="sequences of a forward pass on a device (default: all of its share)")
+    add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
+        help="loops: drawn for each sequence (default), once for the batch, or always "
+        "--mean-recurrence")
+    add("--muon-lr", type=POSITIVE, default=3e-2, metavar="LR",
+        help="peak learning rate of Muon (default: %(default)s)")
+    add("--adamw-lr", type=POSITIVE, default=3e-2, metavar="LR",
+        help="peak learning rate of AdamW (default: %(default)s)")
+    add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
+        help="last part of the run, where it falls to 0 (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.2,
+        help="of Muon, falls to 0 over the run (default: %(default)s)")
+    add("--grad-clip", type=POSITIVE, default=1.0,
+        help="largest gradient norm (default: %(default)s)")
+    add("--seed", type=SEED, default=0,
+        help="of weights, data order and depths (default: %(default)s)")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=COUNT, default=400, metavar="N",
+        help="steps between evaluations and checkpoints (default: %(default)s)")
+    add("--eval-sequences", type=COUNT, default=64, metavar="N",
+        help="val sequences read by an evaluation; by the last, 8 times as many "
+        "(default: %(default)s)")
+    add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
+        help="loops (default: 1 2 4 8 16)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of the activations (default: bfloat16 where the machine multiplies it faster)")
+    add("--compile", action="store_true", help="torch.compile the layers")
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser):
+    """A flag for each field of ParcaeConfig, its help from the comment beside the field."""
+    default = ParcaeConfig(**PRESETS["parcae-nano"])
+    group = parser.add_argument_group("model (defaults: those of parcae-nano; another --preset has "
+                                      "others; then what is given here)")
+    comments = dict(re.findall(r"^    (\w+):.*# (.*)$", inspect.getsource(ParcaeConfig),
+                               re.MULTILINE))
+    comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
+    for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
+        flag = "--" + field.name.replace("_", "-")
+        about = f"{comments[field.name]} (default: {getattr(default, field.name)})"
+        if field.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        elif field.type is str:
+            group.add_argument(flag, metavar="NAME", help=about)
+        else:
+            kind = float if field.type is float else int  # int of int | None
+            group.add_argument(flag, type=kind, metavar="N", help=about)
+
+
+def parse_args(about, words=None):
+    """The settings of a run: those of the command line; with --resume those that the run has, then
+    the command line's. about: the head of --help."""
+    parser = make_parser(about)
+    args = parser.parse_args(words)
+    if args.resume:
+        saved = stored_settings(parser, Path(args.out) / "config.json")
+        known = argparse.Namespace(**vars(saved) | {"out": args.out})
+        args = parser.parse_args(words, namespace=known)
+        check_unchanged(saved, args)
+    if args.max_steps is args.max_tokens is args.max_flops is None:
+        args.max_steps = DEFAULT_STEPS
+    return args
+
+
+def stored_settings(parser, file):
+    """The settings in a run's config.json, read as a command line: they are checked as one. Raises
+    UserError."""
+    if not file.exists():
+        raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
+    config = read_json(file)
+    if not isinstance(config.get("settings"), dict):
+        raise UserError(f"{file} is not that of a run: it has no settings")
+    words = []
+    for name, value in config["settings"].items():
+        flag = "--" + name.replace("_", "-")
+        default = parser.get_default(name)
+        if name == "out" or value is None or value is False and default is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append(flag.replace("--", "--no-", 1))
+        elif isinstance(value, list) and isinstance(default, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{file}, settings: {error}") from None
+
+
+def check_unchanged(saved, args):
+    """Raise UserError where a flag changes what the checkpoint of a resumed run computes."""
+    may_change = ("mean_recurrence", "backprop_depth")
+    model = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
+    for name in ("preset", "init_from", "seed", *model):
+        before, now = getattr(saved, name), getattr(args, name)
+        if before != now:
+            was = "not given" if before is None else before
+            raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
+                            f"{was}: its checkpoint does not fit these settings")
