@@ -31,8 +31,8 @@ from common import (
     some_path,
     write_text,
 )
-from data import begin_token, load_tokenizer
 from model import KVCache, Parcae, read_config
+from tokenizer import begin_token, load_tokenizer
 
 # name: (file, kind, examples shown, what comes between context and continuation, baseline in %).
 # The baselines are those with which CORE has been reported: some are the largest class's share,

@@ -31,9 +31,11 @@ from common import (
     some_path,
     write_text,
 )
-from data import Loader, begin_token, encode, load_tokenizer, read_text, same_tokens
+from data import Loader
 from model import KVCache, Parcae, read_config
 from sample import settle
+from sources import read_text
+from tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
 EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 

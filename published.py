@@ -30,8 +30,9 @@ from common import (
     whole_file,
     write_text,
 )
-from data import check_place, checked_encoding, load_tokenizer, save_tokenizer
+from data import check_place
 from model import Parcae, ParcaeConfig, fit_weights
+from tokenizer import checked_encoding, load_tokenizer, save_tokenizer
 
 WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")
 

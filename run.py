@@ -30,8 +30,8 @@ from common import (
     whole_file,
     write_text,
 )
-from data import save_tokenizer
 from model import fit_weights
+from tokenizer import save_tokenizer
 
 FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")
 

@@ -29,8 +29,8 @@ from common import (
     run_script,
     some_path,
 )
-from data import begin_token, decode_stream, encode, load_tokenizer
 from model import KVCache, Parcae, read_config
+from tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
 TRACED = 40  # tokens of a prompt that a trace shows
 

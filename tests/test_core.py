@@ -8,8 +8,9 @@ import torch
 from conftest import ROOT, save_run, script
 
 import core
-from data import make_tokenizer, prepare
+from data import prepare
 from model import Parcae
+from tokenizer import make_tokenizer
 
 
 @pytest.fixture

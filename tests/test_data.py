@@ -14,16 +14,10 @@ import tiktoken
 from conftest import ROOT, script
 
 import data
-from data import (
-    Loader,
-    UserError,
-    load_tokenizer,
-    make_tokenizer,
-    open_shard,
-    prepare,
-    save_tokenizer,
-    train_bpe,
-)
+import sources
+import tokenizer as tokenizing
+from data import Loader, UserError, open_shard, prepare
+from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
          "naïve café, 你好世界, здравствуй, שלום, ไทย",
@@ -60,7 +54,7 @@ def test_tokenizers_round_trip(name, bpe, tmp_path):
 def test_bpe_merges_the_most_frequent_pair_every_time(corpus):
     """Against the definition: count all pairs anew for every merge."""
     ranks = train_bpe(corpus, 330)
-    counts = Counter(w for doc in corpus for w in regex.findall(data.WORDS, doc))
+    counts = Counter(w for doc in corpus for w in regex.findall(tokenizing.WORDS, doc))
     words = {w: [bytes([b]) for b in w.encode()] for w in counts}
     for token in list(ranks)[256:]:
         pairs = Counter()
@@ -104,7 +98,7 @@ def test_the_format_of_others_is_told_what_to_do_with(tmp_path):
 
 def test_streamed_text_is_the_decoded_text(bpe):
     text = "".join(TEXTS)
-    assert "".join(data.decode_stream(bpe, [*bpe.encode_ordinary(text), 9999])) == text
+    assert "".join(tokenizing.decode_stream(bpe, [*bpe.encode_ordinary(text), 9999])) == text
 
 # ------------------------------------------------------------------ sources and shards
 
@@ -126,15 +120,15 @@ def test_text_files_become_shards(tmp_path, bpe):
 
 
 def test_stdlib_is_split_by_file_and_repeats():
-    train, val = data.stdlib_docs()
-    assert (train, val) == data.stdlib_docs()
+    train, val = sources.stdlib_docs()
+    assert (train, val) == sources.stdlib_docs()
     assert not set(filter(None, train)) & {text for text in val if len(text) > 200}
     assert 0.02 < sum(map(len, val)) / sum(map(len, train)) < 0.1
     assert sum(map(len, train)) > 5e6
 
 
 def test_p_hop_answers_follow_the_definition():
-    docs, others = data.p_hop_docs(n_train=200, n_val=10)
+    docs, others = sources.p_hop_docs(n_train=200, n_val=10)
     assert len(docs) == 200 and len(others) == 10 and not set(docs) & set(others)
     asked = Counter()
     for doc in docs:
@@ -146,14 +140,14 @@ def test_p_hop_answers_follow_the_definition():
             assert answer == string[i].upper()
         asked.update(hops)
     assert sorted(asked) == list("012345678") and min(asked.values()) > 500
-    assert data.p_hop_docs(n_train=200, n_val=10) == (docs, others)
+    assert sources.p_hop_docs(n_train=200, n_val=10) == (docs, others)
 
 
 def test_a_source_of_ones_own_is_one_function_and_one_entry(tmp_path, monkeypatch):
     def folder_docs(files):
         texts = [path.read_text() for folder in files for path in sorted(folder.glob("*.txt"))]
         return texts[1:], texts[:1]
-    monkeypatch.setitem(data.SOURCES, "folder", folder_docs)
+    monkeypatch.setitem(sources.SOURCES, "folder", folder_docs)
     (tmp_path / "mine").mkdir()
     for name in ("a", "b", "c"):
         (tmp_path / "mine" / f"{name}.txt").write_text(f"this is {name} ")
@@ -325,10 +319,10 @@ def test_shakespeare_is_checked(tmp_path, monkeypatch):
     (tmp_path / "input.txt").write_bytes(text)
     url, right = (tmp_path / "input.txt").as_uri(), hashlib.sha256(text).hexdigest()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "SHAKESPEARE", (url, len(text), "0" * 64))
+    monkeypatch.setattr(sources, "SHAKESPEARE", (url, len(text), "0" * 64))
     with pytest.raises(UserError, match="sent another text than Shakespeare's 2,100 bytes"):
         prepare("shakespeare")
-    monkeypatch.setattr(data, "SHAKESPEARE", (url, len(text), right))
+    monkeypatch.setattr(sources, "SHAKESPEARE", (url, len(text), right))
     out = prepare("shakespeare", tokenizer="bpe:260")
     assert load_tokenizer(out).n_vocab == 260 and len(Loader(out, "val", 8, 260)) > 0
     (tmp_path / "input.txt").unlink()
@@ -445,8 +439,8 @@ def test_two_preparations_at_once_both_end_well(tmp_path):
 
 def test_ids_above_65535_are_kept(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b" T": 70_000}
-    tokenizer = tiktoken.Encoding("large", pat_str=data.WORDS, mergeable_ranks=ranks,
-                                  special_tokens={data.EOT: 128_000})
+    tokenizer = tiktoken.Encoding("large", pat_str=tokenizing.WORDS, mergeable_ranks=ranks,
+                                  special_tokens={tokenizing.EOT: 128_000})
     data.write_shards(tmp_path, "train", [" T T"], tokenizer)
     assert open_shard(tmp_path / "train_000000.bin").tolist() == [128_000, 70_000, 70_000]
     header = np.fromfile(tmp_path / "train_000000.bin", dtype=np.int32, count=3)
@@ -466,18 +460,18 @@ def test_pieces_have_the_tokens_of_the_whole(corpus, bpe, monkeypatch, tmp_path)
     text = "\n".join([*corpus, *TEXTS])
     (tmp_path / "t.txt").write_text(text)
     whole = bpe.encode_ordinary(text)
-    monkeypatch.setattr(data, "PIECE", 2000)
+    monkeypatch.setattr(tokenizing, "PIECE", 2000)
     parts = [text[i:i + 777] for i in range(0, len(text), 777)]
-    for source in (text, parts, data.read_text(tmp_path / "t.txt")):
-        assert np.concatenate(list(data.encode(bpe, source))).tolist() == whole
-    assert max(map(len, data.pieces(text))) <= 2000 and "".join(data.pieces(text)) == text
+    for source in (text, parts, sources.read_text(tmp_path / "t.txt")):
+        assert np.concatenate(list(tokenizing.encode(bpe, source))).tolist() == whole
+    assert max(map(len, tokenizing.pieces(text))) <= 2000 and "".join(tokenizing.pieces(text)) == text
 
 
 @pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "\n" * 1_200_000 + "x",
                                   "-" * 1_200_000, "abcdefgh" * 150_000])
 def test_long_runs_and_words_take_seconds(text, bpe):
     start = time.perf_counter()
-    assert bpe.decode(np.concatenate(list(data.encode(bpe, text))).tolist()) == text
+    assert bpe.decode(np.concatenate(list(tokenizing.encode(bpe, text))).tolist()) == text
     assert len(train_bpe([text, "hello world\n" * 2000], 280)) > 256
     assert time.perf_counter() - start < 20
 

@@ -6,7 +6,8 @@ import torch
 from conftest import ROOT, save_run, script
 
 import evaluate
-from data import load_tokenizer, prepare
+from data import prepare
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, save_run, script
 
 from common import UserError
-from data import begin_token, load_tokenizer, make_tokenizer, prepare, save_tokenizer
+from data import prepare
 from model import Parcae, ParcaeConfig
 from published import export_model, import_model, our_name, read_tokenizer
+from tokenizer import begin_token, load_tokenizer, make_tokenizer, save_tokenizer
 
 PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-from data import load_tokenizer, make_tokenizer, p_hop_docs, save_tokenizer
 from model import Parcae
 from runs import p_hop
+from sources import p_hop_docs
+from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
 
@@ -108,7 +109,7 @@ def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build):
         assert found[T] == pytest.approx(expected, nan_ok=True)
 
 
-def test_p_hop_from_runs(build, loops, tmp_path, monkeypatch):
+def test_p_hop_from_runs(build, tmp_path, monkeypatch):
     _, docs = p_hop_docs(n_train=1, n_val=1000)
     docs = torch.tensor([[0, *text.encode()] for text in docs])[:50]
     shard = torch.cat([docs] * 20).numpy()

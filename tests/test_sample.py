@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import save_run, script
 
-from data import make_tokenizer, save_tokenizer
 from model import KVCache, Parcae, UserError
 from sample import choose, generate, settle, trace
+from tokenizer import make_tokenizer, save_tokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,180 @@
+"""Where text comes from: each source gives two lists of documents, to train on and to validate.
+
+A document is a string, or an object with a length that yields parts of one (TextFile). A source of
+your own is a function like these and an entry in SOURCES, from which `python data.py` takes its
+choices. For a folder of text files:
+
+    def folder_docs(files):
+        paths = sorted(Path(files[0]).glob("*.txt"))
+        return [p.read_text() for p in paths[1:]], [p.read_text() for p in paths[:1]]
+"""
+
+import codecs
+import hashlib
+import sysconfig
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common import UserError, whole_file
+
+# What some distributions of Python have and others leave out, or make anew for each machine:
+# without it classmates get the same text from the same version of Python.
+NOT_EVERYWHERE = {
+    "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
+    "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
+    "usercustomize.py", "_distutils_system_mod.py"}
+
+
+def stdlib_docs():
+    """(train, val) lists of source texts; every 20th file or so, by a hash of its path, is for
+    validation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    train, val = [], []
+    for name in sorted(names, key=Path.as_posix):  # the same order on every system
+        made_here = name.parts[0].startswith(("config-", "_sysconfigdata"))
+        if made_here or NOT_EVERYWHERE & set(name.parts):
+            continue
+        try:
+            text = (root / name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        docs = val if zlib.crc32(name.as_posix().encode()) % 20 == 0 else train
+        docs.append(text)
+    if not train or not val:
+        raise UserError(f"no source text of the standard library in {root}; "
+                        "try: python data.py text FILE...")
+    return train, val
+
+
+def read_text(path):
+    """Yield the text of a UTF-8 file in parts. Raises UserError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read = 0  # bytes
+    with open(path, "rb") as file:
+        while True:
+            part = file.read(1 << 20)
+            pending = len(decoder.getstate()[0])  # bytes of a character not yet whole
+            try:
+                yield decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {read - pending + error.start}"
+                raise UserError(f"{path} is not UTF-8 text: {where}") from None
+            if not part:
+                return
+            read += len(part)
+
+
+class TextFile:
+    """The characters start to stop of a UTF-8 file, read a part at a time."""
+
+    def __init__(self, path, start, stop):
+        self.path, self.start, self.stop = path, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        at = 0
+        for part in read_text(self.path):
+            yield part[max(0, self.start - at):max(0, self.stop - at)]
+            at += len(part)
+
+
+def text_docs(files):
+    """(train, val) lists of texts: of each file the first nine tenths and the last."""
+    train, val = [], []
+    for file in files:
+        try:
+            size = sum(map(len, read_text(file)))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
+        cut = size * 9 // 10
+        if cut == 0:
+            raise UserError(f"{file} is too short, must have at least 2 characters")
+        train.append(TextFile(file, 0, cut))
+        val.append(TextFile(file, cut, size))
+    return train, val
+
+
+def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
+    """(train, val) lists of random strings with questions about them (p-hop induction, Sanford et
+    al. 2024, arXiv 2402.09268).
+
+    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
+    to what came after the last occurrence of the symbol one is at: p lookups one after the other,
+    none of which says more than where to look next."""
+    rng = np.random.default_rng(seed)
+    # steps of 1 to symbols - 1: never the same symbol twice in a row
+    steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
+    strings = steps.cumsum(axis=1) % symbols
+    chances = rng.random(strings.shape)
+    docs = []
+    rows = zip(strings, chances)
+    for string, chance in tqdm(rows, total=len(strings), desc="p-hop", unit="doc", leave=False):
+        docs.append(p_hop_doc(string.tolist(), chance.tolist(), hops))
+    return docs[:n_train], docs[n_train:]
+
+
+def p_hop_doc(string, chances, hops):
+    """A text with a question for each symbol of a string, a list of ints; chances in [0, 1) choose
+    how many hops, at most `hops` and at most what the string so far allows.
+
+    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
+    '0aA0bB1aB0cC'
+    """
+    last = {}  # symbol: where it came last
+    hop = []  # of each place, where a hop from it leads; None: its symbol is new
+    longest = []  # of each place, how many hops can be made from it
+    text = ""
+    for i, symbol in enumerate(string):
+        to = last[symbol] + 1 if symbol in last else None
+        hop.append(to)
+        longest.append(0 if to is None else longest[to] + 1)
+        last[symbol] = i
+
+        p = int(chances[i] * (min(longest[i], hops) + 1))
+        at = i
+        for _ in range(p):
+            at = hop[at]
+        text += f"{p}{chr(ord('a') + symbol)}{chr(ord('A') + string[at])}"
+    return text
+
+
+# where it is, its length and sha256
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def shakespeare_docs():
+    """(train, val) lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises
+    UserError."""
+    url, size, sha256 = SHAKESPEARE
+    file = Path("data") / "shakespeare.txt"
+    if not file.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                content = reply.read(size + 1)
+        except OSError as error:
+            raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{url} sent another text than Shakespeare's {size:,} bytes: a login "
+                            "page of this network?")
+        file.parent.mkdir(exist_ok=True)
+        with whole_file(file, "wb") as copy:
+            copy.write(content)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{file} is not Shakespeare's text of {size:,} bytes: move it away, and it "
+                        "is fetched again")
+    return text_docs([file])
+
+
+# What makes the texts of each SOURCE: a function that returns (train, val), two lists of documents,
+# each a string or an object as TextFile. One with a parameter `files` gets the FILEs named.
+SOURCES = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs,
+           "text": text_docs}
