@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -29,17 +28,19 @@ except ImportError:  # Windows
 
 
 class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; `run_script` prints it alone."""
+    """A value from outside is wrong. The message says which and what is allowed; `run_script`
+    prints it alone."""
 
 # ----------------------------------------------------------------------------- the command line
 
 
 def run_script(main):
-    """Call main(). What a user can do something about becomes one line and exit code 2, no traceback."""
+    """Call main(). What a user can mend becomes one line and exit code 2, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # consoles that are not UTF-8
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed
+    # as Ctrl-C: temporary files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
@@ -62,21 +63,29 @@ def run_script(main):
 
 
 def trouble(error):
-    """What the system refused, in one line: a file, disk or memory; None where the error is of another kind."""
+    """What the system refused, in one line: a file, disk or memory; None for any other error."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error.__context__, OSError):  # torch.save on a full disk ends in a RuntimeError of its own
+    if isinstance(error.__context__, OSError):
+        # torch.save on a full disk ends in a RuntimeError of its own
         return trouble(error.__context__)
-    if isinstance(error, MemoryError) or "memory" in str(error) or "PytorchStreamWriter" in str(error):
-        return f"not enough memory or disk: {(str(error).splitlines() or ['allocation failed'])[0]}"
+    text = str(error)
+    if isinstance(error, MemoryError) or "memory" in text or "PytorchStreamWriter" in text:
+        return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
     return None
 
 
+def first_line(error, otherwise):
+    """The first line of an error's message, or another text where it has none."""
+    return (str(error).splitlines() or [otherwise])[0]
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose description is the script's docstring and whose errors are UserErrors."""
+    """An ArgumentParser that shows a script's docstring as it is and raises UserError."""
 
     def __init__(self, **options):
-        super().__init__(usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(usage=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         raise UserError(message.removeprefix("argument ").replace(": is ", " is ", 1))
@@ -88,13 +97,18 @@ def number(kind, low, high=math.inf, above=False):
     >>> number(int, 1)("2e3")
     2000
     """
-    limits = f"{'above' if above else 'at least'} {low}" if high == math.inf else f"at least {low} and at most {high}"
+    limits = f"{'above' if above else 'at least'} {low}"
+    if high < math.inf:
+        limits = f"at least {low} and at most {high}"
 
     def parse(text):
         try:
-            value = int(text) if text.strip().lstrip("+-").isdigit() and kind is int else float(text)
+            value = float(text)
+            if kind is int and text.strip().lstrip("+-").isdigit():
+                value = int(text)  # exact, however large
         except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
+            raise argparse.ArgumentTypeError(
+                f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if not math.isfinite(value) or not low <= value <= high or above and value == low:
@@ -122,11 +136,13 @@ LOOPS = number(int, 1, 65536)
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """Open a file that takes path's place when the block ends well, and leaves nothing behind otherwise."""
+    """Open a file that takes path's place when the block ends well; else nothing is left behind."""
     path = Path(path)
-    number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
+                                         dir=path.parent)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(number, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with open(number, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -173,8 +189,9 @@ def patient(check, path, attempts=6):
 def whole_directory(path, check):
     """Yield an empty temporary directory that takes path's place when the block ends well.
 
-    check(path) raises UserError where what is there must not be replaced. The old directory is moved
-    aside, the new one moved in, then the old removed: at any moment one of the two is whole."""
+    check(path) raises UserError where what is there must not be replaced. The old directory is
+    moved aside, the new one moved in, then the old removed: at any moment one of the two is
+    whole."""
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
     patient(check, path)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -186,7 +203,8 @@ def whole_directory(path, check):
         yield new
         while new.exists():
             patient(check, path)
-            with contextlib.suppress(FileNotFoundError):  # nothing there, or another process was faster
+            # nothing there, or another process was faster
+            with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
             try:
                 os.rename(new, path)
@@ -212,25 +230,30 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path} is not a checkpoint that can be read: {(str(error).splitlines() or ['it is empty'])[0]}") from None
+        reason = first_line(error, "it is empty")
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
 
 
 def from_hub(function, repository, *arguments, **options):
-    """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises UserError."""
+    """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
+    UserError."""
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"{repository} is on the Hugging Face hub: pip install huggingface_hub") from None
+        raise UserError(f"{repository} is on the Hugging Face hub: "
+                        "pip install huggingface_hub") from None
     try:
         return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except Exception as error:  # whatever the network or the hub makes of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repository} was not fetched from the Hugging Face hub: {reason}") from None
+        reason = first_line(error, type(error).__name__)
+        raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
+                        f"{reason}") from None
 
 
 @contextlib.contextmanager
 def lock(directory):
-    """Hold directory/.lock: one process at a time writes there. Raises UserError that names the holder.
+    """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
+    holder.
 
     The system drops the lock with the process, however that ends."""
     path = Path(directory) / ".lock"
@@ -245,7 +268,8 @@ def lock(directory):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise UserError(f"{directory} is in use by process {holder}: wait for it or stop it") from None
+            raise UserError(f"{directory} is in use by process {holder}: "
+                            "wait for it or stop it") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its holder removed it between our two steps
@@ -261,21 +285,28 @@ def lock(directory):
 
 # ----------------------------------------------------------------------------- the machine
 
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense FLOP/s, data sheets
+# dense FLOP/s, from data sheets
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def pick_device(device="auto"):
     """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     if device == "auto":
-        device = next(name for name in available if available[name])
-    if not re.fullmatch(r"[a-z]+(:\d+)?", device) or not available.get(device.partition(":")[0]):
-        raise UserError(f"--device is {device}, must be auto or one of {', '.join(d for d in available if available[d])}")
+        device = available[0]
+    name, _, index = device.partition(":")
+    if name not in available or device != name and not index.isdigit():
+        raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
     return torch.device(device)
 
 
 def pick_dtype(device, dtype="auto"):
-    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else float32."""
+    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else
+    float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
@@ -286,7 +317,8 @@ def pick_dtype(device, dtype="auto"):
 
 
 def matmul_peak(device, dtype, size=2048):
-    """FLOP/s of large matrix products: the data sheet's where known, else the best of a few measured."""
+    """FLOP/s of large matrix products: the data sheet's where known, else the best of a few
+    measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, peak in BF16_PEAK.items():
             if name in torch.cuda.get_device_name(device):

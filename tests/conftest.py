@@ -25,7 +25,11 @@ def script(name, *args, stdin=b"", cwd="."):
     before = sys.argv, sys.stdin, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv, sys.stdin = [name, *map(str, args)], io.TextIOWrapper(io.BytesIO(stdin))
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            contextlib.chdir(cwd),
+        ):
             runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
@@ -46,16 +50,26 @@ def save_run(model, directory, **settings):
 @pytest.fixture
 def build():
     """build(**config) makes a small model whose every weight matters: none is left at zero."""
+
     def build(seed=0, **kwargs):
         torch.manual_seed(seed)
-        base = {"vocab_size": 50, "block_size": 32, "n_embd": 32, "n_head": 2, "n_prelude": 1, "n_recurrent": 2, "n_coda": 1,
-                "mean_recurrence": 4}
+        base = {
+            "vocab_size": 50,
+            "block_size": 32,
+            "n_embd": 32,
+            "n_head": 2,
+            "n_prelude": 1,
+            "n_recurrent": 2,
+            "n_coda": 1,
+            "mean_recurrence": 4,
+        }
         model = Parcae(ParcaeConfig(**base | kwargs))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):
                     p.normal_(std=0.2)
         return model
+
     return build
 
 

@@ -12,26 +12,48 @@ from common import whole_file
 
 
 def run(code, **options):
-    return subprocess.run([sys.executable, "-c", f"import sys; sys.argv = ['x.py']; from common import *\n{code}"], cwd=ROOT,
-                          capture_output=True, **options)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['x.py']; from common import *\n{code}"],
+        cwd=ROOT,
+        capture_output=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_that_is_not_utf8_shows_replacements(encoding):
-    done = run("run_script(lambda: print('caf\u00e9 \u4f60\u597d'))", env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 0 and done.stdout.decode(encoding) == ("caf\u00e9" if encoding == "cp1252" else "caf?") + " ??\n"
+    done = run(
+        "run_script(lambda: print('caf\u00e9 \u4f60\u597d'))",
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (
+        done.returncode == 0
+        and done.stdout.decode(encoding)
+        == ("caf\u00e9" if encoding == "cp1252" else "caf?") + " ??\n"
+    )
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
     code = "run_script(lambda: [print('line', i) for i in range(100_000)])"
-    done = subprocess.run(f"{sys.executable} -c \"import sys; sys.argv = ['x.py']; from common import *; {code}\" | head -1",
-                          shell=True, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{sys.executable} -c \"import sys; sys.argv = ['x.py']; from common import *; {code}\""
+        " | head -1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.stderr) == ("line 0\n", "")
 
 
-@pytest.mark.parametrize("error, said", [
-    ("UserError('a\\nb')", b"x.py: error: a\\nb\n"), ("OSError(28, 'No space left on device', 'f')", b"f: No space left on device\n"),
-    ("MemoryError()", b"not enough memory or disk: allocation failed\n")])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("UserError('a\\nb')", b"x.py: error: a\\nb\n"),
+        ("OSError(28, 'No space left on device', 'f')", b"f: No space left on device\n"),
+        ("MemoryError()", b"not enough memory or disk: allocation failed\n"),
+    ],
+)
 def test_what_a_user_can_mend_is_one_line(error, said):
     done = run(f"def main():\n    raise {error}\nrun_script(main)")
     assert done.returncode == 2 and done.stderr.endswith(said) and done.stderr.count(b"\n") == 1
@@ -45,7 +67,10 @@ def test_a_mistake_of_ours_shows_where():
 def test_a_full_disk_leaves_what_was_whole(full_disk, tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"old")
-    for write in (lambda file: file.write(bytes(1 << 20)), lambda file: torch.save(torch.zeros(1 << 18), file)):
+    for write in (
+        lambda file: file.write(bytes(1 << 20)),
+        lambda file: torch.save(torch.zeros(1 << 18), file),
+    ):
         with pytest.raises((OSError, RuntimeError)), whole_file(path, "wb") as file:
             write(file)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -53,10 +78,17 @@ def test_a_full_disk_leaves_what_was_whole(full_disk, tmp_path):
 
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):
     hold = f"with lock({str(tmp_path)!r}):\n    print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen([sys.executable, "-c", f"import sys; from common import *\n{hold}"], cwd=ROOT, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from common import *\n{hold}"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     holder.stdout.readline()
-    assert f"in use by process {holder.pid}".encode() in run(f"run_script(lambda: lock({str(tmp_path)!r}).__enter__())").stderr
+    assert (
+        f"in use by process {holder.pid}".encode()
+        in run(f"run_script(lambda: lock({str(tmp_path)!r}).__enter__())").stderr
+    )
     holder.kill()
     holder.wait()
     assert run(f"with lock({str(tmp_path)!r}): pass").returncode == 0

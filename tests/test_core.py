@@ -31,14 +31,30 @@ def made_up(kind, n=40, seed=0):
     word = lambda: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 5)))
     text = lambda: " ".join(word() for _ in range(rng.randint(1, 4)))
     if kind == "choice":
-        return [{"query": f"q {text()}", "choices": [f"{c} {text()}" for c in "wxyz"], "gold": rng.randrange(4)} for _ in range(n)]
+        return [
+            {
+                "query": f"q {text()}",
+                "choices": [f"{c} {text()}" for c in "wxyz"],
+                "gold": rng.randrange(4),
+            }
+            for _ in range(n)
+        ]
     if kind == "schema":
-        return [{"context_options": [f"{text()} {c}" for c in "xy"], "continuation": text(), "gold": rng.randrange(2)} for _ in range(n)]
+        return [
+            {
+                "context_options": [f"{text()} {c}" for c in "xy"],
+                "continuation": text(),
+                "gold": rng.randrange(2),
+            }
+            for _ in range(n)
+        ]
     return [{"context": f"c {text()} ", "continuation": text()} for _ in range(n)]
 
 
 TOKENIZER = make_tokenizer("bytes")
-KINDS = pytest.mark.parametrize("kind, shots", [("choice", 0), ("choice", 2), ("schema", 1), ("language", 2)])
+KINDS = pytest.mark.parametrize(
+    "kind, shots", [("choice", 0), ("choice", 2), ("schema", 1), ("language", 2)]
+)
 
 
 def items_of(kind, shots, block_size, items=None):
@@ -48,7 +64,8 @@ def items_of(kind, shots, block_size, items=None):
 
 @KINDS
 def test_prompts(kind, shots):
-    """Examples drawn from the other items, separated by blank lines, then the options; what is scored is the continuation."""
+    """Examples drawn from the other items, separated by blank lines, then the options; what is
+    scored is the continuation."""
     items = made_up(kind, 6)
     for i, item in enumerate(items_of(kind, shots, 4096, items)):
         shown = random.Random(1234 + i).sample([j for j in range(6) if j != i], shots)
@@ -61,7 +78,11 @@ def test_prompts(kind, shots):
             else:
                 before += f"{other['context'].strip()} {other['continuation']}\n\n"
         if kind == "choice":
-            contexts, ends, scored = [items[i]["query"]] * 4, items[i]["choices"], items[i]["choices"]
+            contexts, ends, scored = (
+                [items[i]["query"]] * 4,
+                items[i]["choices"],
+                items[i]["choices"],
+            )
         elif kind == "schema":
             contexts, ends = items[i]["context_options"], [items[i]["continuation"]] * 2
             scored = [" " + items[i]["continuation"]] * 2
@@ -69,7 +90,10 @@ def test_prompts(kind, shots):
             contexts, ends = [items[i]["context"].strip()], [items[i]["continuation"]]
             scored = [" " + items[i]["continuation"]]
         for row, start, context, end, part in zip(item.rows, item.starts, contexts, ends, scored):
-            assert row[0] == TOKENIZER.eot_token and TOKENIZER.decode(row[1:]) == f"{before}{context} {end}"
+            assert (
+                row[0] == TOKENIZER.eot_token
+                and TOKENIZER.decode(row[1:]) == f"{before}{context} {end}"
+            )
             assert TOKENIZER.decode(row[start:]) == part
 
 
@@ -78,27 +102,34 @@ def test_prompts(kind, shots):
 def test_batched_cached_and_cropped_scores_are_those_of_single_rows(build, kind, shots, block_size):
     model = build(vocab_size=257, block_size=block_size, value_embeds=True).eval()
     items = items_of(kind, shots, block_size)
-    assert block_size > 48 or shots == 0 or any(len(row) == block_size + 1 for item in items for row in item.rows)
+    assert (
+        block_size > 48
+        or shots == 0
+        or any(len(row) == block_size + 1 for item in items for row in item.rows)
+    )
     batched = core.score(model, items[:20], 3)
     for item, scores in zip(items, batched):
         for row, start, (loss, right) in zip(item.rows, item.starts, scores):
-            logits = model(torch.tensor([row[:-1]]), recurrence=3)[0][0, start - 1:]
+            logits = model(torch.tensor([row[:-1]]), recurrence=3)[0][0, start - 1 :]
             targets = torch.tensor(row[start:])
-            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+            assert loss == pytest.approx(
+                torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4
+            )
             assert right == bool((logits.argmax(-1) == targets).all())
 
 
 class Oracle(Parcae):
-    """Knows the rows it is given: wherever it has read the beginning of one, all its probability is on how that goes on."""
+    """Knows the rows it is given: wherever it has read the beginning of one, all its probability is
+    on how that goes on."""
 
     def hidden(self, idx, recurrence, cache):
         B, T = idx.shape
         seen = cache.pair_of(0)[0][:, 0, :, 0]  # what it read, kept where a model keeps its keys
-        seen[:, cache.pos:cache.pos + T] = idx
+        seen[:, cache.pos : cache.pos + T] = idx
         logits = torch.zeros(B, T, self.config.vocab_size)
         for b in range(B):
             for t in range(T):
-                prefix = tuple(seen[b, :cache.pos + t + 1].long().tolist())
+                prefix = tuple(seen[b, : cache.pos + t + 1].long().tolist())
                 if prefix in self.next:
                     logits[b, t, self.next[prefix]] = 20
         cache.pos += T
@@ -111,34 +142,54 @@ def test_an_oracle_scores_one_and_an_untrained_model_like_chance(build, kind, sh
     config = build(vocab_size=257, block_size=256).config
     oracle = Oracle(config)
     oracle.lm_head = torch.nn.Identity()
-    oracle.next = {tuple(item.rows[item.gold][:n]): item.rows[item.gold][n]
-                   for item in items_of(kind, shots, 256, items) for n in range(1, len(item.rows[item.gold]))}
+    oracle.next = {
+        tuple(item.rows[item.gold][:n]): item.rows[item.gold][n]
+        for item in items_of(kind, shots, 256, items)
+        for n in range(1, len(item.rows[item.gold]))
+    }
     right = lambda model: core.accuracy(model, items_of(kind, shots, 256, items), kind, 2)
     assert right(oracle) == 1
     chance = {"choice": 0.25, "schema": 0.5, "language": 0}[kind]
-    assert right(build(vocab_size=257, block_size=256).eval()) == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 160) ** 0.5)
+    assert right(build(vocab_size=257, block_size=256).eval()) == pytest.approx(
+        chance, abs=4 * (chance * (1 - chance) / 160) ** 0.5
+    )
 
 
 def test_the_22_tasks():
     assert len(core.TASKS) == 22
     assert sum(kind == "schema" for _, kind, *_ in core.TASKS.values()) == 2
-    assert all(baseline == 0 for _, kind, _, _, baseline in core.TASKS.values() if kind == "language")
+    assert all(
+        baseline == 0 for _, kind, _, _, baseline in core.TASKS.values() if kind == "language"
+    )
 
 
 def test_core_from_the_command_line(run, tmp_path):
     folder = tmp_path / "eval_data" / "commonsense_reasoning"
     folder.mkdir(parents=True)
-    (folder / "copa.jsonl").write_text("".join(json.dumps(item | {"choices": item["choices"][:2], "gold": item["gold"] % 2}) + "\n"
-                                               for item in made_up("choice", 9)))
+    (folder / "copa.jsonl").write_text(
+        "".join(
+            json.dumps(item | {"choices": item["choices"][:2], "gold": item["gold"] % 2}) + "\n"
+            for item in made_up("choice", 9)
+        )
+    )
     done = call(folder.parent, "--run", run, "--recurrence", 1, 2, "--max-per-task", 7)
     assert done.returncode == 0, done.stderr
-    assert "mean of 1 of the 22 tasks, not CORE" in done.stdout and "missing: hellaswag_zeroshot, jeopardy" in done.stdout
+    assert (
+        "mean of 1 of the 22 tasks, not CORE" in done.stdout
+        and "missing: hellaswag_zeroshot, jeopardy" in done.stdout
+    )
     saved = json.loads((run / "core.json").read_text())
     task = saved["tasks"]["copa"]
     assert task["items"] == 7 and task["accuracy"].keys() == {"1", "2"}
-    assert task["centered"]["2"] == pytest.approx(2 * task["accuracy"]["2"] - 1) == pytest.approx(saved["mean"]["2"])
+    assert (
+        task["centered"]["2"]
+        == pytest.approx(2 * task["accuracy"]["2"] - 1)
+        == pytest.approx(saved["mean"]["2"])
+    )
     (folder / "copa.jsonl").write_text('{"query": "x"}\n')
-    for where, message in ((folder.parent, "copa.jsonl has an item that is not of kind choice"),
-                           (tmp_path, "holds none of the tasks")):
+    for where, message in (
+        (folder.parent, "copa.jsonl has an item that is not of kind choice"),
+        (tmp_path, "holds none of the tasks"),
+    ):
         done = call(where, "--run", run, "--recurrence", 1)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

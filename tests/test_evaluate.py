@@ -29,7 +29,9 @@ def test_bits_per_byte_and_perplexity(run):
     assert [r["recurrence"] for r in saved["results"]] == [1, 3] and saved["tokens"] == 8 * 32
     for r in saved["results"]:
         assert r["perplexity"] == pytest.approx(math.exp(r["val_loss"]))
-        assert r["bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2) * saved["tokens"] / saved["bytes"])
+        assert r["bits_per_byte"] == pytest.approx(
+            r["val_loss"] / math.log(2) * saved["tokens"] / saved["bytes"]
+        )
     assert load_tokenizer(run).name == "bytes" and 0 <= saved["tokens"] - saved["bytes"] <= 8
 
 
@@ -37,23 +39,46 @@ def test_bits_per_byte_and_perplexity(run):
 def test_losses_through_the_cache(build, tokens, kv_cache, same):
     model = build().eval()
     model.compute_dtype = torch.float32
-    plain, cached = (evaluate.token_losses(model, tokens, tokens, [4], kind)[4] for kind in ("none", kv_cache))
+    plain, cached = (
+        evaluate.token_losses(model, tokens, tokens, [4], kind)[4] for kind in ("none", kv_cache)
+    )
     assert torch.allclose(plain, cached, atol=1e-4) == same
-    assert torch.allclose(plain[:, 0], cached[:, 0], atol=1e-4)  # the first token has nothing to share
-    once, shared = (evaluate.token_losses(model, tokens, tokens, [1], kind)[1] for kind in ("none", "shared"))
+    assert torch.allclose(
+        plain[:, 0], cached[:, 0], atol=1e-4
+    )  # the first token has nothing to share
+    once, shared = (
+        evaluate.token_losses(model, tokens, tokens, [1], kind)[1] for kind in ("none", "shared")
+    )
     assert torch.allclose(once, shared, atol=1e-4)  # one loop: nothing to share either
 
 
 def test_exit_thresholds(run):
-    done = call("--run", run, "--recurrence", 4, "--sequences", 3, "--exit-threshold", 0, 1e9, "--dtype", "float32")
+    done = call(
+        "--run",
+        run,
+        "--recurrence",
+        4,
+        "--sequences",
+        3,
+        "--exit-threshold",
+        0,
+        1e9,
+        "--dtype",
+        "float32",
+    )
     saved = json.loads((run / "eval.json").read_text())
-    assert done.returncode == 0 and [row["recurrence"] for row in saved["exit"]] == [4, 2], done.stderr
+    assert done.returncode == 0 and [row["recurrence"] for row in saved["exit"]] == [4, 2], (
+        done.stderr
+    )
     assert saved["exit"][0]["val_loss"] != saved["exit"][1]["val_loss"]
 
 
 def test_mistakes_get_one_line(run, tmp_path):
-    for flags, message in ((["--run", "nowhere"], "nowhere holds no model"), (["--run", run, "--recurrence", 0], "--recurrence is 0"),
-                           (["--run", run, "--data", tmp_path / "none"], "has no val_")):
+    for flags, message in (
+        (["--run", "nowhere"], "nowhere holds no model"),
+        (["--run", run, "--recurrence", 0], "--recurrence is 0"),
+        (["--run", run, "--data", tmp_path / "none"], "has no val_"),
+    ):
         done = call(*flags)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
@@ -62,7 +87,9 @@ def test_a_text_file_is_read_whole(run, tmp_path):
     (tmp_path / "t.txt").write_text("Grüße, " * 30)
     done = call("--run", run, "--text", tmp_path / "t.txt", "--recurrence", 2)
     saved = json.loads((run / "eval.json").read_text())
-    assert done.returncode == 0 and saved["bytes"] == saved["tokens"] == len(("Grüße, " * 30).encode())
+    assert done.returncode == 0 and saved["bytes"] == saved["tokens"] == len(
+        ("Grüße, " * 30).encode()
+    )
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe")
     done = call("--run", run, "--text", tmp_path / "t.txt")
     assert done.returncode == 2 and "is not UTF-8" in done.stderr

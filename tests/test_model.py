@@ -15,14 +15,22 @@ def executed_flops(run):
         run()
     return counter.get_total_flops()
 
-@pytest.mark.parametrize("name, parameters, flops", [
-    ("parcae-140m", 144_323_136, 1_359_902_976), ("parcae-370m", 388_003_328, 4_173_740_032),
-    ("parcae-770m", 776_655_680, 8_859_905_280), ("parcae-1.3b", 1_338_591_744, 15_833_634_816)])
+
+@pytest.mark.parametrize(
+    "name, parameters, flops",
+    [
+        ("parcae-140m", 144_323_136, 1_359_902_976),
+        ("parcae-370m", 388_003_328, 4_173_740_032),
+        ("parcae-770m", 776_655_680, 8_859_905_280),
+        ("parcae-1.3b", 1_338_591_744, 15_833_634_816),
+    ],
+)
 def test_published_sizes_and_flops(name, parameters, flops):
     with torch.device("meta"):
         model = Parcae(ParcaeConfig(**PRESETS[name]))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.flops_per_token(accounting="paper") == flops
+
 
 # ------------------------------------------------------------------ the loop
 
@@ -36,8 +44,8 @@ def test_each_row_loops_as_if_it_were_alone(build, tokens, injection):
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for row, depth in enumerate(depths):
-        alone, loss = model(tokens[row:row + 1], tokens[row:row + 1], recurrence=int(depth))
-        torch.testing.assert_close(logits[row:row + 1], alone, atol=1e-5, rtol=1e-4)
+        alone, loss = model(tokens[row : row + 1], tokens[row : row + 1], recurrence=int(depth))
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-4)
         (loss / len(depths)).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(together[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
@@ -51,7 +59,7 @@ def test_gradient_is_that_of_the_loop_written_out(build, tokens):
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    rope, inject = model.rope[:, :tokens.shape[1]], model.injection
+    rope, inject = model.rope[:, : tokens.shape[1]], model.injection
     A = -inject.log_A.exp()
     dt = torch.log1p(inject.dt_bias.exp())
     x = model.wte(tokens)
@@ -75,7 +83,9 @@ def test_gradient_is_that_of_the_loop_written_out(build, tokens):
         torch.testing.assert_close(grads[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("log_A, dt_bias", [(-40, -40), (0, 0), (40, 40), (-40, 40), (0.3, -100), (100, 100)])
+@pytest.mark.parametrize(
+    "log_A, dt_bias", [(-40, -40), (0, 0), (40, 40), (-40, 40), (0.3, -100), (100, 100)]
+)
 def test_state_matrix_is_stable_whatever_is_learned(build, log_A, dt_bias):
     injection = build().injection
     torch.nn.init.constant_(injection.log_A, log_A)
@@ -136,9 +146,13 @@ def test_bf16_activations_and_float32_agree(build, tokens):
 
 def test_plain_transformer_is_an_empty_loop(build, tokens):
     model = build(n_prelude=3, n_recurrent=0, n_coda=0)
-    assert not any("injection" in name or "C_proj" in name or "prelude_norm" in name for name, _ in model.named_parameters())
+    assert not any(
+        "injection" in name or "C_proj" in name or "prelude_norm" in name
+        for name, _ in model.named_parameters()
+    )
     assert torch.equal(model.eval()(tokens, recurrence=1)[0], model(tokens, recurrence=9)[0])
     assert (model.sample_depths(8) == 1).all()
+
 
 # ------------------------------------------------------------------ depths
 
@@ -155,7 +169,9 @@ def test_depths_are_poisson_and_at_least_one(build, mean):
         error = math.sqrt(p * (1 - p) / (n * batches))
         assert (depths == k).double().mean() == pytest.approx(p, abs=5 * error + 1e-6)
     # shuffled: no place in the batch is deeper than another
-    assert depths.double().mean(0) == pytest.approx([mean] * n, abs=0.2 + 6 * math.sqrt(mean / batches))
+    assert depths.double().mean(0) == pytest.approx(
+        [mean] * n, abs=0.2 + 6 * math.sqrt(mean / batches)
+    )
     # stratified: totals vary far less than those of independent draws, sd sqrt(n * mean)
     assert depths.sum(1).double().std() < 0.25 * math.sqrt(n * mean)
 
@@ -166,29 +182,48 @@ def test_depths_repeat_with_a_seed_and_mean_one_is_fixed(build):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert (build(mean_recurrence=1).sample_depths(100) == 1).all()
 
+
 # ------------------------------------------------------------------ FLOPs and memory
 
 
-@pytest.mark.parametrize("kwargs", [
-    {}, {"value_embeds": True, "tie_embeddings": False}, {"injection": "add"}, {"injection": "concat"},
-    {"mean_recurrence": 1}, {"n_prelude": 4, "n_recurrent": 0, "n_coda": 0}, {"n_prelude": 0, "n_coda": 0}],
-    ids=["looped", "value-embeds-untied", "add", "concat", "fixed", "plain", "loop-only"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"value_embeds": True, "tie_embeddings": False},
+        {"injection": "add"},
+        {"injection": "concat"},
+        {"mean_recurrence": 1},
+        {"n_prelude": 4, "n_recurrent": 0, "n_coda": 0},
+        {"n_prelude": 0, "n_coda": 0},
+    ],
+    ids=["looped", "value-embeds-untied", "add", "concat", "fixed", "plain", "loop-only"],
+)
 def test_flops_per_token_are_those_executed(build, kwargs):
     model = build(n_embd=64, block_size=32, backprop_depth=2, **kwargs)
     idx = torch.randint(50, (4, 32))
     for T in (1, 2, 6):
-        assert model.flops_per_token(T) * idx.numel() == pytest.approx(executed_flops(
-            lambda: model.train()(idx, idx, recurrence=T)[1].backward()), rel=5e-3)  # noqa: B023
+        assert model.flops_per_token(T) * idx.numel() == pytest.approx(
+            executed_flops(lambda: model.train()(idx, idx, recurrence=T)[1].backward()),  # noqa: B023
+            rel=5e-3,
+        )
         with torch.no_grad():
-            assert model.flops_per_token(T, backprop_depth=0) * idx.numel() == pytest.approx(executed_flops(
-                lambda: model.eval()(idx, recurrence=T)), rel=5e-3)  # noqa: B023
+            assert model.flops_per_token(T, backprop_depth=0) * idx.numel() == pytest.approx(
+                executed_flops(lambda: model.eval()(idx, recurrence=T)),  # noqa: B023
+                rel=5e-3,
+            )
 
 
 def test_only_live_rows_are_computed(build):
     model = build(mean_recurrence=8, n_embd=64)
-    idx, depths = torch.randint(50, (32, 32)), model.sample_depths(32, torch.Generator().manual_seed(0))
+    idx, depths = (
+        torch.randint(50, (32, 32)),
+        model.sample_depths(32, torch.Generator().manual_seed(0)),
+    )
     needed = sum(32 * model.flops_per_token(int(T)) for T in depths)
-    assert executed_flops(lambda: model(idx, idx, depths=depths)[1].backward()) == pytest.approx(needed, rel=0.02)
+    assert executed_flops(lambda: model(idx, idx, depths=depths)[1].backward()) == pytest.approx(
+        needed, rel=0.02
+    )
 
 
 def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
@@ -196,11 +231,18 @@ def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
         model = build(backprop_depth=backprop_depth).train()
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (t, sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()))[0], lambda t: t):
+            lambda t: (
+                t,
+                sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()),
+            )[0],
+            lambda t: t,
+        ):
             model(tokens, tokens, recurrence=recurrence)
         return sum(sizes.values())
+
     assert saved_bytes(64, 4) == pytest.approx(saved_bytes(8, 4), rel=0.01)
     assert saved_bytes(64, 8) > 1.3 * saved_bytes(64, 4)
+
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_loss_without_the_logits(build, monkeypatch, dtype, close):
@@ -219,10 +261,13 @@ def test_loss_without_the_logits(build, monkeypatch, dtype, close):
     for a, b in zip(*results):
         assert (a - b).norm() <= close * b.norm()
 
+
 # ------------------------------------------------------------------ generation
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"value_embeds": True, "injection": "concat"}, {"n_recurrent": 0}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"value_embeds": True, "injection": "concat"}, {"n_recurrent": 0}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     model = build(**kwargs).eval()
@@ -230,18 +275,29 @@ def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     full = model(tokens, recurrence=3)[0]
     cache = KVCache(model.config, len(tokens), 16, 3, tokens.device, dtype)
     with torch.no_grad():
-        pieces = [model.step(tokens[:, a:b], 3, cache)
-                  for a, b in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16))]
-    torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-5 if dtype == torch.float32 else 0.15, rtol=1e-4)
+        pieces = [
+            model.step(tokens[:, a:b], 3, cache)
+            for a, b in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16))
+        ]
+    torch.testing.assert_close(
+        torch.cat(pieces, 1), full, atol=1e-5 if dtype == torch.float32 else 0.15, rtol=1e-4
+    )
 
 
 # ------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    ({"n_embd": 30, "n_head": 4}, "n_embd is 30, must be a multiple of 2 \\* n_head"), ({"injection": "mul"}, "injection is 'mul'"),
-    ({"mean_recurrence": 0}, "mean_recurrence is 0, must be at least 1"), ({"n_coda": -1}, "n_coda is -1"),
-    ({"state_init": "one"}, "state_init is 'one'"), ({"n_prelude": 0, "n_recurrent": 0, "n_coda": 0}, "n_recurrent is 0")])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"n_embd": 30, "n_head": 4}, "n_embd is 30, must be a multiple of 2 \\* n_head"),
+        ({"injection": "mul"}, "injection is 'mul'"),
+        ({"mean_recurrence": 0}, "mean_recurrence is 0, must be at least 1"),
+        ({"n_coda": -1}, "n_coda is -1"),
+        ({"state_init": "one"}, "state_init is 'one'"),
+        ({"n_prelude": 0, "n_recurrent": 0, "n_coda": 0}, "n_recurrent is 0"),
+    ],
+)
 def test_bad_configs_are_refused(kwargs, message):
     with pytest.raises(UserError, match=message):
         ParcaeConfig(**kwargs)
@@ -270,12 +326,13 @@ def test_bad_files_are_refused(build, tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "ckpt.pt")
     assert torch.equal(Parcae.from_pretrained(tmp_path).wte.weight, model.wte.weight)
     data = (tmp_path / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt").write_bytes(data[:len(data) // 2])
+    (tmp_path / "ckpt.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="not a checkpoint"):
         Parcae.from_pretrained(tmp_path)
     torch.save({"model": {"wte.weight": model.wte.weight}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="do not fit its config.json: no C_proj.weight"):
         Parcae.from_pretrained(tmp_path)
+
 
 def test_spectral_radius_is_the_growth_of_the_state_alone():
     for rule in INJECTIONS.values():
@@ -283,14 +340,19 @@ def test_spectral_radius_is_the_growth_of_the_state_alone():
         with torch.no_grad():
             for p in injection.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
-            h = torch.randn(1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            h = torch.randn(
+                1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+            )
             injection.double()
             norms = []
             for _ in range(4000):
                 h = injection(h, torch.zeros_like(h))
                 norms.append(h.norm())
                 h = h / norms[-1]
-        assert torch.stack(norms[2000:]).log().mean().exp().item() == pytest.approx(injection.spectral_radius().item(), rel=1e-3)
+        assert torch.stack(norms[2000:]).log().mean().exp().item() == pytest.approx(
+            injection.spectral_radius().item(), rel=1e-3
+        )
+
 
 # ------------------------------------------------------------------ loop by loop
 

@@ -22,27 +22,44 @@ def sample(directory, *flags, stdin=b""):
 
 
 def test_a_block_of_text_for_each_recurrence(run_directory):
-    first, again = (sample(run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40") for _ in range(2))
+    first, again = (
+        sample(run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40")
+        for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     strip = lambda out: [line for line in out.split("\n") if "tokens/s" not in line]
     assert strip(first.stdout) == strip(again.stdout)  # seeded
     assert first.stdout.startswith("--- recurrence 1\ndéf ")
     assert "--- recurrence 3\ndéf " in first.stdout and first.stdout.count("--- 40 tokens, ") == 2
-    other = sample(run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40", "--seed", "1")
+    other = sample(
+        run_directory, "--prompt", "déf ", "--recurrence", "1", "3", "--tokens", "40", "--seed", "1"
+    )
     assert strip(other.stdout) != strip(first.stdout)
 
 
 def test_prompt_from_file_and_standard_input(run_directory):
     (run_directory / "p.txt").write_text("import os\n")
-    for flags, stdin in ((["--prompt-file", run_directory / "p.txt"], b""), (["--prompt-file", "-"], b"import os\n")):
+    for flags, stdin in (
+        (["--prompt-file", run_directory / "p.txt"], b""),
+        (["--prompt-file", "-"], b"import os\n"),
+    ):
         run = sample(run_directory, *flags, "--tokens", "5", "--temperature", "0", stdin=stdin)
         assert "--- recurrence 4\nimport os\n" in run.stdout, run.stderr
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--run", "nowhere"], "nowhere holds no model"), (["--recurrence", "0"], "recurrence is 0, must be at least 1"),
-    (["--recurrence", "4", "-1"], "recurrence is -1"), (["--prompt", ""], "--prompt is empty"), (["--prompt-file", "-"], "is empty"),
-    (["--prompt-file", "none.txt"], "none.txt: No such file"), (["--tokens", "0"], "--tokens is 0"), (["--top-p", "2"], "top_p is 2.0")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--run", "nowhere"], "nowhere holds no model"),
+        (["--recurrence", "0"], "recurrence is 0, must be at least 1"),
+        (["--recurrence", "4", "-1"], "recurrence is -1"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt-file", "-"], "is empty"),
+        (["--prompt-file", "none.txt"], "none.txt: No such file"),
+        (["--tokens", "0"], "--tokens is 0"),
+        (["--top-p", "2"], "top_p is 2.0"),
+    ],
+)
 def test_mistakes_get_one_line(run_directory, flags, message):
     run = sample(run_directory, *flags)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
@@ -52,12 +69,29 @@ def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
     model = Parcae.from_pretrained(run_directory)
     idx = torch.arange(12)[None]
     probs, moved = trace(model, idx, 5)
-    assert torch.allclose(probs[3], model(idx, recurrence=4)[0][0].softmax(-1)) and probs.shape == (5, 12, 320)
+    assert torch.allclose(probs[3], model(idx, recurrence=4)[0][0].softmax(-1)) and probs.shape == (
+        5,
+        12,
+        320,
+    )
     assert torch.allclose(moved[0], torch.ones(12)) and (moved[4] < moved[1]).all()
-    done = sample(run_directory, "--prompt", "x = [1, 2]\n", "--trace", tmp_path / "t.png", "--recurrence", "4")
-    assert done.returncode == 0 and (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    done = sample(
+        run_directory,
+        "--prompt",
+        "x = [1, 2]\n",
+        "--trace",
+        tmp_path / "t.png",
+        "--recurrence",
+        "4",
+    )
+    assert done.returncode == 0 and (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG"), (
+        done.stderr
+    )
     assert not list(tmp_path.glob("*.tmp"))
-    assert "needs a model that loops and a prompt" in sample(run_directory, "--trace", tmp_path / "t.png").stderr
+    assert (
+        "needs a model that loops and a prompt"
+        in sample(run_directory, "--trace", tmp_path / "t.png").stderr
+    )
 
 
 def test_an_exit_threshold_saves_loops(run_directory):
@@ -84,7 +118,12 @@ def test_compiled_decoding_step_is_one_graph_for_all_positions(build, tokens):
     model, graphs = build(value_embeds=True, block_size=32).eval(), []
     plain = generate(model, tokens, 16, recurrence=3, temperature=0)
     torch._dynamo.reset()
-    model.step = torch.compile(model.step, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    model.step = torch.compile(
+        model.step,
+        dynamic=True,
+        fullgraph=True,
+        backend=lambda graph, _: graphs.append(graph) or graph,
+    )
     assert torch.equal(generate(model, tokens, 16, recurrence=3, temperature=0), plain)
     assert len(graphs) == 1
 
@@ -101,8 +140,16 @@ def test_greedy_generation_slides_over_the_last_block(build, tokens, recurrence)
 
 def test_sampling_is_seeded_and_follows_the_logits(build, tokens):
     model = build().train()
+
     def draw(seed, **options):
-        return generate(model, tokens[:1].repeat(500, 1), 1, generator=torch.Generator().manual_seed(seed), **options)[:, -1]
+        return generate(
+            model,
+            tokens[:1].repeat(500, 1),
+            1,
+            generator=torch.Generator().manual_seed(seed),
+            **options,
+        )[:, -1]
+
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert model.training
     probs = model.eval()(tokens[:1])[0][0, -1].div(0.5).softmax(-1)
@@ -110,19 +157,32 @@ def test_sampling_is_seeded_and_follows_the_logits(build, tokens):
     assert (counts - probs).abs().max() < 5 * (0.25 / 500) ** 0.5
     ranked = probs.argsort(descending=True)
     assert set(draw(0, top_k=3).tolist()) == set(ranked[:3].tolist())
-    nucleus = int((model(tokens[:1])[0][0, -1].softmax(-1).sort(descending=True).values.cumsum(-1) < 0.3).sum()) + 1
+    nucleus = (
+        int(
+            (
+                model(tokens[:1])[0][0, -1].softmax(-1).sort(descending=True).values.cumsum(-1)
+                < 0.3
+            ).sum()
+        )
+        + 1
+    )
     assert set(draw(0, top_p=0.3).tolist()) == set(ranked[:nucleus].tolist())
     assert torch.equal(draw(0, top_k=1), draw(0, temperature=0))
 
 
 def test_bad_options_are_refused(build, tokens):
     model = build()
-    for options, message in (({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 1.5}, "top_p"),
-                             ({"recurrence": 0}, "recurrence")):
+    for options, message in (
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"recurrence": 0}, "recurrence"),
+    ):
         with pytest.raises(UserError, match=message):
             generate(model, tokens, 1, **options)
     with pytest.raises(UserError, match="prompt is empty"):
         generate(model, tokens[:, :0], 1)
+
 
 # ------------------------------------------------------------------ depth of its own for each token
 
@@ -133,8 +193,8 @@ def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops
     model = build(value_embeds=True).eval()
     caches = [KVCache(model.config, 1, 16, n, "cpu", torch.float32, "shared") for n in (5, loops)]
     for t in range(16):
-        ours, used = settle(model, tokens[:1, t:t + 1], 5, caches[0], threshold)
-        torch.testing.assert_close(ours, model.step(tokens[:1, t:t + 1], loops, caches[1]))
+        ours, used = settle(model, tokens[:1, t : t + 1], 5, caches[0], threshold)
+        torch.testing.assert_close(ours, model.step(tokens[:1, t : t + 1], loops, caches[1]))
         assert used == loops
 
 
@@ -142,10 +202,13 @@ def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops
 def test_tokens_stop_when_their_prediction_settles(build, tokens):
     model = build().eval()
     cache = KVCache(model.config, 1, 16, 30, "cpu", torch.float32, "shared")
-    logits, loops = zip(*(settle(model, token, 30, cache, 1e-4)
-                          for token in tokens[:1].split(1, dim=1)))
+    logits, loops = zip(
+        *(settle(model, token, 30, cache, 1e-4) for token in tokens[:1].split(1, dim=1))
+    )
     full = model(tokens[:1], recurrence=30)[0]
     assert 2 < sum(loops) / 16 < 30 and len(set(loops)) > 1
-    torch.testing.assert_close(torch.cat(logits, 1).softmax(-1), full.softmax(-1), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(logits, 1).softmax(-1), full.softmax(-1), atol=0.05, rtol=0
+    )
     with pytest.raises(UserError, match="exit threshold is -1"):
         generate(model, tokens[:1], 1, exit_threshold=-1)

@@ -20,13 +20,17 @@ from model import Parcae
 from train import schedule
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-TINY = ["--n-embd", "32", "--n-head", "2", "--block-size", "64", "--batch-size", "8", "--eval-sequences", "8", "--device", "cpu"]
+TINY = (
+    "--n-embd 32 --n-head 2 --block-size 64 --batch-size 8 --eval-sequences 8 --device cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Real text: some of the standard library."""
-    files = [module.__file__ for module in (argparse, json, re, signal, subprocess)]  # not ours: rounding hangs on every letter
+    files = [
+        module.__file__ for module in (argparse, json, re, signal, subprocess)
+    ]  # not ours: rounding hangs on every letter
     return prepare("text", tmp_path_factory.mktemp("data") / "text", "bytes", files)
 
 
@@ -34,17 +38,38 @@ def corpus(tmp_path_factory):
 def train(corpus, tmp_path):
     def train(name, *flags, ranks=1, code=0, tiny=TINY):
         flags = ["--data", corpus, "--out", tmp_path / name, *tiny, *map(str, flags)]
-        run = script("train.py", *flags, cwd=tmp_path) if ranks == 1 else subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", ROOT / "train.py", *flags],
-            capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD)
+        run = (
+            script("train.py", *flags, cwd=tmp_path)
+            if ranks == 1
+            else subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={ranks}",
+                    ROOT / "train.py",
+                    *flags,
+                ],
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                env=ONE_THREAD,
+            )
+        )
         assert run.returncode == code, run.stderr[-2000:]
         return run
+
     train.out = tmp_path
     return train
 
 
 def log(path, kind="train"):
-    return [line for line in map(json.loads, (path / "log.jsonl").read_text().splitlines()) if line["kind"] == kind]
+    return [
+        line
+        for line in map(json.loads, (path / "log.jsonl").read_text().splitlines())
+        if line["kind"] == kind
+    ]
 
 
 def losses(path):
@@ -57,35 +82,72 @@ def weights(path):
 
 def test_a_run_learns_and_writes_its_directory(train):
     run, out = train("a", "--max-steps", 150, "--eval-every", 100), train.out / "a"
-    assert losses(out)[0] > 5 and sum(losses(out)[-10:]) / 10 < 2.7  # bytes of Python; their unigram entropy is above 3
-    done, = log(out, "done")
+    assert (
+        losses(out)[0] > 5 and sum(losses(out)[-10:]) / 10 < 2.7
+    )  # bytes of Python; their unigram entropy is above 3
+    (done,) = log(out, "done")
     assert [*done["val_loss"]] == ["1", "2", "4", "8", "16"] and done["val_loss"]["4"] < 2.8
-    assert [*done["state_rms"]] == ["1", "2", "4", "8", "16"] and all(0 < rms < 100 for rms in done["state_rms"].values())
+    assert [*done["state_rms"]] == ["1", "2", "4", "8", "16"] and all(
+        0 < rms < 100 for rms in done["state_rms"].values()
+    )
     assert 0 < done["spectral_radius"] < 1
     assert "recurrence T" in run.stdout and "a sample" in run.stdout
-    assert len(log(out, "eval")) == 1 and log(out)[0].keys() >= {"step", "tokens", "flops", "loss", "lr", "tok_per_s", "mfu"}
+    assert len(log(out, "eval")) == 1 and log(out)[0].keys() >= {
+        "step",
+        "tokens",
+        "flops",
+        "loss",
+        "lr",
+        "tok_per_s",
+        "mfu",
+    }
     config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["max_steps"] == 150 and config["model"]["n_embd"] == 32 and config["git"]
+    assert (
+        config["settings"]["max_steps"] == 150 and config["model"]["n_embd"] == 32 and config["git"]
+    )
     model = Parcae.from_pretrained(out)
     flops = sum(8 * 64 * model.flops_per_token(line["mean_depth"], 0) for line in log(out))
     assert flops < done["flops"] < 3 * flops  # forward and backward, of the depths drawn
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "tokenizer.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "ckpt.pt",
+        "tokenizer.json",
+    }
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(train):
     whole, parts = train.out / "whole", train.out / "parts"
     train("whole", "--max-steps", 12, "--eval-every", 4)
     flags = ["--max-steps", "12", "--eval-every", "4"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", json.loads((whole / "config.json").read_text())["data"],
-                                "--out", parts, *TINY, *flags], stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while not (parts / "log.jsonl").exists() or len((parts / "log.jsonl").read_text().splitlines()) < 3:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--data",
+            json.loads((whole / "config.json").read_text())["data"],
+            "--out",
+            parts,
+            *TINY,
+            *flags,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+    )
+    while (
+        not (parts / "log.jsonl").exists()
+        or len((parts / "log.jsonl").read_text().splitlines()) < 3
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 0 and "--resume" in output
     stopped = log(parts)[-1]["step"]
     assert 0 < stopped < 12
-    with open(parts / "log.jsonl", "a") as file:  # a line after the checkpoint, as of a run that was killed
+    with open(
+        parts / "log.jsonl", "a"
+    ) as file:  # a line after the checkpoint, as of a run that was killed
         file.write(json.dumps({"kind": "train", "step": stopped + 1, "loss": 0}) + "\n")
     run = script("train.py", "--resume", "--out", parts)
     assert run.returncode == 0, run.stderr
@@ -95,20 +157,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
 
 
 def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
-    """Each child is forked from a process that has torch imported, killed outright and followed by a resume."""
+    """Each child is forked from a process that has torch imported, killed outright, and followed
+    by a resume."""
     flags = ["--max-steps", 120, "--eval-every", 4, "--eval-sequences", 1, "--eval-recurrence", 1]
     train("whole", *flags)
-    context, moment, out = multiprocessing.get_context("forkserver"), random.Random(0), train.out / "killed"
+    context, moment, out = (
+        multiprocessing.get_context("forkserver"),
+        random.Random(0),
+        train.out / "killed",
+    )
     context.set_forkserver_preload(["torch._dynamo", "tiktoken"])  # the slow imports
     first = ["--data", corpus, *TINY, *map(str, flags)]
 
     def start():
-        child = context.Process(target=script, args=("train.py", "--out", out, *(["--resume"] if (out / "ckpt.pt").exists() else first)))
+        child = context.Process(
+            target=script,
+            args=(
+                "train.py",
+                "--out",
+                out,
+                *(["--resume"] if (out / "ckpt.pt").exists() else first),
+            ),
+        )
         child.start()
         return child
 
     def size():
         return (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
+
     for _ in range(20):
         child, more, before = start(), moment.randrange(0, 2000), size()
         while child.is_alive() and size() < before + more:
@@ -121,12 +197,28 @@ def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
     child = start()
     child.join()
     assert losses(out) == losses(train.out / "whole") and log(out, "done")[0]["step"] == 120
-    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(train.out / "whole").values()))
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (train.out / "whole").iterdir())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(out).values(), weights(train.out / "whole").values())
+    )
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        p.name for p in (train.out / "whole").iterdir()
+    )
 
 
 def test_two_ranks_and_accumulation_repeat_one_process(train):
-    flags = ["--max-steps", 6, "--dtype", "float32", "--eval-every", 3, "--muon-lr", 3e-3, "--adamw-lr", 3e-3]
+    flags = [
+        "--max-steps",
+        6,
+        "--dtype",
+        "float32",
+        "--eval-every",
+        3,
+        "--muon-lr",
+        3e-3,
+        "--adamw-lr",
+        3e-3,
+    ]
     train("one", *flags)
     train("accumulated", *flags, "--micro-batch", 2)
     train("two", *flags, ranks=2)
@@ -145,7 +237,9 @@ def test_budgets_overshoot_by_less_than_a_step(train):
     exact = log(train.out / "b")[-1]
     train("b", "--max-steps", exact["step"], "--accounting", "paper", "--overwrite")
     model = Parcae.from_pretrained(train.out / "b")
-    ratio = model.flops_per_token(accounting="paper") / model.flops_per_token()  # tables counted, the head not
+    ratio = (
+        model.flops_per_token(accounting="paper") / model.flops_per_token()
+    )  # tables counted, the head not
     assert log(train.out / "b")[-1]["flops"] / exact["flops"] == pytest.approx(ratio, rel=0.05)
 
 
@@ -171,26 +265,54 @@ def test_training_starts_from_another_model(train, tmp_path):
         assert done.returncode == 0, done.stderr
     small = TINY[4:]  # the sizes come with the model
     for source in ("first", "again"):
-        train("more", "--init-from", tmp_path / source, "--mean-recurrence", 6, "--max-steps", 3, "--overwrite", tiny=small)
+        train(
+            "more",
+            "--init-from",
+            tmp_path / source,
+            "--mean-recurrence",
+            6,
+            "--max-steps",
+            3,
+            "--overwrite",
+            tiny=small,
+        )
         config = json.loads((tmp_path / "more" / "config.json").read_text())["model"]
         assert (config["n_embd"], config["mean_recurrence"], config["backprop_depth"]) == (32, 6, 3)
         assert losses(tmp_path / "more")[0] < losses(tmp_path / "first")[0] - 1
     train("more", "--resume", "--max-steps", 5, tiny=[])
     assert len(losses(tmp_path / "more")) == 5
-    assert "does not fit these flags" in train("x", "--init-from", tmp_path / "first", "--n-embd", 64, code=2, tiny=small).stderr
+    assert (
+        "does not fit these flags"
+        in train("x", "--init-from", tmp_path / "first", "--n-embd", 64, code=2, tiny=small).stderr
+    )
     prepare("text", tmp_path / "other", "bpe:300", [ROOT / "model.py"])
-    assert "has other tokens than --init-from" in train("x", "--init-from", tmp_path / "first", "--data", tmp_path / "other", code=2,
-                                                        tiny=small).stderr
+    assert (
+        "has other tokens than --init-from"
+        in train(
+            "x", "--init-from", tmp_path / "first", "--data", tmp_path / "other", code=2, tiny=small
+        ).stderr
+    )
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--preset", "huge"], "--preset is huge, must be one of parcae-140m"),
-    (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
-    (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"), (["--eval-recurrence", "-1"], "--eval-recurrence is"),
-    (["--batch-size", "7", "--micro-batch", "2"], "must be a multiple of ranks * --micro-batch"), (["--muon-lr", "x"], "invalid float"),
-    (["--resume"], "holds no run to resume"), (["--data", "nowhere"], "nowhere/tokenizer.json does not exist"),
-    (["--block-size", "100000"], "of more than 100000 tokens"), (["--device", "tpu"], "--device is tpu, must be auto or one of")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--preset", "huge"], "--preset is huge, must be one of parcae-140m"),
+        (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
+        (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"),
+        (["--eval-recurrence", "-1"], "--eval-recurrence is"),
+        (
+            ["--batch-size", "7", "--micro-batch", "2"],
+            "must be a multiple of ranks * --micro-batch",
+        ),
+        (["--muon-lr", "x"], "invalid float"),
+        (["--resume"], "holds no run to resume"),
+        (["--data", "nowhere"], "nowhere/tokenizer.json does not exist"),
+        (["--block-size", "100000"], "of more than 100000 tokens"),
+        (["--device", "tpu"], "--device is tpu, must be auto or one of"),
+    ],
+)
 def test_mistakes_get_one_line(train, flags, message):
     run = train("bad", *flags, code=2)
     assert message in run.stderr and run.stderr.count("\n") == 1
@@ -200,20 +322,35 @@ def test_mistakes_get_one_line(train, flags, message):
 def test_a_run_is_not_replaced_unasked_and_damage_is_named(train, corpus):
     train("r", "--max-steps", 1)
     assert "holds a run already" in train("r", "--max-steps", 1, code=2).stderr
-    assert "does not fit these settings" in train("r", "--resume", "--n-embd", 64, code=2, tiny=[]).stderr
+    assert (
+        "does not fit these settings"
+        in train("r", "--resume", "--n-embd", 64, code=2, tiny=[]).stderr
+    )
     (train.out / "r" / "ckpt.pt").write_bytes(b"PK damaged")
     assert "is not a checkpoint that can be read" in train("r", "--resume", code=2, tiny=[]).stderr
     assert open_shard(corpus / "train_000000.bin")[0] == 256
 
-# ------------------------------------------------------------------ what must not be lost, what must go on
+
+# ------------------------------------------------------------------ what must not be lost
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-@pytest.mark.parametrize("name, content", [("config.json", '{"n_layer": 3}'), ("tokenizer.json", "{}"), ("log.jsonl", "mine\n"),
-                                           ("ckpt.pt", "my weights")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", '{"n_layer": 3}'),
+        ("tokenizer.json", "{}"),
+        ("log.jsonl", "mine\n"),
+        ("ckpt.pt", "my weights"),
+    ],
+)
 def test_what_is_not_a_run_is_not_replaced(train, name, content):
     (train.out / "mine").mkdir()
     (train.out / "mine" / name).write_text(content)
@@ -226,18 +363,39 @@ def test_what_is_not_a_run_is_not_replaced(train, name, content):
 def test_a_run_is_whole_until_another_that_replaces_it_has_saved(train, monkeypatch):
     train("o", "--max-steps", 2)
     before = tree(train.out / "o")
-    train("o", "--max-steps", 30, "--muon-lr", "1e30", "--overwrite", code=2)  # never saves: nothing is finite
+    train(
+        "o", "--max-steps", 30, "--muon-lr", "1e30", "--overwrite", code=2
+    )  # never saves: nothing is finite
     after = tree(train.out / "o")
     assert {name: after[name] for name in before} == before
     train("o", "--max-steps", 3, "--overwrite")
     assert len(losses(train.out / "o")) == 3
-    assert {p.name for p in (train.out / "o").iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "tokenizer.json"}
+    assert {p.name for p in (train.out / "o").iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "ckpt.pt",
+        "tokenizer.json",
+    }
 
 
 def test_the_second_of_two_writers_is_refused_and_a_killed_one_holds_nothing(train, corpus):
-    flags = ["--data", corpus, "--out", train.out / "l", *TINY, "--max-steps", "100000", "--eval-every", "2"]
-    first = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    flags = [
+        "--data",
+        corpus,
+        "--out",
+        train.out / "l",
+        *TINY,
+        "--max-steps",
+        "100000",
+        "--eval-every",
+        "2",
+    ]
+    first = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ONE_THREAD,
+    )
     while not (train.out / "l" / "ckpt.pt").exists():
         time.sleep(0.05)
     for flag in ("--resume", "--overwrite"):
@@ -257,14 +415,29 @@ def test_config_says_what_is_in_force_and_the_model_cannot_change(train):
     train("c", "--max-steps", 2)
     train("c", "--resume", "--max-steps", 3, "--mean-recurrence", 8, "--batch-size", 4, tiny=[])
     config = json.loads((train.out / "c" / "config.json").read_text())
-    assert config["settings"]["max_steps"] == 3 and config["settings"]["batch_size"] == 4 and "out" not in config["settings"]
+    assert (
+        config["settings"]["max_steps"] == 3
+        and config["settings"]["batch_size"] == 4
+        and "out" not in config["settings"]
+    )
     assert (config["model"]["mean_recurrence"], config["model"]["backprop_depth"]) == (8, 4)
-    assert torch.load(train.out / "c" / "ckpt.pt", weights_only=True)["state"]["samples"] == 2 * 8 + 4
+    assert (
+        torch.load(train.out / "c" / "ckpt.pt", weights_only=True)["state"]["samples"] == 2 * 8 + 4
+    )
     before = tree(train.out / "c")
-    for flag in (["--no-prelude-norm"], ["--injection", "add"], ["--no-value-embeds"], ["--mlp-width", 64], ["--seed", 1],
-                 ["--preset", "gpt-nano"]):
+    for flag in (
+        ["--no-prelude-norm"],
+        ["--injection", "add"],
+        ["--no-value-embeds"],
+        ["--mlp-width", 64],
+        ["--seed", 1],
+        ["--preset", "gpt-nano"],
+    ):
         done = train("c", "--resume", "--max-steps", 4, *flag, code=2, tiny=[])
-        assert "does not fit these settings" in done.stderr and flag[0].replace("--no-", "--") in done.stderr
+        assert (
+            "does not fit these settings" in done.stderr
+            and flag[0].replace("--no-", "--") in done.stderr
+        )
     assert tree(train.out / "c") == before
 
 
@@ -280,7 +453,11 @@ def test_another_batch_size_goes_on_in_the_data(train, monkeypatch):
     train("whole", "--max-steps", 4, "--batch-size", 8)
     read = []
     batch = train_module.Loader.batch
-    monkeypatch.setattr(train_module.Loader, "batch", lambda self, samples: read.extend(map(int, samples)) or batch(self, samples))
+    monkeypatch.setattr(
+        train_module.Loader,
+        "batch",
+        lambda self, samples: read.extend(map(int, samples)) or batch(self, samples),
+    )
     train("parts", "--max-steps", 2, "--batch-size", 8)
     train("parts", "--resume", "--max-steps", 4, "--batch-size", 4, tiny=[])
     assert torch.load(train.out / "parts" / "ckpt.pt", weights_only=True)["state"]["samples"] == 24
@@ -291,14 +468,24 @@ def test_a_full_disk_gets_one_line_and_the_run_stays_whole(train, full_disk):
     out = train.out / "a"
     for flags in ([], ["--overwrite"]):
         done = train("a", "--max-steps", 2, *flags, code=2)
-        assert done.stderr.count("\n") == 1 and ("disk" in done.stderr or "too large" in done.stderr), done.stderr
-        assert not [path for path in out.rglob("*") if path.suffix == ".tmp" or path.name == "ckpt.pt"]
+        assert done.stderr.count("\n") == 1 and (
+            "disk" in done.stderr or "too large" in done.stderr
+        ), done.stderr
+        assert not [
+            path for path in out.rglob("*") if path.suffix == ".tmp" or path.name == "ckpt.pt"
+        ]
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda text: text[:-20], "unreadable"), (lambda text: text.replace("\n", "\n\n", 1), ""),
-    (lambda text: "\0" * 30 + "\n" + text, "unreadable"),
-    (lambda text: "[1]\nnull\n" + text, "unreadable"), (lambda text: None, "is missing")])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda text: text[:-20], "unreadable"),
+        (lambda text: text.replace("\n", "\n\n", 1), ""),
+        (lambda text: "\0" * 30 + "\n" + text, "unreadable"),
+        (lambda text: "[1]\nnull\n" + text, "unreadable"),
+        (lambda text: None, "is missing"),
+    ],
+)
 def test_a_damaged_log_does_not_block_a_resume(train, damage, said):
     train("d", "--max-steps", 3)
     path = train.out / "d" / "log.jsonl"
@@ -306,7 +493,9 @@ def test_a_damaged_log_does_not_block_a_resume(train, damage, said):
     path.unlink() if text is None else path.write_text(text)
     done = train("d", "--resume", "--max-steps", 4, tiny=[])
     assert said in done.stdout
-    assert [line["step"] for line in log(train.out / "d")][-1] == 4 and len(log(train.out / "d", "done")) == 1
+    assert [line["step"] for line in log(train.out / "d")][-1] == 4 and len(
+        log(train.out / "d", "done")
+    ) == 1
 
 
 def test_a_finished_run_is_not_finished_twice(train):
@@ -320,7 +509,12 @@ def test_data_of_another_tokenizer_is_refused(train, tmp_path):
     train("t", "--max-steps", 1)
     prepare("text", tmp_path / "other", "bpe:257", [ROOT / "model.py"])
     prepare("text", tmp_path / "bpe", "bpe:300", [ROOT / "model.py"])
-    assert "has other tokens" in train("t", "--resume", "--max-steps", 2, "--data", tmp_path / "bpe", code=2, tiny=[]).stderr
+    assert (
+        "has other tokens"
+        in train(
+            "t", "--resume", "--max-steps", 2, "--data", tmp_path / "bpe", code=2, tiny=[]
+        ).stderr
+    )
     done = script("evaluate.py", "--run", train.out / "t", "--data", tmp_path / "bpe")
     assert done.returncode == 2 and "has other tokens" in done.stderr
 
@@ -333,17 +527,27 @@ def test_a_run_goes_on_without_what_it_started_from(train):
     assert weights_step(train.out / "tuned") == 2
 
 
-CHECKPOINTS = {"empty": lambda c: None,
-               "a list": lambda c: [], "no model": lambda c: c.pop("model") and c,
-               "model none": lambda c: c | {"model": None},
-               "weights text": lambda c: c | {"model": dict.fromkeys(c["model"], "x")}, "a tensor": lambda c: torch.ones(3),
-               "no state": lambda c: c | {"state": {}}, "step -1": lambda c: c | {"state": c["state"] | {"step": -1}},
-               "step 1.5": lambda c: c | {"state": c["state"] | {"step": 1.5}}, "no optimisers": lambda c: c | {"optimizers": None},
-               "muon none": lambda c: c | {"optimizers": c["optimizers"] | {"muon": None}},
-               "muon empty": lambda c: c | {"optimizers": c["optimizers"] | {"muon": {"state": {}, "param_groups": []}}},
-               "adamw shape": lambda c: c["optimizers"]["adamw"]["state"][0].update(exp_avg=torch.ones(2)) or c,
-               "adamw lacks": lambda c: c["optimizers"]["adamw"]["state"][1].pop("exp_avg") is None or c,
-               "muon text": lambda c: c["optimizers"]["muon"]["state"].update({0: "x"}) or c}
+CHECKPOINTS = {
+    "empty": lambda c: None,
+    "a list": lambda c: [],
+    "no model": lambda c: c.pop("model") and c,
+    "model none": lambda c: c | {"model": None},
+    "weights text": lambda c: c | {"model": dict.fromkeys(c["model"], "x")},
+    "a tensor": lambda c: torch.ones(3),
+    "no state": lambda c: c | {"state": {}},
+    "step -1": lambda c: c | {"state": c["state"] | {"step": -1}},
+    "step 1.5": lambda c: c | {"state": c["state"] | {"step": 1.5}},
+    "no optimisers": lambda c: c | {"optimizers": None},
+    "muon none": lambda c: c | {"optimizers": c["optimizers"] | {"muon": None}},
+    "muon empty": lambda c: (
+        c | {"optimizers": c["optimizers"] | {"muon": {"state": {}, "param_groups": []}}}
+    ),
+    "adamw shape": lambda c: (
+        c["optimizers"]["adamw"]["state"][0].update(exp_avg=torch.ones(2)) or c
+    ),
+    "adamw lacks": lambda c: c["optimizers"]["adamw"]["state"][1].pop("exp_avg") is None or c,
+    "muon text": lambda c: c["optimizers"]["muon"]["state"].update({0: "x"}) or c,
+}
 
 
 def test_damaged_checkpoints_get_one_line_and_change_nothing(train):
@@ -360,21 +564,51 @@ def test_damaged_checkpoints_get_one_line_and_change_nothing(train):
         assert tree(train.out / "k") == before, name
 
 
-@pytest.mark.parametrize("flag", [["--seed", "-1"], ["--seed", "99999999999999"], ["--muon-lr", "1e400"], ["--adamw-lr", "inf"],
-                                  ["--weight-decay", "nan"], ["--norm-eps", "-1"], ["--norm-eps", "nan"], ["--rope-base", "1e-400"],
-                                  ["--out", ""], ["--device", "cpu:x"], ["--n-embd", "1000000000000"], ["--eval-recurrence", "99999999999"],
-                                  ["--max-steps", "2.5x"], ["--batch-size", "1.5"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--seed", "-1"],
+        ["--seed", "99999999999999"],
+        ["--muon-lr", "1e400"],
+        ["--adamw-lr", "inf"],
+        ["--weight-decay", "nan"],
+        ["--norm-eps", "-1"],
+        ["--norm-eps", "nan"],
+        ["--rope-base", "1e-400"],
+        ["--out", ""],
+        ["--device", "cpu:x"],
+        ["--n-embd", "1000000000000"],
+        ["--eval-recurrence", "99999999999"],
+        ["--max-steps", "2.5x"],
+        ["--batch-size", "1.5"],
+    ],
+)
 def test_numbers_out_of_range_get_one_line(train, flag):
     done = train("bad", *flag, code=2)
-    assert done.stderr.count("\n") == 1 and flag[0].strip("-").replace("-", "_") in done.stderr.replace("-", "_")
+    assert done.stderr.count("\n") == 1 and flag[0].strip("-").replace(
+        "-", "_"
+    ) in done.stderr.replace("-", "_")
     assert not (train.out / "bad").exists()
 
 
-@pytest.mark.parametrize("change", [
-    {"settings": None}, {"settings": []}, {"settings": {"max_steps": [3]}}, {"settings": {"batch_size": "x"}},
-    {"settings": {"eval_recurrence": 0}}, {"settings": {"dtype": "foo"}}, {"settings": {"device": "cpu:x"}},
-    {"settings": {"micro_batch": 1.5}}, {"settings": {"muon_lr": "high"}}, {"model": None}, {"model": {"n_embd": 1.5}},
-    {"model": {"n_head": True}}, {"model": {"block_size": "inf"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": None},
+        {"settings": []},
+        {"settings": {"max_steps": [3]}},
+        {"settings": {"batch_size": "x"}},
+        {"settings": {"eval_recurrence": 0}},
+        {"settings": {"dtype": "foo"}},
+        {"settings": {"device": "cpu:x"}},
+        {"settings": {"micro_batch": 1.5}},
+        {"settings": {"muon_lr": "high"}},
+        {"model": None},
+        {"model": {"n_embd": 1.5}},
+        {"model": {"n_head": True}},
+        {"model": {"block_size": "inf"}},
+    ],
+)
 def test_damaged_settings_get_one_line(train, change):
     train("s", "--max-steps", 1)
     file = train.out / "s" / "config.json"
