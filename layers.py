@@ -128,7 +128,7 @@ def rotate(x, rope):
 
     rope: cos and sin, each (T, 1, head_dim), every angle twice, sin negative at even places."""
     cos, sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (x1, x0), (x3, x2), ...
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)  # (x1, x0), (x3, x2), ...
     return x * cos + swapped * sin
 
 
