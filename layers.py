@@ -311,25 +311,28 @@ class KVCache:
         if kind not in ("per-loop", "shared"):
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
         loops = recurrence if kind == "per-loop" else 1
-        shape = (2, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
         in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
-        self.pairs = [[torch.empty(shape, device=device, dtype=dtype)
-                       for _ in range(loops if layer in in_loop else 1)]
-                      for layer in range(config.n_layer)]
+        self.pairs = []
+        for layer in range(config.n_layer):
+            count = loops if layer in in_loop else 1
+            self.pairs.append([(torch.empty(shape, device=device, dtype=dtype),
+                                torch.empty(shape, device=device, dtype=dtype))
+                               for _ in range(count)])
         self.pos = 0  # tokens held
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
         pairs = self.pairs[layer]
-        keys_and_values = pairs[t % len(pairs)]  # where there is one, it is that of every loop
-        return keys_and_values[0], keys_and_values[1]
+        return pairs[t % len(pairs)]  # where there is one, it is that of every loop
 
     @property
     def nbytes(self):
-        return sum(pair.nbytes for pairs in self.pairs for pair in pairs)
+        return sum(t.nbytes for pairs in self.pairs for pair in pairs for t in pair)
 
     def rows(self, index):
         """A copy with the sequences of an index (N,), which may name one several times."""
         other = copy.copy(self)
-        other.pairs = [[pair[:, index] for pair in pairs] for pairs in self.pairs]
+        other.pairs = [[(keys[index], values[index]) for keys, values in pairs]
+                       for pairs in self.pairs]
         return other

@@ -46,7 +46,7 @@ class Tokens:
     """What the layers need to know of a batch of tokens."""
 
     x: torch.Tensor  # (B, T, C): their embeddings
-    rope: torch.Tensor  # (2, T, 1, head_dim): cos and sin of their positions
+    rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
     position: int  # of the first of them in the cache
 
@@ -215,9 +215,9 @@ class Parcae(nn.Module):
             raise UserError(f"{position + T} tokens do not fit block_size {self.config.block_size}")
         dtype = self.compute_dtype or self.wte.weight.dtype
         x = self.wte(idx).to(dtype)                                                     # (B, T, C)
-        rope = self.rope[:, position:position + T].to(dtype)
+        cos, sin = self.rope[:, position:position + T].to(dtype)
         value_embeds = {int(i): table(idx).to(dtype) for i, table in self.value_embeds.items()}
-        return Tokens(x, rope, value_embeds, position)
+        return Tokens(x, (cos, sin), value_embeds, position)
 
     def run(self, layers, first, x, tokens, cache, t=0):
         """x (B, T, C) after some layers, of which the first has the number `first`, in loop t."""
