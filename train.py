@@ -246,7 +246,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     device = model.wte.weight.device
     looped = model.config.n_recurrent > 0
     recurrence = recurrence if looped else [1]
-    mine = range(rank, min(sequences, len(loader)), world)
+    mine = range(rank, max(world, min(sequences, len(loader))), world)  # one at least
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
     read = torch.zeros((), device=device)
     model.eval()
@@ -255,17 +255,17 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
         read += len(idx)
         for loops, (h, tokens) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                _, loss = model.head(model.readout(h, tokens), targets)
+                # each metric is a line; logits: (B, T, vocab_size)
+                logits, loss = model.head(model.readout(h, tokens), targets)
                 sums["val_loss", loops] += loss * len(idx)  # nats per token
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)
     model.train()
 
-    keys = [(metric, loops) for metric in ("val_loss", "state_ms") for loops in recurrence]
-    total = torch.stack([read, *(sums[key] for key in keys)])
+    total = torch.stack([read, *sums.values()])
     if world > 1:
         dist.all_reduce(total)
     values = defaultdict(dict)
-    for (metric, loops), mean in zip(keys, (total[1:] / total[0]).tolist()):
+    for (metric, loops), mean in zip(sums, (total[1:] / total[0]).tolist()):
         values[metric][loops] = mean
     squares = values.pop("state_ms")
     if looped:
