@@ -182,7 +182,7 @@ class Parcae(nn.Module):
     def loops(self, idx, most, cache=None):
         """Yield what the head would read if a loop were the last, (B, T, C): after 1, ..., most.
 
-        Early exit is a `break`; what comes next is in the cache already. For `idx` (B, T) int64:
+        Early exit is a `break`: a cache has moved on by T tokens already. For idx (B, T) int64:
 
             for x in model.loops(idx, 8):
                 logits = model.lm_head(x)"""
@@ -210,9 +210,10 @@ class Parcae(nn.Module):
         T, position = idx.shape[1], 0
         if cache is not None:
             position = cache.pos
-            cache.pos += T
         if position + T > self.config.block_size:
             raise UserError(f"{position + T} tokens do not fit block_size {self.config.block_size}")
+        if cache is not None:
+            cache.pos += T
         dtype = self.compute_dtype or self.wte.weight.dtype
         x = self.wte(idx).to(dtype)                                                     # (B, T, C)
         cos, sin = self.rope[:, position:position + T].to(dtype)
