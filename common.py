@@ -174,6 +174,21 @@ def read_json(path):
     return value
 
 
+def read_json_lines(path):
+    """(the JSON objects in a file, one a line, and how many lines are none)."""
+    values, bad = [], 0
+    for line in filter(None, Path(path).read_bytes().split(b"\n")):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            values.append(value)
+        else:
+            bad += 1
+    return values, bad
+
+
 def patient(check, path, attempts=6):
     """check(path), again where it fails: another process may just be moving what is there."""
     for attempt in range(attempts):
@@ -251,12 +266,13 @@ def from_hub(function, repository, *arguments, **options):
 
 
 @contextlib.contextmanager
-def lock(directory):
+def lock(directory, patience=0):
     """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
-    holder.
+    holder if it has the lock for `patience` seconds more.
 
     The system drops the lock with the process, however that ends."""
     path = Path(directory) / ".lock"
+    deadline = time.monotonic() + patience
     while True:
         file = open(path, "a+")
         try:
@@ -268,6 +284,9 @@ def lock(directory):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise UserError(f"{directory} is in use by process {holder}: "
                             "wait for it or stop it") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

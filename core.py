@@ -24,15 +24,12 @@ from common import (
     LOOPS,
     Parser,
     UserError,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
     run_script,
     some_path,
     write_text,
 )
-from model import KVCache, Parcae, read_config
-from tokenizer import begin_token, load_tokenizer
+from evaluate import open_run
+from tokenizer import begin_token
 
 # name: (file, kind, examples shown, what comes between context and continuation, baseline in %).
 # The baselines are those with which CORE has been reported: some are the largest class's share,
@@ -165,7 +162,6 @@ def score(model, items, recurrence):
     a KV cache; the rest of every option then reads from it: several times as fast as running every
     option whole. Options are padded at their ends, which nothing before the padding sees."""
     device = model.wte.weight.device
-    dtype = model.compute_dtype or model.wte.weight.dtype
     rows, owner, starts = [], [], []  # of all options: tokens, number of the item, scored part
     for number, item in enumerate(items):
         rows += item.rows
@@ -175,7 +171,7 @@ def score(model, items, recurrence):
     # the prefixes, one row an item; n: tokens that every item's options share
     n = min(item.prefix for item in items)
     longest = max(len(row) - 1 for row in rows)
-    cache = KVCache(model.config, len(items), longest, recurrence, device, dtype)
+    cache = model.new_cache(len(items), longest, recurrence)
     if n:
         prefixes = torch.tensor([item.rows[0][:n] for item in items], device=device)
         model.hidden(prefixes, recurrence, cache)
@@ -288,14 +284,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    keep_freed_memory()
-    device = pick_device(args.device)
-    read_config(args.run)  # "train one first" comes before anything slow
-    model = Parcae.from_pretrained(args.run).to(device)
-    model.compute_dtype = pick_dtype(device, args.dtype)
-    recurrence = args.recurrence if model.config.n_recurrent else [1]
-    tasks = core(model, load_tokenizer(args.run), args.folder, recurrence, args.batch_size,
-                 args.max_per_task)
+    model, tokenizer, recurrence = open_run(args)
+    tasks = core(model, tokenizer, args.folder, recurrence, args.batch_size, args.max_per_task)
     label, mean = show(tasks, recurrence)
     record = {"label": label, "mean": mean, "max_per_task": args.max_per_task,
               "dtype": str(model.compute_dtype), "tasks": tasks}

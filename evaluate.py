@@ -31,13 +31,11 @@ from common import (
     some_path,
     write_text,
 )
-from data import Loader
-from model import KVCache, Parcae, read_config
+from data import EVAL_SEED, Loader
+from model import Parcae
 from sample import settle
 from sources import read_text
 from tokenizer import begin_token, encode, load_tokenizer, same_tokens
-
-EVAL_SEED = 1234  # as in train.py: the first sequences are those that train.py evaluates on
 
 # ------------------------------------------------------------------------------- text
 
@@ -81,7 +79,7 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
                 losses[loops] = loss_of(model, model.readout(h, tokens), targets)
         return losses
     for loops in recurrence:
-        cache = new_cache(model, idx, loops, kv_cache)
+        cache = model.new_cache(*idx.shape, loops, kv_cache)
         x = [model.hidden(token, loops, cache) for token in idx.split(1, dim=1)]
         losses[loops] = loss_of(model, torch.cat(x, dim=1), targets)
     return losses
@@ -93,17 +91,11 @@ def loss_of(model, x, targets):
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
-def new_cache(model, idx, recurrence, kind):
-    """A KVCache for as many tokens as idx (B, T) has."""
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    return KVCache(model.config, *idx.shape, recurrence, idx.device, dtype, kind)
-
-
 @torch.no_grad()
 def early_exit_losses(model, idx, targets, most, threshold):
     """Loss in nats (1, T) of each target where each token's loop ends as soon as its prediction
     settles, see sample.settle; and how many loops each took, a list of T numbers."""
-    cache = new_cache(model, idx, most, "shared")
+    cache = model.new_cache(*idx.shape, most, "shared")
     losses, loops_used = [], []
     for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
         logits, loops = settle(model, token, most, cache, threshold)
@@ -184,6 +176,16 @@ def parse_args():
     return parser.parse_args()
 
 
+def open_run(args):
+    """(model, tokenizer, loops to evaluate at) of the run that args name. Raises UserError."""
+    keep_freed_memory()
+    device = pick_device(args.device)
+    model = Parcae.from_pretrained(args.run).to(device)
+    model.compute_dtype = pick_dtype(device, args.dtype)
+    recurrence = args.recurrence if model.config.n_recurrent else [1]
+    return model, load_tokenizer(args.run), recurrence
+
+
 def open_text(args, model, tokenizer):
     """(name of what is read, function of a batch size that gives the batches). Raises UserError."""
     block_size = model.config.block_size
@@ -205,14 +207,8 @@ def open_text(args, model, tokenizer):
 
 def main():
     args = parse_args()
-    keep_freed_memory()
-    device = pick_device(args.device)
-    read_config(args.run)  # "train one first" comes before anything slow
-    model = Parcae.from_pretrained(args.run).to(device)
-    model.compute_dtype = pick_dtype(device, args.dtype)
-    tokenizer = load_tokenizer(args.run)
+    model, tokenizer, recurrence = open_run(args)
     name, batches = open_text(args, model, tokenizer)
-    recurrence = args.recurrence if model.config.n_recurrent else [1]
 
     rows, tokens, size = bits_per_byte(model, batches(args.batch_size), tokenizer, recurrence,
                                        args.kv_cache)

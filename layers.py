@@ -336,3 +336,36 @@ class KVCache:
         other.pairs = [[(keys[index], values[index]) for keys, values in pairs]
                        for pairs in self.pairs]
         return other
+
+# ------------------------------------------------------------------------------- memory
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,). To save memory, nothing else.
+
+    All logits, (N, vocab_size) in float32, would be the largest tensor of a training step. Here
+    they are made `chunk` rows at a time. So that none need be kept or computed again, the forward
+    pass computes the gradient too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        w = weight.to(x.dtype)
+        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+        loss = x.new_zeros((), dtype=torch.float32)
+        count = (targets != -100).sum()
+        for x_, t, d in zip(x.split(chunk), targets.split(chunk), d_x.split(chunk)):
+            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (chunk, vocab)
+            loss += F.nll_loss(log_probs, t, ignore_index=-100, reduction="sum")
+            # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
+            d_logits = log_probs.exp_()
+            d_logits[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
+            d_logits = (d_logits * ((t != -100) / count).unsqueeze(-1)).to(x.dtype)
+            torch.matmul(d_logits, w, out=d)
+            d_weight += d_logits.T @ x_
+        ctx.save_for_backward(d_x, d_weight)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_x, d_weight = ctx.saved_tensors
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None

@@ -35,10 +35,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, load_checkpoint, read_json
-from layers import INJECTIONS, PRESETS, Add, Block, KVCache, Linear, ParcaeConfig, RMSNorm
+from layers import (
+    INJECTIONS,
+    PRESETS,
+    Add,
+    Block,
+    HeadLoss,
+    KVCache,
+    Linear,
+    ParcaeConfig,
+    RMSNorm,
+)
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
-CHUNK = 1024  # tokens whose logits are held at once in training
+CHUNK = 1024  # tokens whose logits are held at once in training, see HeadLoss
 
 
 @dataclass
@@ -50,15 +60,10 @@ class Tokens:
     value_embeds: dict  # layer: (B, T, C)
     position: int  # of the first of them in the cache
 
-    def rows(self, count):
-        """Of the first rows of the batch."""
-        value_embeds = {layer: ve[:count] for layer, ve in self.value_embeds.items()}
-        return Tokens(self.x[:count], self.rope, value_embeds, self.position)
-
-    def detach(self):
-        """The same without a way back for gradients."""
-        value_embeds = {layer: ve.detach() for layer, ve in self.value_embeds.items()}
-        return Tokens(self.x.detach(), self.rope, value_embeds, self.position)
+    def each(self, f):
+        """The same with f of each tensor that has rows: f(t) is t[:4], or t.detach()."""
+        value_embeds = {layer: f(ve) for layer, ve in self.value_embeds.items()}
+        return Tokens(f(self.x), self.rope, value_embeds, self.position)
 
 
 class Parcae(nn.Module):
@@ -105,6 +110,16 @@ class Parcae(nn.Module):
         self.reset_parameters()
 
     @property
+    def dtype(self):
+        """Of the activations."""
+        return self.compute_dtype or self.wte.weight.dtype
+
+    def new_cache(self, batch_size, capacity, recurrence, kind="per-loop"):
+        """An empty KVCache for this model."""
+        device = self.wte.weight.device
+        return KVCache(self.config, batch_size, capacity, recurrence, device, self.dtype, kind)
+
+    @property
     def init_std(self):
         return math.sqrt(2 / (5 * self.config.n_embd))
 
@@ -145,7 +160,7 @@ class Parcae(nn.Module):
         begin = [0] * len(depths)
         middle = [max(0, n - with_gradient) for n in depths]
         with torch.no_grad():
-            h = self.loop(h, u.detach(), tokens.detach(), begin, middle)
+            h = self.loop(h, u.detach(), tokens.each(torch.detach), begin, middle)
         h = self.loop(h, u, tokens, middle, depths)
 
         # the coda, once; the rows in their own order again
@@ -159,7 +174,8 @@ class Parcae(nn.Module):
         rounds = [b - a for a, b in zip(start, stop)]
         for t in range(rounds[0]):
             live = sum(n > t for n in rounds)  # rows that still loop
-            new = self.recurrent_pass(h[:live], u[:live], tokens.rows(live))
+            first = tokens.each(lambda t: t[:live])  # noqa: B023
+            new = self.recurrent_pass(h[:live], u[:live], first)
             h = torch.cat([new, h[live:]])
         return h
 
@@ -207,17 +223,15 @@ class Parcae(nn.Module):
 
     def look_up(self, idx, cache=None):
         """The Tokens of idx (B, T); with a cache they take its next T places."""
-        T, position = idx.shape[1], 0
-        if cache is not None:
-            position = cache.pos
+        T = idx.shape[1]
+        position = 0 if cache is None else cache.pos
         if position + T > self.config.block_size:
             raise UserError(f"{position + T} tokens do not fit block_size {self.config.block_size}")
         if cache is not None:
             cache.pos += T
-        dtype = self.compute_dtype or self.wte.weight.dtype
-        x = self.wte(idx).to(dtype)                                                     # (B, T, C)
-        cos, sin = self.rope[:, position:position + T].to(dtype)
-        value_embeds = {int(i): table(idx).to(dtype) for i, table in self.value_embeds.items()}
+        x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
+        cos, sin = self.rope[:, position:position + T].to(self.dtype)
+        value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
         return Tokens(x, (cos, sin), value_embeds, position)
 
     def run(self, layers, first, x, tokens, cache, t=0):
@@ -255,7 +269,8 @@ class Parcae(nn.Module):
     def head(self, x, targets=None):
         """Logits and loss, as of forward, from what the head reads, x (B, T, C)."""
         if self.training and targets is not None and targets.numel() > CHUNK:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                        CHUNK)
         logits = self.lm_head(x).float()
         if targets is None:
             return logits, None
@@ -366,9 +381,7 @@ class Parcae(nn.Module):
         checkpoint = load_checkpoint(path / "ckpt.pt")
         weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
         fit_weights(model, weights, f"the weights in {path} do not fit its config.json")
-        for name, w in model.state_dict().items():
-            if not w.isfinite().all():
-                raise UserError(f"the weights in {path} are damaged: {name} is not finite")
+        check_finite(model, path)
         return model.eval()
 
 
@@ -383,12 +396,24 @@ def read_config(run_directory):
     if not file.exists():
         raise UserError(f"{run_directory} holds no model: {file} does not exist; "
                         "train one first: python train.py")
+    return parse_config(file, config_of_run)
+
+
+def config_of_run(settings):
+    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
+    if "model" not in settings and "n_embd" in settings:
+        raise UserError("a model in another format; python published.py import makes a run of it")
+    return ParcaeConfig(**settings["model"])
+
+
+def parse_config(file, parse):
+    """parse(the JSON object in a file): a ParcaeConfig. Raises UserError that names the file."""
     try:
         settings = read_json(file)
-        if "model" not in settings and "n_embd" in settings:
-            raise UserError("a model in another format; make a run of it: "
-                            f"python published.py import {run_directory} --out DIR")
-        return ParcaeConfig(**settings["model"])
+    except UserError as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+    try:
+        return parse(settings)
     except KeyError as error:
         raise UserError(f"{file} has no {error}") from None
     except UserError as error:
@@ -416,32 +441,8 @@ def fit_weights(model, weights, complaint):
     model.load_state_dict(weights)
 
 
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,). To save memory, nothing else.
-
-    All logits, (N, vocab_size) in float32, would be the largest tensor of a training step. Here
-    they are made CHUNK rows at a time. So that none need be kept or computed again, the forward
-    pass computes the gradient too."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        w = weight.to(x.dtype)
-        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
-        loss = x.new_zeros((), dtype=torch.float32)
-        count = (targets != -100).sum()
-        for x_, t, d in zip(x.split(CHUNK), targets.split(CHUNK), d_x.split(CHUNK)):
-            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (CHUNK, vocab)
-            loss += F.nll_loss(log_probs, t, ignore_index=-100, reduction="sum")
-            # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
-            d_logits = log_probs.exp_()
-            d_logits[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
-            d_logits = (d_logits * ((t != -100) / count).unsqueeze(-1)).to(x.dtype)
-            torch.matmul(d_logits, w, out=d)
-            d_weight += d_logits.T @ x_
-        ctx.save_for_backward(d_x, d_weight)
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, d_loss):
-        d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None
+def check_finite(model, path):
+    """Raise UserError where a weight of a model that comes from `path` is not finite."""
+    for name, w in model.state_dict().items():
+        if not w.isfinite().all():
+            raise UserError(f"the weights in {path} are damaged: {name} is not finite")

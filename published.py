@@ -31,7 +31,7 @@ from common import (
     write_text,
 )
 from data import check_place
-from model import Parcae, ParcaeConfig, fit_weights
+from model import Parcae, ParcaeConfig, check_finite, fit_weights, parse_config
 from tokenizer import checked_encoding, load_tokenizer, save_tokenizer
 
 WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")
@@ -67,6 +67,8 @@ OUR_STATE = {"zero": "zero", "normal": "normal", "like-init": "normal"}
 def config_from(settings):
     """The ParcaeConfig of a published config.json, a dict. Raises UserError for what is not
     implemented here, KeyError for what is missing."""
+    if isinstance(settings.get("model"), dict):
+        raise UserError("this is a run directory of this project: nothing to import")
     settings = dict(settings)
     for name, value in settings.pop("rope_settings").items():
         settings[f"rope_settings.{name}"] = value
@@ -126,20 +128,7 @@ def read_settings(file):
     """The ParcaeConfig of a published config.json. Raises UserError that names the file."""
     if not file.exists():
         raise UserError(f"{file.parent} holds no model: {file} does not exist")
-    try:
-        settings = read_json(file)
-    except UserError as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
-    if isinstance(settings.get("model"), dict):
-        raise UserError(f"{file.parent} is a run directory of this project: nothing to import")
-    try:
-        return config_from(settings)
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+    return parse_config(file, config_from)
 
 # ----------------------------------------------------------------------------- the weights
 
@@ -230,9 +219,7 @@ def import_model(source):
 
     model = Parcae(config)
     fit_weights(model, weights, f"the weights in {folder} do not fit its config.json")
-    for name, w in model.state_dict().items():
-        if not w.isfinite().all():
-            raise UserError(f"the weights in {folder} are damaged: {name} is not finite")
+    check_finite(model, folder)
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     return model.eval(), tokenizer
 

@@ -27,6 +27,7 @@ from common import (
     lock,
     matmul_peak,
     read_json,
+    read_json_lines,
     whole_file,
     write_text,
 )
@@ -41,7 +42,7 @@ def process():
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_place(path):
+def check_is_run(path):
     """Raise UserError where a directory has files of a run's names that are not a run's."""
     there = [name for name in FILES if (path / name).exists()]
     if not there:
@@ -55,7 +56,7 @@ def check_place(path):
 def check_free(args):
     """Raise UserError where --out holds what this run must not replace."""
     out = Path(args.out)
-    check_place(out)
+    check_is_run(out)
     if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite or args.dry_run):
         raise UserError(f"--out {out} holds a run already: continue it with --resume, replace it "
                         "with --overwrite, or choose another --out")
@@ -107,6 +108,7 @@ def describe(args, model):
             "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
+
 
 class Run:
     """A run in its directory; writes on rank 0 alone. `state` counts what has been done."""
@@ -200,17 +202,13 @@ class Run:
             if process()[0] == 0:
                 print(f"{file} is missing, a new one begins")
             return []
-        lines, bad = [], 0
-        for line in filter(None, file.read_bytes().split(b"\n")):
-            try:
-                value = json.loads(line)
-                if value["kind"] and value["step"] <= self.state["step"]:
-                    lines.append(value)
-            except (ValueError, TypeError, KeyError):
-                bad += 1
+        lines, bad = read_json_lines(file)
+        whole = [line for line in lines
+                 if line.get("kind") and isinstance(line.get("step"), int)]
+        bad += len(lines) - len(whole)
         if bad and process()[0] == 0:
             print(f"{file}: {bad} unreadable line(s) left out")
-        return lines
+        return [line for line in whole if line["step"] <= self.state["step"]]
 
 
 def load_optimizer(optimizer, saved, updated, complaint):

@@ -29,7 +29,7 @@ from common import (
     run_script,
     some_path,
 )
-from model import KVCache, Parcae, read_config
+from model import Parcae
 from tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
 TRACED = 40  # tokens of a prompt that a trace shows
@@ -79,10 +79,9 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     config = model.config
     recurrence = model.depths_of(1, config.mean_recurrence if recurrence is None else recurrence)[0]
     capacity = min(idx.shape[1] + n, config.block_size)
-    dtype = model.compute_dtype or model.wte.weight.dtype
     if exit_threshold is not None:
         kv_cache = "shared"
-    cache = KVCache(config, len(idx), capacity, recurrence, idx.device, dtype, kv_cache)
+    cache = model.new_cache(len(idx), capacity, recurrence, kv_cache)
     training = model.training
     model.eval()
     try:
@@ -247,11 +246,11 @@ def main():
     if args.trace:
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
-    read_config(args.run)  # "train one first" comes before anything slow
+    model = Parcae.from_pretrained(args.run)
     # token by token bfloat16 is no faster for small models on a CPU
     exact = args.trace or device.type == "cpu" and args.dtype == "auto"
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
-    model = Parcae.from_pretrained(args.run).to(device, dtype)
+    model.to(device, dtype)
     if args.compile:
         model.step = torch.compile(model.step, dynamic=True)
 

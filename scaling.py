@@ -7,8 +7,8 @@
 The tables come from sweep.py. A row is one run, evaluated after one number of loops ("recurrence").
 
 With parameters and training FLOPs C fixed, loops compete with tokens. The best mean recurrence mu*
-and token count D* grow as powers of C (§5.2 of "Parcae", arXiv 2604.12946). The laws (§5.2, §5.3,
-and phi from "How Much Is One Recurrence Worth?", arXiv 2604.21106), in the papers' letters, where
+and token count D* grow as powers of C (§5.2 of "Parcae", arXiv 2604.12946). The laws (its §5, and
+phi from "How Much Is One Recurrence Worth?", arXiv 2604.21106), in the papers' letters, where
 T is the number of loops at test time and N(mu) = N_noncore + mu N_core:
 
     isoFLOP     log L = parabola in log mu at each C; its minimum is mu*(C), D*(C)
@@ -18,12 +18,10 @@ T is the number of loops at test time and N(mu) = N_noncore + mu N_core:
     worth       L(mu, D)     = E + A (N_noncore + mu^phi N_core)^-alpha + B D^-beta
 """
 
-import contextlib
 import csv
 import json
 import math
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,27 +242,11 @@ def write_csv(path, rows, columns=COLUMNS):
         writer.writerows(map(as_written, rows))
 
 
-@contextlib.contextmanager
-def patient_lock(directory, seconds=60):
-    """Hold lock(directory), waiting for whoever has it: a table is written in milliseconds."""
-    deadline = time.monotonic() + seconds
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lock(directory))
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        yield
-
-
 def add_rows(table, rows):
     """Add the rows that a table lacks; what it holds stays, and what others add meanwhile."""
     table = Path(table).resolve()  # a link to a table stays a link
     table.parent.mkdir(parents=True, exist_ok=True)
-    with patient_lock(table.parent):
+    with lock(table.parent, patience=60):  # a table is written in milliseconds
         text, there = ",".join(COLUMNS) + "\n", set()
         if table.exists():
             there = {identity(row) for row in read_csv(table)}

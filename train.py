@@ -38,7 +38,7 @@ from common import (
     read_json,
     run_script,
 )
-from data import Loader, other_text, prepare
+from data import EVAL_SEED, Loader, other_text, prepare
 from model import PRESETS, Parcae, ParcaeConfig, fit_weights, read_config
 from run import Run, check_free, describe, held, process, remove_leftovers
 from sample import stream
@@ -46,7 +46,6 @@ from settings import DEFAULT_DATA, parse_args
 from tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
 
 MAX_SKIPPED = 10  # steps in a row that are not finite
-EVAL_SEED = 1234
 
 # ------------------------------------------------------------------------------- setup
 

@@ -132,13 +132,20 @@ def print_comparison(runs):
         print(f"looped less transformer on as many FLOPs: {mean['looped'] - mean['longer']:+.4f}")
 
 
-def main():
-    parser = Parser(description=__doc__)
+def parse_args(about):
+    """The command line of an experiment whose table and picture can be made again; asks for
+    matplotlib before any work."""
+    parser = Parser(description=about)
     add = parser.add_argument
     add("source", type=Path, metavar="DIR|CSV", help="a directory of runs, or the table of before")
     add("out", type=Path, metavar="OUT", help="directory for the table and the picture")
     args = parser.parse_args()
     figures.pyplot()
+    return args
+
+
+def main():
+    args = parse_args(__doc__)
     if args.source.is_dir():
         rows = [read_row(path) for path in sorted(args.source.iterdir())]
         rows = [row for row in rows if row]

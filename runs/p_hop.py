@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 import figures
-from common import Parser, UserError, run_script
+from common import UserError, run_script
 from data import open_shard
 from model import Parcae
-from runs.half import read_table
+from runs.half import parse_args, read_table
 from scaling import write_csv
 
 DATA = Path("data/p-hop/val_000000.bin")
@@ -98,12 +98,7 @@ def means(rows, name, T):
 
 
 def main():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("source", type=Path, metavar="DIR|CSV", help="a directory of runs, or the table of before")
-    add("out", type=Path, metavar="OUT", help="directory for the table and the picture")
-    args = parser.parse_args()
-    figures.pyplot()
+    args = parse_args(__doc__)
     if args.source.is_dir():
         rows, trained = measure(args.source)
     else:

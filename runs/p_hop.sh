@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A task where depth is everything (p-hop induction, see data.py): one layer looped, the same layer
+# A task where depth is everything (p-hop induction, see sources.py): one layer looped, the same layer
 # run once, and eight layers. Nine minutes on two cores for one seed; SEEDS="0 1 2" for the
 # published table.
 set -euo pipefail

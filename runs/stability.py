@@ -5,12 +5,11 @@
 Runs are named RULE-RATE. Those that broke off count: they are what the picture is about.
 """
 
-import json
 import math
 from pathlib import Path
 
 import figures
-from common import Parser, UserError, run_script
+from common import Parser, UserError, read_json_lines, run_script
 from scaling import write_csv
 
 
@@ -23,9 +22,7 @@ def read_logs(folder):
             key = float(rate), rule
         except ValueError:
             raise UserError(f"{path} is not named RULE-RATE, as add-1e-2") from None
-        lines = []
-        for line in (path / "log.jsonl").read_text().splitlines():
-            lines.append(json.loads(line))
+        lines, _ = read_json_lines(path / "log.jsonl")
         if lines:
             runs[key] = lines
     if not runs:

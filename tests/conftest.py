@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small models: threads cost more than they bring
 
+from data import prepare  # noqa: E402
 from model import Parcae, ParcaeConfig  # noqa: E402
 
 
@@ -85,3 +86,12 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def run(build, tmp_path):
+    """A run directory with a tokenizer, and the data that it names."""
+    data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
+    save_run(build(vocab_size=320), tmp_path / "run", data=str(data))
+    (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())
+    return tmp_path / "run"

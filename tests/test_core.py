@@ -5,20 +5,11 @@ import random
 
 import pytest
 import torch
-from conftest import ROOT, save_run, script
+from conftest import script
 
 import core
-from data import prepare
 from model import Parcae
 from tokenizer import make_tokenizer
-
-
-@pytest.fixture
-def run(build, tmp_path):
-    data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
-    save_run(build(vocab_size=320), tmp_path / "run", data=str(data))
-    (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())
-    return tmp_path / "run"
 
 
 def call(*flags):

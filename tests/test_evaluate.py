@@ -3,19 +3,10 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, save_run, script
+from conftest import script
 
 import evaluate
-from data import prepare
 from tokenizer import load_tokenizer
-
-
-@pytest.fixture
-def run(build, tmp_path):
-    data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
-    save_run(build(vocab_size=320), tmp_path / "run", data=str(data))
-    (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())
-    return tmp_path / "run"
 
 
 def call(*flags):

@@ -30,7 +30,7 @@ def test_exponents_are_recovered_and_their_intervals_hold_the_truth(noise):
     found = coverage(60, noise)
     for name in ("mu_rec", "tokens"):
         error, share = found[name]
-        # The study with 200 sweeps: python runs/coverage.py
+        # The study with 200 sweeps: python -m runs.coverage
         assert abs(error) < 0.03 and share >= 0.85, found
 
 
