@@ -61,9 +61,13 @@ class Tokens:
     position: int  # of the first of them in the cache
 
     def each(self, f):
-        """The same with f of each tensor that has rows: f(t) is t[:4], or t.detach()."""
+        """The same with f of each tensor that has rows."""
         value_embeds = {layer: f(ve) for layer, ve in self.value_embeds.items()}
         return Tokens(f(self.x), self.rope, value_embeds, self.position)
+
+    def rows(self, count):
+        """Those of the first rows of the batch."""
+        return self.each(lambda t: t[:count])
 
 
 class Parcae(nn.Module):
@@ -157,10 +161,9 @@ class Parcae(nn.Module):
 
         # the loop: first without gradient, then each row's last backprop_depth loops with it
         with_gradient = self.config.backprop_depth if self.training else max(depths)
-        begin = [0] * len(depths)
         middle = [max(0, n - with_gradient) for n in depths]
         with torch.no_grad():
-            h = self.loop(h, u.detach(), tokens.each(torch.detach), begin, middle)
+            h = self.loop(h, u.detach(), tokens.each(torch.detach), [0] * len(depths), middle)
         h = self.loop(h, u, tokens, middle, depths)
 
         # the coda, once; the rows in their own order again
@@ -174,8 +177,7 @@ class Parcae(nn.Module):
         rounds = [b - a for a, b in zip(start, stop)]
         for t in range(rounds[0]):
             live = sum(n > t for n in rounds)  # rows that still loop
-            first = tokens.each(lambda t: t[:live])  # noqa: B023
-            new = self.recurrent_pass(h[:live], u[:live], first)
+            new = self.recurrent_pass(h[:live], u[:live], tokens.rows(live))
             h = torch.cat([new, h[live:]])
         return h
 
