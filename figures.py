@@ -50,11 +50,12 @@ def shade(i, n):
     return pyplot().cm.viridis(0.9 * i / max(n - 1, 1))
 
 
-def loops_axis(axes, label):
-    """Numbers of loops from left to right: each doubling is a step, labels are plain numbers."""
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(label)
+def loops_axis(axes, label, which="x"):
+    """Numbers of loops along an axis: each doubling is a step, labels are plain numbers."""
+    scale = {"x": axes.set_xscale, "y": axes.set_yscale}[which]
+    scale("log", base=2)
+    getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(**{f"{which}label": label})
 
 
 def cells(axes, shares, texts, lowest):
@@ -120,57 +121,73 @@ def memory(path, curves, even):
 # ----------------------------------------------------------------------------- scaling laws
 
 
-def isoflop(path, curves, title):
+def isoflop(path, budgets, optima, title):
     """Loss against mean recurrence at equal FLOPs, and the same above each budget's lowest point.
 
-    curves: dicts, one a budget: "flops"; "mu" and "log_loss", arrays of its runs; "parabola",
-    [a, b, c] of the log loss in log mu, or None; "optimum", (mu, log loss), or None."""
+    budgets: [(FLOPs, {mu_rec: {seed: log loss}})]. optima: as isoflop.optimum_of gives them; an
+    arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
     figure, (left, right) = panels(2, 10.5, 4.2)
-    for i, curve in enumerate(curves):
-        mu, label = np.asarray(curve["mu"]), f"{curve['flops']:.2g} FLOPs"
-        x, fitted = mu, np.asarray(curve["log_loss"])
-        if curve["parabola"] is not None:
-            x = np.geomspace(mu.min(), mu.max(), 100)
-            fitted = np.polyval(curve["parabola"], np.log(x))
-        parts = [(mu, curve["log_loss"], {"marker": MARKERS[i % 10], "ls": "", "label": label})]
-        if curve["parabola"] is not None:
-            parts.append((x, fitted, {"lw": 1}))
-        if curve["optimum"] is not None:
-            parts.append((*curve["optimum"], {"marker": "*", "ms": 14, "mec": "k", "zorder": 3}))
-        for at, log_loss, style in parts:
-            color = shade(i, len(curves))
-            left.plot(at, np.exp(log_loss), color=color, **style)
-            right.plot(at, 100 * np.expm1(log_loss - fitted.min()), color=color, **style)
+    fitted = {optimum["flops"]: optimum for optimum in optima}
+    for i, (flops, cells) in enumerate(budgets):
+        color = shade(i, len(budgets))
+        points = [(mu, loss) for mu, seeds in cells.items() for loss in seeds.values()]
+        means = {mu: np.mean(list(seeds.values())) for mu, seeds in cells.items()}
+        mu, log_loss = np.array(points).T
+        parts = [(mu, log_loss, {"marker": MARKERS[i % 10], "ls": "", "ms": 5, "alpha": 0.7,
+                                 "label": f"{flops:.2g} FLOPs"}),
+                 (np.array(list(means)), np.array(list(means.values())), {"lw": 0.7, "ls": ":"})]
+        lowest, optimum = min(means.values()), fitted.get(flops)
+        if optimum and optimum["inside"]:
+            x = np.geomspace(optimum["fitted_to"][0], optimum["fitted_to"][-1], 60)
+            best = optimum["mu_rec"], np.log(optimum["val_loss"])
+            parts.append((x, np.polyval(optimum["parabola"], np.log(x)), {"lw": 1.5}))
+            parts.append((*best, {"marker": "*", "ms": 14, "mec": "k", "zorder": 3}))
+        elif optimum:
+            edge = min(means, key=means.get)
+            arrow = "$\\leftarrow$" if optimum["at_most"] else "$\\rightarrow$"
+            parts.append((edge, lowest, {"marker": arrow, "ms": 14, "zorder": 3}))
+        for at, values, style in parts:
+            left.plot(at, np.exp(values), color=color, **style)
+            right.plot(at, 100 * np.expm1(values - lowest), color=color, **style)
     loops_axis(left, "mean recurrence mu_rec in training (loops)")
     loops_axis(right, "mean recurrence mu_rec in training (loops)")
     left.set(ylabel="val loss at T = mu_rec (nats per token)", title=title)
     left.legend(fontsize=8)
-    right.set(ylabel="above the parabola's lowest (%)", ylim=(-1, 4),
-              title="The same, from each budget's optimum (star)")
+    right.set(ylabel="above the lowest mean (%)", ylim=(-1, 4),
+              title="Star: optimum; arrow: it is at the edge, or beyond")
     save(figure, path)
 
 
-def power_laws(path, flops, laws):
-    """The best recurrence and the best token count against the budget.
+def optima(path, points, law):
+    """The best recurrence and the best token count against the budget, by parabola and by law.
 
-    flops: the budgets. laws: dicts, one a panel: "label"; "values" at the budgets; "exponent" and
-    "coefficient" of the fit; "x", "low", "high", its 95 % band; "published", a slope or None."""
-    middle = np.exp(np.log(flops).mean())
-    figure, every = panels(len(laws), 4.25 * len(laws), 3.8)
-    for axes, law in zip(every, laws):
-        x, exponent, published = np.asarray(law["x"]), law["exponent"], law["published"]
-        fitted = law["coefficient"] * x ** exponent
-        if np.isfinite(law["low"]).any():
-            axes.fill_between(x, law["low"], law["high"], color="0.85", label="95 % interval")
-        axes.loglog(x, fitted, "k-", label=f"fit: C^{exponent:.2f}")
-        if published is not None:  # through the middle of the fit: only its slope is compared
-            turned = fitted * (x / middle) ** (published - exponent)
-            axes.loglog(x, turned, "k:", label=f"published slope: C^{published:.2f}")
-        axes.loglog(flops, law["values"], "ko", mfc="w")
-        axes.set_xticks(flops, [f"{c:.2g}" for c in flops], fontsize=8)
-        axes.set_xticks([], minor=True)
-        axes.set(xlabel="training FLOPs C", ylabel=law["label"])
-        axes.legend(fontsize=8)
+    points: as isoflop.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
+    (best, low, high); "slopes", the published exponents of both."""
+    figure, every = panels(2, 9, 4)
+    x, inside = np.array(law["flops"]), [point for point in points if point["inside"]]
+    labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
+    for axes, (name, label) in zip(every, labels.items()):
+        best, low, high = np.array(law[name]).T
+        axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
+        axes.loglog(x, best, "k-", label="training law")
+        middle = len(x) // 2  # only the slope is compared
+        published = best[middle] * (x / x[middle]) ** law["slopes"][name]
+        axes.loglog(x, published, "k:", label=f"published slope: C^{law['slopes'][name]:.2f}")
+        axes.plot([p["flops"] for p in inside], [p[name] for p in inside], "*", ms=12, color=RED,
+                  label="parabola")
+        axes.set(xlabel="training FLOPs C", ylabel=label)
+    mu = every[0]
+    for point in points:
+        ends = np.array([point["ci"]], dtype=float).T
+        if point["inside"] and np.isfinite(ends).all():
+            mu.errorbar(point["flops"], point["mu_rec"], np.abs(ends - point["mu_rec"]), fmt="none",
+                        color=RED, lw=1)
+        elif not point["inside"]:
+            marker = "v" if point["at_most"] else "^"
+            mu.plot(point["flops"], point["at_most"] or point["at_least"], marker, color=RED)
+    loops_axis(mu, labels["mu_rec"], "y")
+    mu.plot([], [], "v", color=RED, label="lowest loss at the edge: at most that")
+    mu.legend(fontsize=8)
     save(figure, path)
 
 
@@ -187,7 +204,7 @@ def contours(path, runs, grid, frontier, title):
     lines = axes.contour(*grid, levels=levels, cmap="viridis_r", linewidths=1)
     axes.clabel(lines, fontsize=7)
     axes.plot(*runs, "o", color="0.6", ms=3, label="runs")
-    axes.plot(*frontier, "k-", lw=2, label="efficient frontier\n(mu_bwd rounds up: steps)")
+    axes.plot(*frontier, "k-", lw=2, label="efficient frontier")
     axes.legend(fontsize=8)
     save(figure, path)
 
@@ -316,6 +333,26 @@ def stability(path, runs):
     loss.set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)",
              title="Final loss (no point: it broke off)")
     loss.legend(title="injection")
+    save(figure, path)
+
+def paper(path, models):
+    """The best recurrences that the paper found, and what equal exact FLOPs give (runs/paper.py).
+
+    models: dicts: "model"; "flops" and "mu" of table 6; "rounding", (low, high) of mu; "published"
+    and "exact", each (line, low, high), of laws that pick the table's recurrences."""
+    figure, every = panels(len(models), 4.5 * len(models), 4)
+    counts = {"published": ("0.5", "the paper's FLOPs"), "exact": (RED, "exact FLOPs")}
+    for axes, model in zip(every, models):
+        for key, (color, label) in counts.items():
+            line, low, high = model[key]
+            axes.fill_between(model["flops"], low, high, color=color, alpha=0.2, lw=0)
+            axes.plot(model["flops"], line, color=color, label=f"laws at equal FLOPs: {label}")
+        low, high = model["rounding"]
+        axes.errorbar(model["flops"], model["mu"], [model["mu"] - low, high - model["mu"]],
+                      fmt="ko", capsize=3, label="table 6, and its grid's rounding")
+        axes.set(xscale="log", xlabel="training FLOPs", title=model["model"].upper())
+        loops_axis(axes, "best mean recurrence mu*", "y")
+    every[0].legend(fontsize=8)
     save(figure, path)
 
 # ----------------------------------------------------------------------------- training curves

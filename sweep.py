@@ -36,7 +36,7 @@ from common import (
     run_script,
     some_path,
 )
-from scaling import add_rows, last_line, model_columns, read_csv, read_run
+from tables import add_rows, last_line, model_columns, read_csv, read_run
 
 TRAIN = Path(__file__).parent / "train.py"
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")  # runs of a cell

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, run_script
-from scaling import last_line, write_csv
+from tables import last_line, write_csv
 
 
 def read_row(path):

@@ -1,7 +1,10 @@
 """Do the intervals of scaling.py hold what they promise? Fits of made-up sweeps of known laws.
 
-    python -m runs.coverage           the power laws, two minutes
-    python -m runs.coverage --laws    the training law and phi as well
+    python -m runs.coverage                    the laptop's sweep, its own law as the truth: minutes
+    python -m runs.coverage --truth parabola   optima that grow as C^0.4, from 2.3 to 7
+
+With the law as truth, the best recurrence is one loop, the edge, at some budgets. A 95 % interval
+of mu* holds it there if it reaches the edge.
 """
 
 import math
@@ -10,106 +13,112 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import scaling
+import isoflop
 from common import COUNT, Parser, number, run_script
+from laws import MU, fit_law, frontier, frontier_exponents, interval
+from plan import grid, made_up
+from scaling import default_tables, fit_optima
+from tables import read_tables
 
-BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
-RECURRENCES = (1, 2, 4, 6, 8, 12, 16)
-
-
-def made_up(loss, noise, rng, sizes=(1.0,)):
-    """A sweep of models of 1e5 parameters times each size.
-
-    Log losses are those of loss(row), with noise of that standard deviation."""
-    rows = []
-    for size in sizes:
-        for flops in BUDGETS:
-            for mu in RECURRENCES:
-                row = {
-                    "model": f"made up {size:g}",
-                    "params_core": 5e4 * size, "params_noncore": 5e4 * size,
-                    "flops": flops, "accounting": "exact",
-                    "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
-                    "tokens": flops / (1e5 * size * (2 + mu)),
-                    "recurrence": float(mu), "seed": 0,
-                }
-                row["val_loss"] = loss(row) * math.exp(noise * rng.standard_normal())
-                rows.append(row)
-    return rows
+BUDGETS = (1e12, 2e12, 4e12, 8e12, 1.6e13)
+RECURRENCES = (1, 2, 3, 4, 8, 16)
+SIZE = {"model": "made up", "params_core": 5e4, "params_noncore": 5e4, "accounting": "exact"}
 
 
-def parabolic(row, exponent=0.4, curvature=0.02):
-    """A loss whose optimum is mu* = 4 (C / 4e12)^exponent."""
-    best = 4 * (row["flops"] / 4e12) ** exponent
-    lowest = 1 + 2 * (row["flops"] / 1e12) ** -0.1
-    return lowest * math.exp(curvature * math.log(row["mu_rec"] / best) ** 2)
+def parabola_truth():
+    """(rows, losses, cost, true mu*, true exponent): the optimum is 4 (C / 4e12)^0.4."""
+    def cost(mu):
+        return 1e5 * (2 + np.asarray(mu))
+    rows = grid(SIZE, cost, BUDGETS, RECURRENCES, 1)
+    best = {c: 4 * (c / 4e12) ** 0.4 for c in BUDGETS}
+    losses = []
+    for row in rows:
+        lowest = 1 + 2 * (row["flops"] / 1e12) ** -0.1
+        away = math.log(row["mu_rec"] / best[row["flops"]])
+        losses.append(lowest * math.exp(0.02 * away ** 2))
+    return rows, np.array(losses), cost, best, 0.4
 
 
-def parametric(row, phi=1.0):
-    """L = 0.8 + 40 (N_noncore + mu^phi N_core)^-0.4 + 3e3 D^-0.6."""
-    N = row["params_noncore"] + row["mu_rec"] ** phi * row["params_core"]
-    return 0.8 + 40 * N ** -0.4 + 3e3 * row["tokens"] ** -0.6
+def law_truth():
+    """The same of the training law of the tables in results/, at the budgets of BUDGETS."""
+    _, kept = fit_optima(*read_tables(default_tables()), resamples=0)
+    fit, cost, size = kept["fit"], kept["cost"], kept["rows"][0]
+    rows = grid(size, cost, BUDGETS, RECURRENCES, 1)
+    best = {c: frontier(fit, size, cost, c)[0][0] for c in BUDGETS}
+    exponent = frontier_exponents(fit, size, cost, BUDGETS[0], BUDGETS[-1])[0, 0]
+    return rows, fit.predict(rows), cost, best, exponent
 
 
-def true_exponents():
-    """What the fits should find. D* follows from mu*: tokens are C / (1e5 (2 + mu))."""
-    log_c = np.log(BUDGETS)
-    best = 4 * (np.exp(log_c) / 4e12) ** 0.4
-    slope, _ = np.polyfit(log_c, log_c - np.log(2 + best), 1)
-    return {"mu_rec": 0.4, "tokens": slope, "x": 0.4, "y": 0.6, "phi": 0.5}
+def by_parabola(rows, cost, seed):
+    """({flops: interval of mu*}, interval of the exponent)."""
+    optima, laws, _, _ = isoflop.isoflop(rows, cost, resamples=300, seed=seed)
+    intervals = dict(zip(BUDGETS, (optimum["ci"] for optimum in optima)))
+    return intervals, laws["mu_rec"]["ci"] if laws else [None, None]
 
 
-def fit_laws(noise, rng, seed):
-    """{exponent: (value, interval)} of the training law and of the worth of a recurrence."""
-    rows = made_up(parametric, noise, rng)
-    training = scaling.natural(scaling.fit_law("training", rows, seed=seed))
-    rows = made_up(lambda row: parametric(row, 0.5), noise, rng, sizes=(0.5, 1, 2))
-    worth = scaling.natural(scaling.fit_law("worth", rows, seed=seed))
-    fits = {"x": training, "y": training, "phi": worth}
-    return {name: (law[name], law["ci"][name]) for name, law in fits.items()}
+def by_law(rows, cost, seed):
+    """The same from the training law fitted to the rows, of 100 resamples."""
+    fit = fit_law("training", rows, starts=16, resamples=100, seed=seed)
+    intervals = {}
+    for c in BUDGETS:
+        point = frontier(fit, rows[0], cost, c)[0][0]
+        intervals[c] = interval(frontier(fit, rows[0], cost, c, fit.samples)[0], point)
+    ends = BUDGETS[0], BUDGETS[-1]
+    exponents = frontier_exponents(fit, rows[0], cost, *ends, fit.samples)[0]
+    point = frontier_exponents(fit, rows[0], cost, *ends)[0, 0]
+    if not math.isfinite(point) or np.isnan(exponents).mean() > 0.05:
+        return intervals, [None, None]
+    return intervals, interval(exponents, point)
 
 
-def coverage(repeats, noise, laws=False, seed=0):
-    """{exponent: (mean error, share of the 95 % intervals that hold the truth)} of made-up sweeps.
+def holds(ci, truth):
+    """Whether an interval holds the truth, to the fineness of a frontier; None without one."""
+    if None in ci:
+        return None
+    near = MU[1] / MU[0]
+    return ci[0] / near <= truth <= ci[1] * near
 
-    laws: the exponents of the training law and phi, too; of those the median error, since now and
-    then two terms change places."""
-    truth = true_exponents()
-    found = {name: [] for name in truth}
+
+def coverage(truth, repeats, noise, methods, seed=0):
+    """{method: {budget or "exponent": [held, held not, no interval]}} of made-up sweeps."""
+    rows, losses, cost, best, exponent = truth
+    counts = {name: {key: [0, 0, 0] for key in (*BUDGETS, "exponent")} for name in methods}
     for i in tqdm(range(repeats), desc=f"noise {noise:.1%}", leave=False, disable=None):
         rng = np.random.default_rng([seed, i])
-        _, powers, _ = scaling.isoflop(made_up(parabolic, noise, rng), seed=i)
-        for name, law in powers.items():
-            found[name].append((law["exponent"], law["ci"]))
-        if laws:
-            for name, fit in fit_laws(noise, rng, i).items():
-                found[name].append(fit)
-
-    result = {}
-    for name, fits in found.items():
-        if fits:
-            errors = [value - truth[name] for value, _ in fits]
-            holds = [low <= truth[name] <= high for _, (low, high) in fits]
-            middle = np.mean if name in ("mu_rec", "tokens") else np.median
-            result[name] = middle(errors), np.mean(holds)
-    return result
+        noisy = made_up(rows, losses * np.exp(noise * rng.standard_normal(len(rows))))
+        for name, method in methods.items():
+            intervals, ci = method(noisy, cost, i)
+            held = {c: holds(of, best[c]) for c, of in intervals.items()}
+            held["exponent"] = None if None in ci else ci[0] <= exponent <= ci[1]
+            for key, one in held.items():
+                counts[name][key][[True, False, None].index(one)] += 1
+    return counts
 
 
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--repeats", type=COUNT, default=200, metavar="N",
+    add("--truth", choices=("law", "parabola"), default="law", help="(default: law)")
+    add("--repeats", type=COUNT, default=100, metavar="N",
         help="sweeps for each noise level (default: %(default)s)")
-    add("--noise", type=number(float, 0), nargs="+", default=[0.002, 0.005, 0.01], metavar="SD",
-        help="of the loss, relative (default: 0.002 0.005 0.01)")
-    add("--laws", action="store_true", help="the training law and phi as well: much longer")
+    add("--noise", type=number(float, 0, above=True), nargs="+", default=[0.002, 0.0034, 0.01],
+        metavar="SD", help="of the loss, relative (default: 0.002 0.0034 0.01)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    truth = law_truth() if args.truth == "law" else parabola_truth()
+    methods = {"parabolas": by_parabola, "training law": by_law}
+    if args.truth == "parabola":
+        del methods["training law"]  # it is not of that form
+    print("true mu*: " + ", ".join(f"{mu:.2f}" for mu in truth[3].values())
+          + f"; exponent {truth[4]:.2f}")
     for noise in args.noise:
-        parts = []
-        for name, (error, share) in coverage(args.repeats, noise, args.laws).items():
-            parts.append(f"{name} off by {error:+.4f}, interval holds the truth {share:.1%}")
-        print(f"noise {noise:.1%}, {args.repeats} sweeps: " + "; ".join(parts))
+        for name, counts in coverage(truth, args.repeats, noise, methods).items():
+            said = []
+            for key, (held, missed, absent) in counts.items():
+                label = key if key == "exponent" else f"{key:.2g}"
+                without = f" (none in {absent})" if absent else ""
+                said.append(f"{label} {held / max(1, held + missed):.0%}{without}")
+            print(f"noise {noise:.2%}, {name}: intervals hold mu* at " + ", ".join(said))
 
 
 if __name__ == "__main__":

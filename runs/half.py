@@ -18,7 +18,7 @@ import figures
 from bench import kv_bytes
 from common import Parser, UserError, read_json, run_script
 from model import Parcae, ParcaeConfig
-from scaling import last_line, write_csv
+from tables import last_line, write_csv
 
 NAMES = {
     "looped": "looped, T = 4",

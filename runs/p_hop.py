@@ -18,7 +18,7 @@ from common import UserError, run_script
 from data import open_shard
 from model import Parcae
 from runs.half import parse_args, read_table
-from scaling import write_csv
+from tables import write_csv
 
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]

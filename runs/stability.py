@@ -10,7 +10,7 @@ from pathlib import Path
 
 import figures
 from common import Parser, UserError, read_json_lines, run_script
-from scaling import write_csv
+from tables import write_csv
 
 
 def read_logs(folder):

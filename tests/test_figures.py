@@ -12,19 +12,20 @@ from common import UserError
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])
 
+INSIDE = {"flops": 1e12, "inside": True, "fitted_to": [2, 4, 8], "mu_rec": 4.0, "val_loss": 2.1,
+          "parabola": [0.1, -0.3, 1.0], "ci": [2.0, 5.0], "tokens": 1e6, "at_most": None}
+EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": [None, None]}
 PICTURES = {
     "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
               [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
     "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
-    "isoflop": ([{"flops": 1e12, "mu": X, "log_loss": np.log(LOSS), "parabola": [0.1, -0.3, 1.0],
-                  "optimum": (4, 0.8)},
-                 {"flops": 2e12, "mu": X[:2], "log_loss": np.log(LOSS[:2]), "parabola": None,
-                  "optimum": None}], "a title"),
-    "power_laws": (X * 1e12, [{"label": name, "values": X ** 0.4, "exponent": 0.4,
-                               "coefficient": 1e-5, "x": X * 1e12, "low": low, "high": X,
-                               "published": published}
-                              for name, low, published in (("mu*", X / 2, 0.4),
-                                                           ("D*", X * np.nan, None))]),
+    "isoflop": ([(c, {mu: {0: loss} for mu, loss in zip(X, LOSS)}) for c in (1e12, 2e12, 3e12)],
+                [INSIDE, EDGE], "a title"),
+    "optima": ([INSIDE, EDGE], {"flops": X * 1e12, "mu_rec": np.stack([X, X / 2, X * 2], 1),
+                                "tokens": np.stack([X, X / 2, X * 2], 1),
+                                "slopes": {"mu_rec": 0.4, "tokens": 0.78}}),
+    "paper": ([{"model": "a", "flops": X * 1e18, "mu": X, "rounding": [X / 1.2, X * 1.2],
+                "published": (X, X / 2, X * 2), "exact": (X, X / 2, X * 2)}],),
     "contours": ((X, X * 1e6), (X, X[:3] * 1e6, np.add.outer(LOSS[:3], LOSS)), (X, X * 1e6), "t"),
     "test_time": ([{"mu_rec": 4, "T": X, "loss": LOSS, "fit_T": X, "fit_loss": LOSS}],),
     "half": ([{"label": "looped", "parameters": 8e4, "flops": 1e12, "losses": [1.3],

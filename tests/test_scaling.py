@@ -1,134 +1,123 @@
 import json
-import math
 
-import numpy as np
 import pytest
-from conftest import save_run, script
+from conftest import ROOT, script
+from sweeps import cost, evaluated, parabolic, parametric, sweep
 
 import figures
+import plan
+import report
 import scaling
 from common import UserError
-from runs.coverage import BUDGETS, coverage, made_up, parabolic, parametric
+from laws import fit_law
+from tables import read_tables, write_csv
 
 
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def table(noise=0.002, loops=(1, 2, 4, 8, 16), phi=1.0, sizes=(1.0,)):
-    """A sweep that follows the unified law, evaluated at several T."""
-    rows = []
-    for row in made_up(lambda row: parametric(row, phi), noise, rng(), sizes):
-        for n in sorted({row["mu_rec"], *loops}):
-            loss = row["val_loss"] + 0.1 * math.exp(-2 * n / row["mu_rec"])
-            rows.append(row | {"recurrence": float(n), "val_loss": loss})
-    return rows
-
-
-@pytest.mark.parametrize("noise", [0.002, 0.01])
-def test_exponents_are_recovered_and_their_intervals_hold_the_truth(noise):
-    found = coverage(60, noise)
-    for name in ("mu_rec", "tokens"):
-        error, share = found[name]
-        # The study with 200 sweeps: python -m runs.coverage
-        assert abs(error) < 0.03 and share >= 0.85, found
-
-
-def test_the_optimum_of_exact_data_is_the_laws():
-    optima, laws, notes = scaling.isoflop(made_up(parabolic, 0, rng()), resamples=50)
-    expected = [4 * (c / 4e12) ** 0.4 for c in BUDGETS]
-    assert [o["mu_rec"] for o in optima] == pytest.approx(expected, rel=1e-6)
-    for o in optima:
-        assert o["tokens"] == pytest.approx(o["flops"] / 1e5 / (2 + o["mu_rec"]), rel=5e-3)
-    assert laws["mu_rec"]["exponent"] == pytest.approx(0.4)
-    assert laws["mu_rec"]["coefficient"] == pytest.approx(4 / 4e12 ** 0.4)
-    assert notes == []
-
-
-def test_laws_are_recovered():
-    out, _ = scaling.fit_table(table(noise=1e-4), resamples=0)
-    law = out["unified"]
-    assert (law["x"], law["y"], law["z"]) == pytest.approx((0.4, 0.6, 2), rel=0.1)
-    assert law["E"] == pytest.approx(0.8, abs=0.05)
-    assert law["held_out_error"] < 0.002 and law["error_given_loss_at_mu"] < 0.006
+def test_the_laws_of_a_table(tmp_path):
+    out, kept = scaling.fit_table(evaluated(sweep(parametric, 1e-4)), "exact", resamples=30)
+    assert out["runs"] == 35 and out["model"] == "made up 1"
+    law = out["training_law"]
+    assert law["held_out_error"] < 0.002
+    # At each budget the optimum of the law stands beside that of the runs; the loss is no parabola.
+    assert [optimum["inside"] for optimum in out["isoflop"]] == [False, True, True, True, True]
+    for runs, optimum in zip(out["isoflop"], law["frontier"]["optima"]):
+        assert optimum["mu_rec"] == pytest.approx(runs["mu_rec"] or 1, rel=0.25)
+        assert optimum["tokens"] == pytest.approx(optimum["flops"] / cost(optimum["mu_rec"]))
+    exponent = law["frontier"]["exponents"]["mu_rec"]
+    assert exponent["exponent"] == pytest.approx(out["power_laws"]["mu_rec"]["exponent"], abs=0.1)
+    assert exponent["ci"][0] <= exponent["exponent"] <= exponent["ci"][1]
+    unified = out["unified"]
+    assert unified["z"] == pytest.approx(2, rel=0.1)
+    assert unified["held_out_error"] < 0.002
+    assert unified["held_out_error_given_loss"] < 0.001
+    assert [run["mu_rec"] for run in out["test_time"]] == [2, 4, 6, 8, 12, 16]
     assert all(run["error"] < 0.001 for run in out["test_time"])
-    assert len(out["test_time"]) == 5 * 6  # not for mu_rec = 1
-    rows = made_up(parametric, 1e-4, rng())
-    law = scaling.natural(scaling.fit_law("training", rows, resamples=0))
-    assert (law["x"], law["y"]) == pytest.approx((0.4, 0.6), rel=0.1)
-    assert law["X"] == pytest.approx(40, rel=0.5)
-    assert law["Y"] == pytest.approx(3e3, rel=0.5)
+    json.dumps(out, allow_nan=False)
+    report.draw(out, kept, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"isoflop.png", "optima.png", "contours.png", "test-time.png"}
 
 
-def test_phi_is_recovered_from_several_sizes():
-    rows = made_up(lambda row: parametric(row, 0.5), 0.002, rng(), sizes=(0.5, 1, 2))
-    worth = scaling.fit_table(rows, resamples=40)[0]["recurrence_worth"]
-    assert worth["phi"] == pytest.approx(0.5, abs=0.05)
+def test_phi_and_what_it_costs_to_do_without():
+    rows = sweep(lambda row: parametric(row, 0.5), 0.002, sizes=(0.5, 1, 2))
+    worth = scaling.fit_worth(rows, resamples=40)
+    assert worth["phi"] == pytest.approx(0.5, abs=0.05) and worth["sizes"] == 3
     assert worth["ci"][0] < 0.5 < worth["ci"][1]
     objective = worth["objective"]
     assert objective["free"] < min(objective["phi = 0"], objective["phi = 1"]) / 1.2
 
 
-def test_budgets_planned_by_another_accounting_are_interpolated():
-    rows = made_up(parabolic, 0, rng())
-    other = [row | {"flops": row["flops"] * (1 + 0.05 * row["mu_rec"])} for row in rows]
-    assert all(len(set(mu)) == 7 for _, _, mu in scaling.budgets_of(other))
-    _, laws, _ = scaling.isoflop(other, resamples=0)
+def test_another_accounting_is_another_cost_under_the_same_law():
+    """What runs planned by that accounting would find, without any of them."""
+    rows = sweep(parametric, recurrences=(1, 2, 4, 8, 16))
+    other = [row | {"flops": row["flops"] * (1 + 0.05 * row["mu_rec"]), "accounting": "other"}
+             for row in rows]
+    out, _ = scaling.fit_table(rows + other, "exact", resamples=0)
+    found = out["training_law"]["other_accounting"]["other"]["mu_rec"]["exponent"]
+    fit = fit_law("training", other, resamples=0)
+    direct = scaling.exponents_of(fit, other[0], lambda mu: cost(mu) * (1 + 0.05 * mu),
+                                  scaling.column(other, "flops"))
+    assert found == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
+    # The other accounting itself: its runs share no budgets, the law has optima all the same.
+    out, _ = scaling.fit_table(rows + other, "other", resamples=0)
+    assert out["isoflop"] == [] and len(out["training_law"]["frontier"]["optima"]) == 5
 
-    # The same law from runs that were planned by that accounting.
-    planned = []
-    for row in made_up(parabolic, 0, rng()):
-        counted = row | {"flops": row["flops"] / (1 + 0.05 * row["mu_rec"])}
-        planned.append(row | {"val_loss": parabolic(counted)})
-    _, direct, _ = scaling.isoflop(planned, resamples=0)
-    assert laws["mu_rec"]["exponent"] == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
+
+def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
+    rows, accounting = read_tables([ROOT / "results" / "others" / "overtrain-c4.csv"])
+    out, kept = scaling.fit_table(rows, accounting)
+    law = out["training_law"]
+    assert (law["x"], law["y"]) == pytest.approx((0.253, 0.262), abs=0.002)
+    best = law["compute_optimal"]
+    assert best["params"]["exponent"] == pytest.approx(0.262 / 0.515, abs=0.005)
+    assert best["params"]["exponent"] + best["tokens"]["exponent"] == pytest.approx(1)
+    assert best["params"]["ci"][0] < 0.509 < best["params"]["ci"][1]
+    assert out["notes"] == [] and "recurrence_worth" not in out
+    report.report(out)
+    assert "best params ~ C^0.509" in capsys.readouterr().out
+    report.draw(out, kept, tmp_path)
+    # Several sizes under names of their own are one table too.
+    named = [row | {"model": f"{row['params_noncore']:.0f}"} for row in rows]
+    assert scaling.fit_table(named, accounting, 0)[0]["training_law"]["x"] == pytest.approx(
+        law["x"])
 
 
-def edge(row):
-    """The row with a loss whose optimum, mu = 256, is beyond every recurrence."""
-    return row | {"val_loss": 1 + (8 - math.log2(row["mu_rec"])) ** 2 / 100}
+TABLE = evaluated(sweep(parametric, 0.002))
 
 
 @pytest.mark.parametrize("rows, said", [
-    ([r for r in table() if r["flops"] == 1e12], "a power law needs 2"),
-    ([r for r in table() if r["mu_rec"] in (1, 2)], "no budget has 3 recurrences"),
-    ([r | {"val_loss": 1.5} for r in table()], "all losses are equal"),
-    ([edge(r) for r in table()], "no optimum inside"),
-    ([r for r in table() if r["recurrence"] != r["mu_rec"]], "evaluated at T = mu_rec"),
-], ids=["one budget", "two recurrences", "equal losses", "optimum at the edge", "not at mu_rec"])
-def test_what_cannot_be_fitted_is_said_and_the_rest_fitted(rows, said, tmp_path, capsys):
-    out, fits = scaling.fit_table(rows, resamples=20)
-    assert said in " ".join(out["notes"])
-    assert len(out["test_time"]) > 0
-    scaling.report(out)
+    ([r for r in TABLE if r["flops"] == 1e12], "no exponent"),
+    ([r for r in TABLE if r["mu_rec"] in (1, 2)], "no budget has three recurrences"),
+    ([r | {"val_loss": 1.5} for r in TABLE], "all losses are equal"),
+    ([r for r in TABLE if r["recurrence"] != r["mu_rec"]], "no budget has three recurrences"),
+    ([r for r in TABLE if r["recurrence"] == r["mu_rec"]], "1 values of T / mu_rec"),
+    ([r for r in TABLE if r["mu_rec"] == 1], "1 sizes of the unrolled model"),
+], ids=["one budget", "two recurrences", "equal losses", "not at mu_rec", "only at mu_rec",
+        "no loops"])
+def test_what_cannot_be_fitted_is_said_once_and_the_rest_fitted(rows, said, tmp_path, capsys):
+    out, kept = scaling.fit_table(rows, "exact", resamples=20)
+    assert " ".join(out["notes"]).count(said) >= 1 and len(out["notes"]) <= 6
+    report.report(out)
     assert said in capsys.readouterr().out
     json.dumps(out, allow_nan=False)
-    scaling.draw(out, fits, tmp_path)
-    drawn = "isoflop.png" if scaling.budgets_of(scaling.trained_depth(rows)) else "test-time.png"
-    assert (tmp_path / drawn).stat().st_size > 5000
+    report.draw(out, kept, tmp_path)
 
 
-def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
-    rows, path = table(), tmp_path / "t.csv"
-    scaling.write_csv(path, rows)
-    again = scaling.read_csv(path)
-    assert [r["model"] for r in again] == [r["model"] for r in rows]
-    losses = [scaling.column(some, "val_loss") for some in (again, rows)]
-    assert np.allclose(*losses, rtol=1e-5)
-    lines = path.read_text().splitlines()
-    start = lines[2].rsplit(",", 2)[0]  # all but loss and seed
-    for broken, said in (
-        (start + ",nan,0", "row 3: val_loss is nan"),
-        ("x,1", "row 3: params_noncore is None"),
-        (start + ",abc,0", "row 3: val_loss is 'abc'"),
-        (start + ",1,0.5", "row 3: seed is '0.5', must be a whole number"),
-    ):
-        path.write_text("\n".join([*lines[:2], broken, *lines[3:]]))
-        with pytest.raises(UserError, match=said):
-            scaling.read_csv(path)
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="has no column model"):
-        scaling.read_csv(path)
+def test_a_design_says_what_a_sweep_would_find():
+    rows = sweep(parametric, 0.002, recurrences=(1, 2, 4, 8, 16))
+    fit = fit_law("training", rows, resamples=0)
+    spreads = {}
+    for seeds in (1, 8):
+        design = plan.grid(rows[0], cost, (4e12, 8e12, 1.6e13), (1, 2, 4, 8, 16), seeds)
+        assert len(design) == 3 * 5 * seeds
+        found = plan.simulate(fit, design, cost, 0.003, 60)
+        true = found["truth"]["exponent"][0]
+        for name, bias in (("law", 0.03), ("parabola", 0.2)):  # the truth is no parabola
+            spreads[name, seeds] = found[name]["exponent"].std()
+            assert found[name]["exponent"].mean() == pytest.approx(true, abs=bias)
+    # Eight seeds are worth a factor near the root of eight.
+    for name in ("law", "parabola"):
+        assert 1.8 < spreads[name, 1] / spreads[name, 8] < 5
 
 
 def run(*args, cwd, code=0):
@@ -137,29 +126,41 @@ def run(*args, cwd, code=0):
     return done
 
 
-def test_fit_and_predict_from_the_command_line(tmp_path):
-    scaling.write_csv(tmp_path / "t.csv", made_up(parabolic, 0.002, rng()))
+def test_fit_predict_and_design_from_the_command_line(tmp_path):
+    write_csv(tmp_path / "t.csv", sweep(parametric, 0.002, recurrences=(1, 2, 4, 8, 16)))
     said = run("fit", "t.csv", "--json", "fit.json", "--figures", "figures", "--resamples", 30,
                cwd=tmp_path).stdout
     assert "published: C^0.40" in said
     fit = json.loads((tmp_path / "fit.json").read_text())
-    assert fit["power_laws"]["mu_rec"].keys() == {"exponent", "coefficient", "ci"}
-    assert fit.keys() >= {"power_laws", "isoflop", "training_law", "test_time", "recurrence_worth"}
+    assert fit["power_laws"]["mu_rec"].keys() >= {"exponent", "coefficient", "ci"}
+    assert fit["isoflop"][0].keys() >= {"flops", "inside", "mu_rec", "ci"}
+    assert fit.keys() >= {"power_laws", "isoflop", "training_law", "recurrence_worth", "runs",
+                          "notes", "noise"}
+    assert "ci" in fit["training_law"] and "ci" in fit["recurrence_worth"]
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn >= {"isoflop.png", "power-laws.png", "contours.png"}
+    assert drawn == {"isoflop.png", "optima.png", "contours.png"}
+
+    # mu* of the law L = 0.8 + 40 N^-0.4 + 3e3 D^-0.6 at 1.6e14, ten times beyond: 14.
     said = run("predict", "t.csv", "--flops", "1.6e14", cwd=tmp_path).stdout
     mu = float(said.split("mu*  = ")[1].split()[0])
-    assert mu == pytest.approx(4 * 40 ** 0.4, rel=0.25) and "warning: 10 times beyond" in said
+    tokens = float(said.split("D*   = ")[1].split()[0])
+    assert mu * 1.2 > 16 and "not inside the recurrences tried" in said
+    assert tokens == pytest.approx(1.6e14 / cost(mu), rel=0.01)
+    assert "warning: 10 times beyond" in said
     said = run("predict", "t.csv", "--flops", "1e13", "--preset", "parcae-micro",
                cwd=tmp_path).stdout
-    assert "mu_rec 1 to 16" in said
+    assert "times the parameters of the model fitted" in said
+
+    said = run("design", "--tables", "t.csv", "--budgets", "1e12", "4e12", "--recurrences", 1, 4,
+               16, "--seeds", 2, "--noise", 0.002, "--repeats", 25, cwd=tmp_path).stdout
+    assert "12 runs of made up 1" in said and "exponent of mu*: true" in said
 
 
 def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
     def pyplot():
         raise UserError("pictures need matplotlib")
     monkeypatch.setattr(figures, "pyplot", pyplot)
-    scaling.write_csv(tmp_path / "t.csv", made_up(parabolic, 0.002, rng()))
+    write_csv(tmp_path / "t.csv", sweep(parabolic, 0.002))
     done = run("fit", "t.csv", "--figures", "figures", "--resamples", 2, cwd=tmp_path)
     assert done.stdout.startswith("no figures: pip install matplotlib\n")
     assert "published: C^0.40" in done.stdout
@@ -169,32 +170,12 @@ def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, said", [
     (["fit", "nowhere.csv"], "nowhere.csv cannot be read"),
     (["predict", "--flops", "1e13", "nowhere.csv"], "nowhere.csv cannot be read"),
+    (["predict", "--flops", "1e13", ROOT / "results" / "others" / "overtrain-c4.csv"],
+     "do not determine a training law of loops"),
+    (["design", "--budgets", "1e12", "--recurrences", "1", "2", "4"], "needs two budgets"),
     (["sweep", "--budgets", "1e9", "--recurrences", "1"], "python sweep.py"),
     (["fit", "--nonsense"], "unrecognized arguments: --nonsense"),
 ])
 def test_bad_input_gets_one_line(args, said, tmp_path):
     error = run(*args, cwd=tmp_path, code=2).stderr
     assert said in error.splitlines()[-1] and "Traceback" not in error
-
-
-def test_a_run_counts_once(tmp_path, capsys):
-    rows = table()
-    scaling.write_csv(tmp_path / "t.csv", rows)
-    once, _ = scaling.read_tables([tmp_path / "t.csv"])
-    twice, _ = scaling.read_tables([tmp_path / "t.csv", tmp_path / "t.csv"])
-    assert once == twice
-    assert "count once" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys):
-    model = build()
-    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
-    save_run(model, tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
-    losses = {"1": 2.0, "4": 1.9, "16": math.nan}
-    done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": losses}
-    (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
-    rows, _ = scaling.read_tables([tmp_path])
-    assert [row["recurrence"] for row in rows] == [1, 4]
-    assert "T = 16 is not finite" in capsys.readouterr().out
-    scaling.write_csv(tmp_path / "t.csv", rows)
-    assert len(scaling.read_csv(tmp_path / "t.csv")) == 2

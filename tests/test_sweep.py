@@ -4,15 +4,15 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from conftest import ROOT, script
+from sweeps import parametric
+from sweeps import sweep as made_up_sweep
 
-import scaling
 import sweep
-from common import lock
+import tables
+from common import UserError, lock
 from data import prepare
-from runs.coverage import made_up, parametric
 
 SMALL = ["--n-embd", "32", "--n-head", "2", "--block-size", "32", "--batch-size", "4",
          "--eval-sequences", "2", "--eval-every", "20", "--device", "cpu", "--dtype", "float32"]
@@ -32,7 +32,7 @@ def start(*args, cwd):
 
 
 def make_data(folder):
-    sources = [ROOT / name for name in ("model.py", "scaling.py", "data.py", "train.py")]
+    sources = [ROOT / name for name in ("model.py", "sweep.py", "data.py", "train.py")]
     prepare("text", folder / "data", "bytes", sources)
 
 
@@ -72,7 +72,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     said = run(*args, cwd=tmp_path).stdout
     assert f"{len(done)} of them finished" in said
     assert {log: log.stat().st_mtime_ns for log in done} == before
-    rows = scaling.read_csv(tmp_path / "sweep" / "table.csv")
+    rows = tables.read_csv(tmp_path / "sweep" / "table.csv")
     rows = [row for row in rows if row["accounting"] == "exact"]
     for row in rows:
         budget = min((4e9, 2e10), key=lambda c: abs(c - row["flops"]))
@@ -116,7 +116,7 @@ def test_sweeps_share_a_table(tmp_path):
         process.communicate(timeout=120)
         assert process.returncode == 0
     text = (tmp_path / "shared" / "t.csv").read_text()
-    rows = scaling.read_csv(tmp_path / "shared" / "t.csv")
+    rows = tables.read_csv(tmp_path / "shared" / "t.csv")
     assert len(rows) == 2 * 2 * 5  # seeds, accountings, loops
     assert {row["seed"] for row in rows} == {0, 1}
     assert not list(tmp_path.glob("sweep*/table.csv"))
@@ -134,7 +134,7 @@ def test_sweeps_share_a_table(tmp_path):
 
 @pytest.fixture
 def rows():
-    return made_up(parametric, 0.01, np.random.default_rng(0))
+    return made_up_sweep(parametric, 0.01)
 
 
 def test_rows_that_many_add_at_once_are_all_kept(rows, tmp_path):
@@ -148,29 +148,29 @@ def test_rows_that_many_add_at_once_are_all_kept(rows, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    kept = scaling.read_csv(table)
-    assert sorted(map(scaling.identity, kept)) == sorted(map(scaling.identity, rows))
+    kept = tables.read_csv(table)
+    assert sorted(map(tables.identity, kept)) == sorted(map(tables.identity, rows))
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]  # no lock, no temporary file
 
 
 def test_adding_rows_leaves_what_is_there(rows, tmp_path):
     table = tmp_path / "t.csv"
-    scaling.write_csv(table, [row | {"note": "mine, all mine"} for row in rows[:3]],
-                      [*scaling.COLUMNS, "note"])
+    tables.write_csv(table, [row | {"note": "mine, all mine"} for row in rows[:3]],
+                      [*tables.COLUMNS, "note"])
     text = table.read_text()
     sweep.add_rows(table, rows[:5])
     assert table.read_text().startswith(text) and len(table.read_text().splitlines()) == 6
-    assert scaling.read_csv(table)[4]["tokens"] == pytest.approx(rows[4]["tokens"])
+    assert tables.read_csv(table)[4]["tokens"] == pytest.approx(rows[4]["tokens"])
 
     # What is no table is not replaced.
     table.write_text("a,b\n1,2\n")
-    with pytest.raises(scaling.UserError, match="has no column model"):
+    with pytest.raises(UserError, match="has no column model"):
         sweep.add_rows(table, rows)
     assert table.read_text() == "a,b\n1,2\n"
 
 
 def test_a_row_is_of_a_cell_if_all_but_the_overshoot_agrees(tmp_path):
-    rows = scaling.read_csv(ROOT / "results" / "sweep-stdlib-16.csv")
+    rows = tables.read_csv(ROOT / "results" / "sweep-stdlib-16.csv")
     model = {"n_prelude": 1, "n_recurrent": 2, "n_coda": 1, "n_embd": 16, "mean_recurrence": 4,
              "backprop_depth": 2}
     settings = {"accounting": "exact"}

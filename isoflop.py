@@ -1,0 +1,250 @@
+"""The best recurrence at equal FLOPs, read from the runs themselves: parabolas, noise, power laws.
+
+At each budget C the log loss is a parabola in log mu around its lowest point; the bottom is mu*(C),
+and D*(C) = C / cost(mu*) follows from it (§5.2 of "Parcae", arXiv 2604.12946). Two things that the
+method does not say by itself are said here:
+
+- Where the lowest loss is that of the fewest or of the most loops tried, the optimum is beyond
+  them: "at most 1", "at least 16". A parabola through everything would still have its bottom
+  inside, and a power law through such bottoms an exponent that the data do not have.
+- What is noise: two runs that differ in their seed alone differ by that much.
+
+mu* is held as a logarithm: -inf where it is at most the fewest loops, +inf where at least the most.
+"""
+
+import math
+
+import numpy as np
+
+from tables import distinct, trained_depth
+
+SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
+WINDOW = math.log(4)  # a parabola is fitted to the recurrences within this factor of the lowest
+RESAMPLES = 1000  # a parabola costs nothing
+
+
+def budgets_of(rows):
+    """[(C, {mu_rec: {seed: log loss}})], by rising budget and recurrence; rows at T = mu_rec."""
+    budgets = []
+    for row in sorted(rows, key=lambda row: (row["flops"], row["mu_rec"])):
+        if not budgets or row["flops"] > SAME_BUDGET * budgets[-1][0]:
+            budgets.append((row["flops"], []))
+        budgets[-1][1].append(row)
+    result = []
+    for _, mine in budgets:
+        cells = {}
+        for row in sorted(mine, key=lambda row: row["mu_rec"]):
+            cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
+        middle = math.exp(np.mean([math.log(row["flops"]) for row in mine]))
+        result.append((middle, cells))
+    return result
+
+
+class Budget:
+    """The runs at one budget: mean log losses of its recurrences, and how many seeds each has."""
+
+    def __init__(self, flops, cells):
+        self.flops, self.cells = flops, cells
+        self.mu = np.array(list(cells))
+        self.log_mu = np.log(self.mu)
+        self.seeds = np.array([len(seeds) for seeds in cells.values()])
+        self.log_loss = np.array([np.mean(list(seeds.values())) for seeds in cells.values()])
+
+
+def bottom(budget, log_loss):
+    """(log mu*, parabola [a, b, c], the recurrences it was fitted to) of log losses (recurrences,).
+
+    No parabola where the lowest loss is at an edge."""
+    x, lowest = budget.log_mu, np.argmin(log_loss)
+    if lowest == 0:
+        return -math.inf, None, []
+    if lowest == len(x) - 1:
+        return math.inf, None, []
+    near = np.flatnonzero(np.abs(x - x[lowest]) <= WINDOW + 1e-9)
+    near = np.union1d(near, [lowest - 1, lowest + 1])
+    # Means of several seeds count for more. The weights of polyfit are those of unsquared errors.
+    a, b, c = np.polyfit(x[near], log_loss[near], 2, w=np.sqrt(budget.seeds[near]))
+    if a <= 0 or not x[near[0]] < -b / (2 * a) < x[near[-1]]:
+        near = np.array([lowest - 1, lowest, lowest + 1])  # through these it has a bottom inside
+        a, b, c = np.polyfit(x[near], log_loss[near], 2)
+    return -b / (2 * a), [a, b, c], near
+
+
+def noise_of(budgets):
+    """{"sd" of a run's log loss, "freedom", "source"}: of seeds, else of what parabolas leave over.
+
+    None where there is neither."""
+    squares, freedom = 0.0, 0
+    for budget in budgets:
+        for seeds in budget.cells.values():
+            values = np.array(list(seeds.values()))
+            squares += ((values - values.mean()) ** 2).sum()
+            freedom += len(values) - 1
+    if freedom:
+        return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": "seeds"}
+    for budget in budgets:
+        _, parabola, near = bottom(budget, budget.log_loss)
+        if len(near) > 3:
+            left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
+            squares += (left ** 2).sum()
+            freedom += len(near) - 3
+    if freedom:
+        return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": "parabolas"}
+    return None
+
+
+def lack_of_fit(budget, parabola, near, noise, rng):
+    """How often chance alone, the noise of seeds, leaves a parabola so far off (an F-test).
+
+    None where there is nothing to test."""
+    if len(near) < 4 or noise is None or noise["source"] != "seeds":
+        return None
+    left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
+    freedom = len(near) - 3
+    ratio = (budget.seeds[near] * left ** 2).sum() / freedom / noise["sd"] ** 2
+    return float(np.mean(rng.f(freedom, noise["freedom"], 20_000) >= ratio))
+
+
+def resample(budgets, noise, resamples, rng):
+    """log mu* (resamples, budgets) of the data with as much noise added as there is in them."""
+    log_mu = np.empty((resamples, len(budgets)))
+    for i in range(resamples):
+        # How large the noise is, is not known either: chi-squared over its degrees of freedom.
+        sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
+        for j, budget in enumerate(budgets):
+            added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
+            log_mu[i, j] = bottom(budget, budget.log_loss + added)[0]
+    return log_mu
+
+
+def optimum_of(budget, samples, cost, noise, rng):
+    """What --json writes of a budget; samples: log mu* of resamples, perhaps none."""
+    log_mu, parabola, near = bottom(budget, budget.log_loss)
+    low, high = budget.mu[0], budget.mu[-1]
+    optimum = {
+        "flops": budget.flops,
+        "recurrences": budget.mu.tolist(),
+        "inside": bool(np.isfinite(log_mu)),
+        "at_most": low if log_mu == -math.inf else None,
+        "at_least": high if log_mu == math.inf else None,
+        "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False],
+        "tokens": None, "val_loss": None, "parabola": parabola, "lack_of_fit": None,
+        "fitted_to": budget.mu[near].tolist() if parabola else [],
+    }
+    if optimum["inside"]:
+        optimum["mu_rec"] = math.exp(log_mu)
+        optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
+        optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
+        optimum["lack_of_fit"] = lack_of_fit(budget, parabola, near, noise, rng)
+    if len(samples):
+        ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
+        ends = np.array([ends.min(), ends.max()])  # it holds its own point
+        optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
+        optimum["ci_at_edge"] = np.isinf(ends).tolist()
+    return optimum
+
+
+def line_through(x, y, low, high):
+    """(slope, intercept) of the least squares line through values some of which are but bounds.
+
+    y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
+    contradicts it. NaN where fewer than two points are values."""
+    known = np.isfinite(y)
+    if known.sum() < 2:
+        return math.nan, math.nan
+    target = np.where(y == -math.inf, low, np.where(y == math.inf, high, y))
+    used = known
+    for _ in range(2 * len(x)):
+        slope, intercept = np.polyfit(x[used], target[used], 1)
+        line = slope * x + intercept
+        contradicted = (y == -math.inf) & (line > low) | (y == math.inf) & (line < high)
+        if np.array_equal(used, known | contradicted):
+            break
+        used = known | contradicted
+    return slope, intercept
+
+
+def power_law(x, y, samples, low, high):
+    """Exponent, coefficient and interval; samples (resamples, budgets), "band" their lines.
+
+    The interval is [None, None] where more than 5 % of the resamples have no line."""
+    slope, intercept = line_through(x, y, low, high)
+    if not math.isfinite(slope):
+        return None
+    lines = np.array([line_through(x, sample, low, high) for sample in samples]).reshape(-1, 2)
+    drawn = lines[np.isfinite(lines[:, 0])]
+    ci = [None, None]
+    if len(samples) and len(drawn) >= 0.95 * len(samples):
+        ends = np.append(np.quantile(drawn[:, 0], [0.025, 0.975]), slope)
+        ci = [float(ends.min()), float(ends.max())]
+    return {"exponent": float(slope), "coefficient": math.exp(intercept), "ci": ci,
+            "defined": len(drawn) / max(1, len(samples)), "band": drawn}
+
+
+def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
+    """The optima of a table's budgets, their power laws, the noise of a run; and notes.
+
+    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost). Budgets with fewer
+    than three recurrences are left out. Returns (optima, power laws, noise, notes)."""
+    budgets = [Budget(c, cells) for c, cells in budgets_of(trained_depth(rows))]
+    noise = noise_of(budgets)
+    usable = [budget for budget in budgets if len(budget.mu) >= 3]
+    if distinct(rows, "mu_rec") < 3 or not usable:
+        return [], {}, noise, ["isoFLOP: no budget has three recurrences evaluated at T = mu_rec"]
+
+    rng = np.random.default_rng(seed)
+    samples = np.empty((0, len(usable)))
+    if noise and resamples:
+        samples = resample(usable, noise, resamples, rng)
+    optima = [optimum_of(budget, samples[:, j], cost, noise, rng)
+              for j, budget in enumerate(usable)]
+
+    notes = []
+    if noise is None:
+        notes.append("isoFLOP: one seed and three recurrences a budget say nothing of the noise: "
+                     "no intervals")
+    edges = sum(not optimum["inside"] for optimum in optima)
+    if edges:
+        notes.append(f"isoFLOP: {edges} of {len(optima)} budgets have their lowest loss at an "
+                     "edge: they bound the power law, and are no points of it")
+    if len(optima) - edges < 2:
+        notes.append(f"isoFLOP: {len(optima) - edges} optima inside the recurrences: "
+                     "no exponent (it needs 2)")
+    return optima, power_laws(usable, optima, samples, cost), noise, notes
+
+
+def power_laws(budgets, optima, samples, cost):
+    """{"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
+    x = np.log([budget.flops for budget in budgets])
+    low = np.array([budget.log_mu[0] for budget in budgets])
+    high = np.array([budget.log_mu[-1] for budget in budgets])
+    log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
+
+    def log_tokens(log_mu):  # at most so many loops are at least so many tokens
+        return np.where(np.isfinite(log_mu), x - np.log(cost(np.exp(log_mu.clip(low, high)))),
+                        -log_mu)
+    laws = {
+        "mu_rec": power_law(x, log_mu, samples, low, high),
+        "tokens": power_law(x, log_tokens(log_mu), [log_tokens(s) for s in samples],
+                            x - np.log(cost(np.exp(high))), x - np.log(cost(np.exp(low)))),
+    }
+    return {name: law for name, law in laws.items() if law}
+
+
+def gains(rows):
+    """What looping gains over mu_rec = 1 at each budget: seeds as pairs.
+
+    By the recurrence that gains most on average: mean difference of the val loss between runs of
+    the same seed, and its standard error (None of one pair)."""
+    result = []
+    for flops, cells in budgets_of(rows):
+        once, best = cells.pop(1, {}), None
+        for mu, seeds in cells.items():
+            pairs = [math.exp(once[s]) - math.exp(loss) for s, loss in seeds.items() if s in once]
+            if pairs and (best is None or np.mean(pairs) > best["gain"]):
+                error = float(np.std(pairs, ddof=1) / math.sqrt(len(pairs))) if pairs[1:] else None
+                best = {"flops": flops, "mu_rec": mu, "gain": float(np.mean(pairs)),
+                        "standard_error": error, "by_seed": pairs}
+        if best:
+            result.append(best)
+    return result

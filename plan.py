@@ -1,0 +1,117 @@
+"""Is my evening enough? What a sweep would find of a known law, before anybody trains it.
+
+    python scaling.py design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 3
+
+The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
+the noise of real runs, and both methods, laws.py and isoflop.py, are let loose on them. The spread
+of what they find is the interval to expect.
+"""
+
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import isoflop
+from common import UserError
+from laws import fits_of_noisy, frontier, frontier_exponents
+from tables import column
+
+
+def grid(size, cost, budgets, recurrences, seeds):
+    """The rows of a sweep, val_loss still unknown; size: a row of the model."""
+    rows = []
+    for flops in sorted(budgets):
+        for mu in sorted(recurrences):
+            for seed in range(seeds):
+                rows.append(size | {
+                    "flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
+                    "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed})
+    return rows
+
+
+def made_up(rows, losses):
+    """The rows with these losses."""
+    return [row | {"val_loss": float(loss)} for row, loss in zip(rows, losses)]
+
+
+def simulate(fit, rows, cost, noise, repeats, seed=0):
+    """What the two methods find in made-up sweeps of a law with noise (relative) in the losses.
+
+    Returns {"truth", "law", "parabola"}: each {"mu": log mu* (repeats, budgets), "exponent":
+    (repeats,)}; of truth one repeat."""
+    rng = np.random.default_rng(seed)
+    log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
+    budgets = sorted({row["flops"] for row in rows})
+    found = {}
+    refits = fits_of_noisy(fit, rows, torch.tensor(log_loss))
+    for name, theta in (("truth", fit.theta[None]), ("law", refits)):
+        mu = [frontier(fit, rows[0], cost, c, theta)[0] for c in budgets]
+        exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
+        found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
+
+    mu, exponents = [], []
+    for losses in tqdm(np.exp(log_loss), desc="sweeps", leave=False, disable=None):
+        optima, laws, _, _ = isoflop.isoflop(made_up(rows, losses), cost, resamples=0)
+        mu.append([log_mu(optimum) for optimum in optima])
+        exponents.append(laws["mu_rec"]["exponent"] if laws else math.nan)
+    found["parabola"] = {"mu": np.array(mu), "exponent": np.array(exponents)}
+    return found
+
+
+def log_mu(optimum):
+    """log mu* of an optimum of isoflop, infinite where it is at an edge."""
+    if optimum["inside"]:
+        return math.log(optimum["mu_rec"])
+    return -math.inf if optimum["at_most"] else math.inf
+
+
+def spread(samples):
+    """The middle and the central 95 % as text; infinities are what is beyond an edge."""
+    samples = samples[~np.isnan(samples)]
+    if len(samples) < 20:
+        return "-"
+    low, middle, high = np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("-inf", "edge").replace("inf", "edge")
+
+
+def design(args, out, kept):
+    """Print what a sweep would cost and find. out, kept: what fit_table returns."""
+    if len(set(args.recurrences)) < 3 or len(set(args.budgets)) < 2:
+        raise UserError("a design needs two budgets and three recurrences at least")
+    noise = args.noise or (out.get("noise") or {}).get("sd")
+    if not noise:
+        raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
+    fit, cost = kept["fit"], kept["cost"]
+    rows = grid(kept["rows"][0], cost, args.budgets, args.recurrences, args.seeds)
+    flops = column(rows, "flops").sum()
+    print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
+          f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
+          f"taken for the truth: the training law of {out['runs']} runs; noise {noise:.2%} a run; "
+          f"{args.repeats} made-up sweeps\n")
+
+    found = simulate(fit, rows, cost, noise, args.repeats)
+    print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
+    for j, c in enumerate(sorted(set(args.budgets))):
+        law, parabola = (np.exp(found[name]["mu"][:, j]) for name in ("law", "parabola"))
+        parabola = np.where(parabola == 0, -np.inf, parabola)  # at most the fewest loops
+        print(f"{c:10.3g}   {math.exp(found['truth']['mu'][0, j]):8.2f}   {spread(law):23s}   "
+              f"{spread(parabola):20s}   {np.isfinite(parabola).mean():5.0%}")
+    true = found["truth"]["exponent"][0]
+    print(f"\nexponent of mu*: true {true:.2f}")
+    for name, label in (("law", "the law"), ("parabola", "parabolas")):
+        samples = found[name]["exponent"]
+        print(f"  by {label:9s}  {spread(samples):20s}   half width "
+              f"{half_width(samples)}, no exponent in {np.isnan(samples).mean():.0%} of sweeps")
+    if not np.isfinite(true):
+        print("the law's optimum is at one loop for all these budgets: larger ones are needed")
+
+
+def half_width(samples):
+    """Half of the central 95 % as text."""
+    samples = samples[np.isfinite(samples)]
+    if len(samples) < 20:
+        return "unknown"
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return f"{(high - low) / 2:.2f}"

@@ -1,0 +1,205 @@
+"""What scaling.py prints and draws of a fit: our numbers beside the published ones."""
+
+import math
+
+import numpy as np
+
+import figures
+from laws import MU, frontier, interval
+from tables import column
+
+# What the papers found, printed beside our numbers; SLOPES are the exponents of mu* and D*.
+PUBLISHED = {
+    "mu_rec": "C^0.40",
+    "tokens": "C^0.78",
+    "phi": "0.46 [0.41, 0.53]",
+    "training_law": "1.3 % (140M), 0.8 % (370M)",
+    "unified": "0.85 to 1.31 %",
+    "given_loss": "0.10 to 0.17 %",
+}
+SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
+
+def rounded(value, digits=3):
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def span(ci, edges=(False, False)):
+    """An interval as text; an end that is an edge of what was tried says so."""
+    low, high = (rounded(end) for end in ci)
+    return f"[{'<= ' if edges[0] else ''}{low}, {'>= ' if edges[1] else ''}{high}]"
+
+
+def report(out):
+    """Print the fits beside the published figures."""
+    print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
+    if out.get("noise"):
+        report_noise(out["noise"])
+    if out["isoflop"]:
+        report_optima(out)
+    if out["isoflop"] or "frontier" in out.get("training_law", {}):
+        report_exponents(out)
+    if "training_law" in out:
+        report_law("training_law", "training law", out["training_law"])
+    if "unified" in out:
+        report_law("unified", "unified law", out["unified"])
+        error = out["unified"]["held_out_error_given_loss"]
+        if error is not None:
+            print(f"  ... the loss at T = mu_rec taken as measured: {error:.2%}   "
+                  f"published: {PUBLISHED['given_loss']}")
+    if out["test_time"]:
+        errors = [run["error"] for run in out["test_time"]]
+        print(f"test-time law, {len(errors)} runs of the largest budget: mean error "
+              f"{np.mean(errors):.2%}, largest {max(errors):.2%} (of the losses fitted)")
+    if "recurrence_worth" in out:
+        worth = out["recurrence_worth"]
+        objectives = ", ".join(f"{name} {value:.4g}" for name, value in worth["objective"].items())
+        print(f"worth of a recurrence: phi {worth['phi']:.2f} {span(worth['ci'])}, of "
+              f"{worth['sizes']} sizes   published: {PUBLISHED['phi']}; objective: {objectives}")
+    for note in out["notes"]:
+        print("note:", note)
+
+
+def report_noise(noise):
+    """Print how much of a difference between two runs is chance."""
+    source = {"seeds": "runs that differ in their seed alone",
+              "parabolas": "what the parabolas leave over"}[noise["source"]]
+    print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
+          f"degrees of freedom)\n  by chance two single runs differ by up to "
+          f"{2 * math.sqrt(2) * noise['sd']:.1%} (95 %)")
+
+
+def value_text(value, ci):
+    return f"{rounded(value, 4)} {span(ci)}"
+
+
+def loops_text(value, ci, edges=None):
+    """mu* and its interval as text; edges: of a frontier, the ends of what was searched."""
+    if edges is None and None not in ci:
+        edges = ci[0] <= MU[0], ci[1] >= MU[-1]
+    return f"{rounded(value)} {span(ci, edges or (False, False))}"
+
+
+def report_optima(out):
+    """Print the optimum at each budget, by parabola and by law, and what looping gains there."""
+    print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
+          "gain over mu_rec = 1 (standard error)")
+    gain_at = {gain["flops"]: gain for gain in out["gain"]}
+    frontier = out.get("training_law", {}).get("frontier", {"optima": []})
+    law_at = {optimum["flops"]: optimum for optimum in frontier["optima"]}
+    for optimum in out["isoflop"]:
+        if optimum["inside"]:
+            best = loops_text(optimum["mu_rec"], optimum["ci"], optimum["ci_at_edge"])
+        elif optimum["at_most"]:
+            best = f"at most {optimum['at_most']:g}"
+        else:
+            best = f"at least {optimum['at_least']:g}"
+        by_law, gained = "", ""
+        if optimum["flops"] in law_at:
+            by_law = loops_text(*(law_at[optimum["flops"]][key] for key in ("mu_rec", "ci")))
+        if optimum["flops"] in gain_at:
+            gain = gain_at[optimum["flops"]]
+            error = gain["standard_error"]
+            gained = (f"{gain['gain']:+.4f} ({'one pair' if error is None else f'{error:.4f}'}) "
+                      f"by mu_rec {gain['mu_rec']:g}")
+        print(f"{optimum['flops']:10.3g}   {best:24s} {by_law:24s} {gained}")
+        if optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
+            print(f"             not a parabola: noise leaves so much over in "
+                  f"{optimum['lack_of_fit']:.1%} of cases")
+
+
+def report_exponents(out):
+    """Print the exponents of mu* and D* by every method."""
+    training = out.get("training_law", {})
+    by_law = {out["accounting"]: training.get("frontier", {}).get("exponents", {})}
+    by_law |= training.get("other_accounting", {})
+    for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
+        lines = []
+        if name in out["power_laws"]:
+            law = out["power_laws"][name]
+            missing = f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
+            lines.append((law, "parabolas", missing))
+        for accounting, laws in by_law.items():
+            if laws.get(name, {}).get("exponent") is not None:
+                lines.append((laws[name], f"the training law, {accounting} FLOPs",
+                              "not determined"))
+        print(f"{label} grows as ({'no exponent' if not lines else 'published: '}"
+              f"{'' if not lines else PUBLISHED[name]})")
+        for law, method, missing in lines:
+            said = missing if law["ci"][0] is None else span(law["ci"])
+            print(f"    C^{law['exponent']:.2f} {said}, by {method}")
+    print("    (D* = C / cost of a token at mu*: the second follows from the first)\n")
+
+
+def report_law(key, label, law):
+    """Print the parameters of a law and its errors."""
+    said = []
+    for name, ci in law["ci"].items():
+        value = "not determined" if name in law["undetermined"] else rounded(law[name])
+        said.append(f"{name} {value} {span(ci)}")
+    print(f"{label}: {', '.join(said)}")
+    if law["held_out_error"] is not None:
+        print(f"  error on the largest budget, fitted without it: {law['held_out_error']:.2%}   "
+              f"published, of loops: {PUBLISHED[key]}")
+    for name, of in law.get("compute_optimal", {}).items():
+        print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def draw(out, kept, folder):
+    """Up to four figures, of what was fitted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    if out["isoflop"]:
+        figures.isoflop(folder / "isoflop.png", kept["budgets"], out["isoflop"],
+                        f"Equal FLOPs and parameters ({out['model']})")
+        drawn.append("isoflop")
+    if "frontier" in out.get("training_law", {}):
+        figures.optima(folder / "optima.png", out["isoflop"], bands(out, kept))
+        draw_contours(out, kept, folder / "contours.png")
+        drawn += ["optima", "contours"]
+    if kept["test_time"]:
+        draw_test_time(kept["test_time"], folder / "test-time.png")
+        drawn.append("test-time")
+    for name in drawn:
+        print("wrote", folder / f"{name}.png")
+
+
+def bands(out, kept):
+    """mu* and D* by the training law over a range of budgets, with 95 % of its resamples."""
+    flops = column(kept["rows"], "flops")
+    x = np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)
+    result = {"flops": x, "slopes": SLOPES, "mu_rec": [], "tokens": []}
+    for c in x:
+        fit, size, cost = kept["fit"], kept["rows"][0], kept["cost"]
+        best, sampled = frontier(fit, size, cost, c), frontier(fit, size, cost, c, fit.samples)
+        for i, name in enumerate(SLOPES):
+            ends = interval(sampled[i], best[i][0])
+            result[name].append((best[i][0], *(best[i][0] if e is None else e for e in ends)))
+    return result
+
+
+def draw_contours(out, kept, path):
+    """The loss that the training law predicts, the runs, and the best choice at each budget."""
+    rows, fit = kept["rows"], kept["fit"]
+    mu, tokens, flops = (column(rows, name) for name in ("mu_rec", "tokens", "flops"))
+    x = np.geomspace(mu.min(), mu.max(), 60)
+    y = np.geomspace(tokens.min(), tokens.max(), 60)
+    cells = [rows[0] | {"mu_rec": a, "tokens": b} for b in y for a in x]
+    budgets = np.geomspace(flops.min(), flops.max(), 40)
+    best = np.array([frontier(fit, rows[0], kept["cost"], c)[:2] for c in budgets])[..., 0]
+    best = best[best[:, 0] <= mu.max()]
+    title = f"Val loss by the training law ({out['model']}, nats per token)"
+    figures.contours(path, (mu, tokens), (x, y, fit.predict(cells).reshape(60, 60)), best.T, title)
+
+
+def draw_test_time(runs, path):
+    """Loss against loops at test time."""
+    curves = []
+    for data, fit, numbers in runs:
+        loops = column(data, "recurrence")
+        x = np.geomspace(loops[0], loops[-1], 80)
+        curves.append({"mu_rec": numbers["mu_rec"], "T": loops, "loss": column(data, "val_loss"),
+                       "fit_T": x,
+                       "fit_loss": fit.predict([data[0] | {"recurrence": n} for n in x])})
+    figures.test_time(path, curves)

@@ -1,0 +1,241 @@
+"""A table of training runs: its columns; reading CSV files and run directories; adding to one.
+
+A row is one run, evaluated after one number of loops. sweep.py writes tables, scaling.py fits them.
+A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recurrence 1.
+"""
+
+import csv
+import json
+import math
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError, lock, read_json, whole_file
+
+# The columns of a table. mu_rec: mean recurrence in training; mu_bwd: loops with gradient;
+# recurrence: loops at evaluation; val_loss: nats per token.
+COLUMNS = {
+    "model": str,
+    "params_core": float,
+    "params_noncore": float,
+    "flops": float,
+    "accounting": str,
+    "mu_rec": float,
+    "mu_bwd": float,
+    "tokens": float,
+    "recurrence": float,
+    "val_loss": float,
+    "seed": int,
+}
+
+
+def read_csv(path):
+    """The rows of a table, a list of dicts. Raises UserError that names the file and the row."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV: {error}") from None
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        needed = ", ".join(COLUMNS)
+        raise UserError(f"{path} has no column {', '.join(missing)}; needed: {needed}")
+
+    rows = []
+    for position, line in enumerate(lines, start=2):  # the header is row 1
+        try:
+            rows.append({name: table_value(name, line[name]) for name in COLUMNS})
+        except UserError as error:
+            raise UserError(f"{path}, row {position}: {error}") from None
+    return rows
+
+
+def table_value(name, said):
+    """An entry of a table from its text; None where the line is too short. Raises UserError."""
+    kind = COLUMNS[name]
+    if kind is str:
+        return str(said)
+    try:
+        value = float(said)
+    except (TypeError, ValueError):
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} is {said!r}, must be {what}") from None
+    if kind is int:
+        if not value.is_integer():
+            raise UserError(f"{name} is {said!r}, must be a whole number")
+        return int(value)
+    least = 0 if name == "params_core" else sys.float_info.min  # a plain transformer has no core
+    if not least <= value < math.inf:
+        raise UserError(f"{name} is {said}, must be finite and above 0")
+    return value
+
+
+def last_line(path):
+    """The last line of a log as a dict; {"kind": None, "flops": 0} where there is none.
+
+    It reads the end of the file alone: a sweep asks often."""
+    nothing = {"kind": None, "flops": 0.0}
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            line = json.loads(file.read().split(b"\n")[-2])  # what no newline ends is not whole
+    except (OSError, ValueError, IndexError):
+        return nothing
+    if isinstance(line, dict) and {"kind", "flops"} <= line.keys():
+        return line
+    return nothing
+
+
+def model_columns(config):
+    """What the columns of a row say of a model and its depths; config: "model" in config.json."""
+    mu = config["mean_recurrence"]
+    return {
+        "model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config),
+        "mu_rec": mu,
+        "mu_bwd": min(mu, config["backprop_depth"]),
+    }
+
+
+def run_rows(config, last):
+    """The rows of a run, one for each accounting and number of loops; last: its last log line."""
+    settings, cost = config["settings"], config["cost"]
+    own = cost[settings["accounting"]]  # the budget was counted so
+    rows = []
+    for accounting, its in cost.items():
+        for loops, loss in last["val_loss"].items():
+            rows.append(model_columns(config["model"]) | {
+                "params_core": its["params_core"],
+                "params_noncore": its["params_noncore"],
+                "flops": last["flops"] * its["flops_per_token"] / own["flops_per_token"],
+                "accounting": accounting,
+                "tokens": last["tokens"],
+                "recurrence": int(loops),
+                "val_loss": loss,
+                "seed": settings["seed"],
+            })
+    return rows
+
+
+def read_run(path):
+    """The rows of a run of train.py; [] if it is not finished. Raises UserError."""
+    last = last_line(path / "log.jsonl")
+    if last["kind"] != "done":
+        return []
+    config = read_json(path / "config.json")
+    try:
+        rows = run_rows(config, last)
+        finite = [row for row in rows if math.isfinite(row["val_loss"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise UserError(f"{path} is not the directory of a run: {what}") from None
+    if len(finite) < len(rows):
+        loops = sorted({row["recurrence"] for row in rows if not math.isfinite(row["val_loss"])})
+        named = ", ".join(map(str, loops))
+        print(f"{path}: the val loss at T = {named} is not finite and left out")
+    return finite
+
+
+def as_written(row):
+    """A row as write_csv writes it: losses to 6 digits, other fractions to 10."""
+    result = dict(row)
+    for name, value in row.items():
+        if name == "val_loss":
+            result[name] = f"{value:.6g}"
+        elif isinstance(value, float):
+            result[name] = f"{value:.10g}"
+    return result
+
+
+def identity(row):
+    """A tuple that is the same for a row before it was written to a table and after."""
+    return tuple(as_written({name: kind(row[name]) for name, kind in COLUMNS.items()}).values())
+
+
+def once(rows):
+    """The rows without repetitions: a table may be given twice, or beside its own directory."""
+    kept = {identity(row): row for row in rows}
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows are there twice and count once")
+    return list(kept.values())
+
+
+def read_tables(paths, accounting=None):
+    """(rows of CSV files and directories of runs, the accounting to use). Raises UserError.
+
+    The accounting is the one named, else exact, else what is there; rows are of all."""
+    rows = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            runs = [read_run(log.parent) for log in sorted(path.rglob("log.jsonl"))]
+            if [] in runs:
+                unfinished = f"{runs.count([])} of {len(runs)} runs"
+                print(f"{path}: {unfinished} are not finished and left out")
+            for run in runs:
+                rows += run
+        else:
+            rows += read_csv(path)
+    if not rows:
+        raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    rows = once(rows)
+
+    there = sorted({row["accounting"] for row in rows})
+    if accounting and accounting not in there:
+        raise UserError(f"--accounting is {accounting}, these tables have {', '.join(there)}")
+    if accounting:
+        return rows, accounting
+    return rows, "exact" if "exact" in there else there[0]
+
+
+def write_csv(path, rows, columns=COLUMNS):
+    """Write a table, of a sweep or of other columns; it appears whole or not at all."""
+    with whole_file(path) as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(as_written, rows))
+
+
+def add_rows(table, rows):
+    """Add the rows that a table lacks; what it holds stays, and what others add meanwhile."""
+    table = Path(table).resolve()  # a link to a table stays a link
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with lock(table.parent, patience=60):  # a table is written in milliseconds
+        text, there = ",".join(COLUMNS) + "\n", set()
+        if table.exists():
+            there = {identity(row) for row in read_csv(table)}
+            text = table.read_text(encoding="utf-8-sig").rstrip("\n") + "\n"
+        missing = [row for row in rows if identity(row) not in there]
+        if not missing:
+            return
+        header = next(csv.reader(text.splitlines()))  # perhaps with columns that are not ours
+        with whole_file(table) as file:
+            file.write(text)
+            writer = csv.DictWriter(file, header, lineterminator="\n")
+            writer.writerows(map(as_written, missing))
+
+
+def column(rows, name):
+    """An array (rows,) of one column."""
+    return np.array([row[name] for row in rows])
+
+
+def trained_depth(rows):
+    """The rows evaluated at T = mu_rec."""
+    return [row for row in rows if row["recurrence"] == row["mu_rec"]]
+
+
+Run = namedtuple("Run", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"])
+
+
+def run_key(row):
+    """The Run that a row belongs to: rows of one run differ in the loops at evaluation alone."""
+    return Run(*(row[name] for name in Run._fields))
+
+
+def distinct(rows, name):
+    """How many different values a column has."""
+    return len({row[name] for row in rows})

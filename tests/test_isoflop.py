@@ -1,0 +1,104 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from sweeps import BUDGETS, cost, parabolic, sweep
+
+from isoflop import Budget, bottom, budgets_of, gains, isoflop, lack_of_fit, line_through, noise_of
+
+
+def test_the_optimum_of_exact_data_is_the_laws():
+    optima, laws, noise, notes = isoflop(sweep(parabolic), cost, resamples=50)
+    expected = [4 * (c / 4e12) ** 0.4 for c in BUDGETS]
+    assert [o["mu_rec"] for o in optima] == pytest.approx(expected, rel=1e-6)
+    for o in optima:
+        assert o["tokens"] == pytest.approx(o["flops"] / cost(o["mu_rec"]))
+    assert laws["mu_rec"]["exponent"] == pytest.approx(0.4)
+    assert laws["mu_rec"]["coefficient"] == pytest.approx(4 / 4e12 ** 0.4)
+    assert notes == []
+
+
+def test_a_lowest_loss_at_the_edge_is_a_bound_and_no_number():
+    # The optimum of the two smaller budgets is 0.1 and 0.9, of the largest 21.
+    rows = [row for row in sweep(lambda row: parabolic(row, 3), noise=1e-4, seeds=2)
+            if row["flops"] in (4e12, 8e12)]
+    rows += [row for row in sweep(lambda row: parabolic(row, 0.7), noise=1e-4, seeds=2)
+             if row["flops"] <= 2e12]
+    rows += [row for row in sweep(lambda row: parabolic(row, 12), noise=1e-4, seeds=2)
+             if row["flops"] == 16e12]
+    optima, laws, _, notes = isoflop(rows, cost)
+    assert [o["inside"] for o in optima] == [False, False, True, True, False]
+    assert [o["at_most"] for o in optima] == [1, 1, None, None, None]
+    assert optima[-1]["at_least"] == 16 and optima[-1]["mu_rec"] is None
+    assert optima[0]["ci"][0] == 1 and optima[0]["ci_at_edge"][0]
+    assert "3 of 5 budgets have their lowest loss at an edge" in notes[0]
+    # The power law goes through the two inside, unless it contradicts a bound: here "at least 16".
+    assert laws["mu_rec"]["exponent"] > 0.4
+    json.dumps(optima, allow_nan=False)
+
+
+def test_a_table_of_edges_gives_no_exponent():
+    optima, laws, _, notes = isoflop(sweep(lambda row: parabolic(row, 0.3), 0.002), cost)
+    assert not any(o["inside"] for o in optima) and laws == {}
+    assert "no exponent" in notes[-1]
+
+
+def test_a_parabola_sees_its_window_alone():
+    rows = sweep(parabolic, recurrences=(1, 2, 4, 8, 16, 64))
+    # Far from the optimum the loss is no parabola. It must not matter there.
+    bent = [row | {"val_loss": row["val_loss"] * (1.5 if row["mu_rec"] == 64 else 1)}
+            for row in rows]
+    assert [o["mu_rec"] for o in isoflop(bent, cost, 0)[0]] == pytest.approx(
+        [o["mu_rec"] for o in isoflop(rows, cost, 0)[0]])
+
+
+def test_an_interval_holds_its_own_point_and_says_where_it_meets_the_edge():
+    optima, laws, _, _ = isoflop(sweep(lambda row: parabolic(row, 2), 0.004, seed=3), cost)
+    for o in optima:
+        if o["inside"]:
+            assert o["ci"][0] <= o["mu_rec"] <= o["ci"][1]
+        assert o["ci_at_edge"][0] == (o["ci"][0] == 1)
+    assert any(o["ci_at_edge"][0] for o in optima)
+
+
+def test_the_noise_is_that_of_the_seeds():
+    rows = sweep(parabolic, 0.003, seeds=3)
+    noise = noise_of([Budget(c, cells) for c, cells in budgets_of(rows)])
+    assert noise["freedom"] == 5 * 7 * 2 and noise["source"] == "seeds"
+    assert noise["sd"] == pytest.approx(0.003, rel=0.2)
+    noise = noise_of([Budget(c, cells) for c, cells in budgets_of(sweep(parabolic, 0.003))])
+    assert noise["source"] == "parabolas" and noise["sd"] == pytest.approx(0.003, rel=0.4)
+
+
+def test_what_is_no_parabola_shows_against_the_noise():
+    def wedge(row):
+        return 2 * math.exp(0.1 * abs(math.log(row["mu_rec"] / 4)))
+    rng = np.random.default_rng(0)
+    for loss, most in ((wedge, 0.001), (parabolic, 1)):
+        rows = sweep(loss, 0.001, seeds=3, recurrences=(1, 2, 4, 8, 16))
+        budget = [Budget(c, cells) for c, cells in budgets_of(rows)][2]
+        _, parabola, near = bottom(budget, budget.log_loss)
+        noise = noise_of([budget])
+        chance = lack_of_fit(budget, parabola, near, noise, rng)
+        assert chance <= most and (most < 1 or chance > 0.01)
+
+
+def test_a_line_through_bounds_bends_only_where_it_contradicts_them():
+    x, low, high = np.arange(4.0), np.zeros(4), np.full(4, 3.0)
+    inside = np.array([-np.inf, 0.5, 1.5, 2.5])  # the line is at -0.5, as "at most 0" says
+    assert line_through(x, inside, low, high) == pytest.approx((1, -0.5))
+    above = np.array([-np.inf, 1.0, 1.5, 2.0])  # it would be at 0.5: the bound counts as a point
+    slope, intercept = line_through(x, above, low, high)
+    assert slope > 0.5 and intercept < 0.5
+    assert math.isnan(line_through(x, np.array([-np.inf, 1, np.inf, np.inf]), low, high)[0])
+
+
+def test_seeds_are_pairs():
+    rows = sweep(parabolic, seeds=3, recurrences=(1, 4))
+    for row in rows:  # what a seed shares is no noise of the difference
+        row["val_loss"] = (1.9 if row["mu_rec"] == 4 else 2.0) + row["seed"]
+    rows = [row for row in rows if (row["mu_rec"], row["seed"]) != (1, 2)]
+    for gain in gains(rows):
+        assert gain["by_seed"] == pytest.approx([0.1, 0.1]) and gain["mu_rec"] == 4
+        assert gain["standard_error"] == pytest.approx(0, abs=1e-9)

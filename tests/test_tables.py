@@ -1,0 +1,57 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import save_run
+from sweeps import evaluated, parametric, sweep
+
+import tables
+from common import UserError
+
+TABLE = evaluated(sweep(parametric))
+
+
+def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
+    path = tmp_path / "t.csv"
+    tables.write_csv(path, TABLE)
+    again = tables.read_csv(path)
+    assert [r["model"] for r in again] == [r["model"] for r in TABLE]
+    losses = [tables.column(some, "val_loss") for some in (again, TABLE)]
+    assert np.allclose(*losses, rtol=1e-5)
+    lines = path.read_text().splitlines()
+    start = lines[2].rsplit(",", 2)[0]  # all but loss and seed
+    for broken, said in (
+        (start + ",nan,0", "row 3: val_loss is nan"),
+        ("x,1", "row 3: params_noncore is None"),
+        (start + ",abc,0", "row 3: val_loss is 'abc'"),
+        (start + ",1,0.5", "row 3: seed is '0.5', must be a whole number"),
+    ):
+        path.write_text("\n".join([*lines[:2], broken, *lines[3:]]))
+        with pytest.raises(UserError, match=said):
+            tables.read_csv(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="has no column model"):
+        tables.read_csv(path)
+
+
+def test_a_run_counts_once(tmp_path, capsys):
+    tables.write_csv(tmp_path / "t.csv", TABLE)
+    once, _ = tables.read_tables([tmp_path / "t.csv"])
+    twice, _ = tables.read_tables([tmp_path / "t.csv", tmp_path / "t.csv"])
+    assert once == twice
+    assert "count once" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys):
+    model = build()
+    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
+    save_run(model, tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
+    losses = {"1": 2.0, "4": 1.9, "16": math.nan}
+    done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": losses}
+    (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
+    rows, _ = tables.read_tables([tmp_path])
+    assert [row["recurrence"] for row in rows] == [1, 4]
+    assert "T = 16 is not finite" in capsys.readouterr().out
+    tables.write_csv(tmp_path / "t.csv", rows)
+    assert len(tables.read_csv(tmp_path / "t.csv")) == 2
