@@ -6,7 +6,7 @@
     python evaluate.py --run out/default --exit-threshold 0.1 0.01 0.001 --sequences 32
 
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
-Writes eval.json in the run directory.
+In brackets: the standard error over the sequences read. Writes eval.json in the run directory.
 """
 
 import json
@@ -112,10 +112,32 @@ def bytes_of_tokens(tokenizer):
     return sizes
 
 
-def row_of(recurrence, nats, tokens, size):
-    """A row of the table: nats over so many tokens and bytes."""
-    return {"recurrence": recurrence, "val_loss": nats / tokens,
-            "perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size}
+def standard_error(nats, tokens):
+    """Of a mean loss, from the sums over independent sequences: nats, tokens (sequences,).
+
+    None of a single sequence."""
+    n = len(nats)
+    if n < 2:
+        return None
+    left = nats - nats.sum() / tokens.sum() * tokens
+    return float((left.square().sum() * n / (n - 1)).sqrt() / tokens.sum())
+
+
+def row_of(recurrence, nats, tokens, size, first=None):
+    """A row of the table: nats and tokens of each sequence (sequences,), bytes of all.
+
+    first: the nats of the first row. What the row gains on it has a much smaller error than either,
+    since both read the same sequences."""
+    nats, tokens = torch.tensor(nats).double(), torch.tensor(tokens).double()
+    mean = float(nats.sum() / tokens.sum())
+    row = {"recurrence": recurrence, "val_loss": mean,
+           "standard_error": standard_error(nats, tokens), "perplexity": math.exp(mean),
+           "bits_per_byte": float(nats.sum()) / math.log(2) / size}
+    if first is not None:
+        gained = torch.tensor(first).double() - nats
+        row |= {"gain": float(gained.sum() / tokens.sum()),
+                "gain_standard_error": standard_error(gained, tokens)}
+    return row
 
 
 def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
@@ -123,27 +145,30 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
 
     batches: an iterable of (idx, targets), (B, T) int64 each."""
     device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, size = dict.fromkeys(recurrence, 0.0), 0, 0
+    nats, tokens, size = {loops: [] for loops in recurrence}, [], 0  # lists over sequences
     for idx, targets in batches:
-        tokens += targets.numel()
+        tokens += [targets.shape[1]] * len(targets)
         size += int(sizes[targets].sum())
         losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
         for loops, loss in losses.items():
-            nats[loops] += loss.double().sum().item()
-    return [row_of(loops, nats[loops], tokens, size) for loops in recurrence], tokens, size
+            nats[loops] += loss.double().sum(1).tolist()
+    first = nats[recurrence[0]]
+    rows = [row_of(loops, nats[loops], tokens, size, first) for loops in recurrence]
+    return rows, sum(tokens), size
 
 
 def early_exit(model, batches, tokenizer, most, threshold):
     """The row of a threshold; its "recurrence" is the mean of the loops used."""
     device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, size, loops_used = 0.0, 0, []
+    nats, tokens, size, loops_used = [], [], 0, []
     for idx, targets in batches:
         idx, targets = idx.to(device), targets.to(device)
         loss, loops = early_exit_losses(model, idx, targets, most, threshold)
-        nats += loss.double().sum().item()
+        nats.append(loss.double().sum().item())
+        tokens.append(targets.numel())
         size += int(sizes[targets.cpu()].sum())
         loops_used += loops
-    row = row_of(sum(loops_used) / len(loops_used), nats, len(loops_used), size)
+    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, size)
     return row | {"exit_threshold": threshold, "most": most}
 
 # ------------------------------------------------------------------------------- command line
@@ -205,6 +230,20 @@ def open_text(args, model, tokenizer):
     return data, lambda batch_size: data_windows(loader, args.sequences, batch_size)
 
 
+def line_of(row):
+    """A row as text; in brackets the standard error, of which sequences it happened to read."""
+    gain = ""
+    if "gain" in row and row["gain"]:
+        gain = f"   {row['gain']:+.4f} ({error_text(row['gain_standard_error'])})"
+    return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} "
+            f"({error_text(row['standard_error'])})  {row['perplexity']:10.3f}   "
+            f"{row['bits_per_byte']:13.4f}{gain}")
+
+
+def error_text(error):
+    return "-" if error is None else f"{error:.4f}"
+
+
 def main():
     args = parse_args()
     model, tokenizer, recurrence = open_run(args)
@@ -213,18 +252,17 @@ def main():
     rows, tokens, size = bits_per_byte(model, batches(args.batch_size), tokenizer, recurrence,
                                        args.kv_cache)
     print(f"{args.run} on {tokens:,} tokens ({size:,} bytes) of {name}, KV cache: {args.kv_cache}")
-    print("recurrence T   nats per token   perplexity   bits per byte")
-    line = ("{recurrence:12.4g}   {val_loss:14.4f}   {perplexity:10.3f}   {bits_per_byte:13.4f}")
+    print(f"recurrence T   nats per token   perplexity   bits per byte   gain over T = "
+          f"{recurrence[0]}")
     for row in rows:
-        print(line.format(**row))
+        print(line_of(row))
     record = {"data": name, "tokens": tokens, "bytes": size, "kv_cache": args.kv_cache,
               "dtype": str(model.compute_dtype), "results": rows}
 
     most = max(recurrence)
     for threshold in args.exit_threshold or ():
         row = early_exit(model, batches(1), tokenizer, most, threshold)
-        print(f"{line.format(**row)}   exit threshold {threshold:g}: mean of loops used, "
-              f"at most {most}")
+        print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
         record.setdefault("exit", []).append(row)
     write_text(Path(args.run) / "eval.json", json.dumps(record, indent=1))
 

@@ -23,6 +23,9 @@ def test_bits_per_byte_and_perplexity(run):
         assert r["bits_per_byte"] == pytest.approx(
             r["val_loss"] / math.log(2) * saved["tokens"] / saved["bytes"]
         )
+    first, last = saved["results"]
+    assert 0 < last["gain_standard_error"] < last["standard_error"]
+    assert last["gain"] == pytest.approx(first["val_loss"] - last["val_loss"])
     assert load_tokenizer(run).name == "bytes" and 0 <= saved["tokens"] - saved["bytes"] <= 8
 
 
@@ -62,6 +65,17 @@ def test_exit_thresholds(run):
         done.stderr
     )
     assert saved["exit"][0]["val_loss"] != saved["exit"][1]["val_loss"]
+
+
+def test_the_standard_error_is_the_spread_of_repeated_samples():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50, 150, (2000, 20), generator=generator).double()
+    level = 1 + 0.2 * torch.randn(2000, 20, generator=generator).double()
+    nats = tokens * level
+    means = nats.sum(1) / tokens.sum(1)
+    errors = [evaluate.standard_error(n, t) for n, t in zip(nats, tokens)]
+    assert sum(errors) / len(errors) == pytest.approx(means.std().item(), rel=0.05)
+    assert evaluate.standard_error(nats[0, :1], tokens[0, :1]) is None
 
 
 def test_mistakes_get_one_line(run, tmp_path):
