@@ -1,9 +1,11 @@
 """Laws of the loss, and their fits: what a run will reach, by its size, loops and tokens.
 
-A law is an object: a name, its prediction, its parameters. To add one, write the prediction and add
-it to LAWS; the fit, its intervals and its frontier follow. The laws here are those of §5 of
-"Parcae" (arXiv 2604.12946), and of "How Much Is One Recurrence Worth?" (arXiv 2604.21106), in the
-papers' letters. N(mu) = N_noncore + mu N_core counts the unrolled model; T is loops at test time.
+A law is an object: a name, its prediction, its parameters. To add one, write the prediction and an
+entry of LAWS: scaling.py fits it to the runs at T = mu_rec and prints it.
+
+The laws here are those of §5 of "Parcae" (arXiv 2604.12946) and of "How Much Is One Recurrence
+Worth?" (arXiv 2604.21106), in the papers' letters. N(mu) = N_noncore + mu N_core counts the
+unrolled model; T is loops at test time.
 
 Fits are those of Hoffmann et al. 2022 (approach 3): the Huber loss of the error of the log of the
 prediction, delta 1e-3, from many random starts.

@@ -38,6 +38,13 @@ def report(out):
         report_optima(out)
     if out["isoflop"] or "frontier" in out.get("training_law", {}):
         report_exponents(out)
+    report_laws(out)
+    for note in out["notes"]:
+        print("note:", note)
+
+
+def report_laws(out):
+    """Print the laws that were fitted."""
     if "training_law" in out:
         report_law("training_law", "training law", out["training_law"])
     if "unified" in out:
@@ -46,6 +53,8 @@ def report(out):
         if error is not None:
             print(f"  ... the loss at T = mu_rec taken as measured: {error:.2%}   "
                   f"published: {PUBLISHED['given_loss']}")
+    for name, law in out["laws"].items():
+        report_law(name, f"{name} law", law)
     if out["test_time"]:
         errors = [run["error"] for run in out["test_time"]]
         print(f"test-time law, {len(errors)} runs of the largest budget: mean error "
@@ -55,8 +64,6 @@ def report(out):
         objectives = ", ".join(f"{name} {value:.4g}" for name, value in worth["objective"].items())
         print(f"worth of a recurrence: phi {worth['phi']:.2f} {span(worth['ci'])}, of "
               f"{worth['sizes']} sizes   published: {PUBLISHED['phi']}; objective: {objectives}")
-    for note in out["notes"]:
-        print("note:", note)
 
 
 def report_noise(noise):
@@ -138,8 +145,9 @@ def report_law(key, label, law):
         said.append(f"{name} {value} {span(ci)}")
     print(f"{label}: {', '.join(said)}")
     if law["held_out_error"] is not None:
-        print(f"  error on the largest budget, fitted without it: {law['held_out_error']:.2%}   "
-              f"published, of loops: {PUBLISHED[key]}")
+        published = f"   published, of loops: {PUBLISHED[key]}" if key in PUBLISHED else ""
+        print("  error on the largest budget, fitted without it: "
+              f"{law['held_out_error']:.2%}{published}")
     for name, of in law.get("compute_optimal", {}).items():
         print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
 

@@ -41,6 +41,7 @@ from report import draw, loops_text, report, value_text
 from tables import column, distinct, read_tables, run_key, trained_depth
 
 HERE = Path(__file__).parent
+PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
 # ----------------------------------------------------------------------------- all fits of a table
 
@@ -83,10 +84,10 @@ def held_out(law, rows):
     return fit_law(law, seen, resamples=0), [row for row in rows if row["flops"] >= top]
 
 
-def fit_training(rows, resamples):
-    """(what --json writes of the training law, the fit)."""
-    fit = fit_law("training", rows, resamples=resamples)
-    apart = held_out("training", rows)
+def fit_apart(law, rows, resamples):
+    """(what --json writes of a law, the fit)."""
+    fit = fit_law(law, rows, resamples=resamples)
+    apart = held_out(law, rows)
     return fit.summary() | {"held_out_error": apart and apart[0].error(apart[1])}, fit
 
 
@@ -185,7 +186,7 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
             out["power_laws"][name] = {key: law[key] for key in law if key != "band"}
 
     if can_fit("training", own, out["notes"]):
-        law, kept["fit"] = fit_training(own, resamples)
+        law, kept["fit"] = fit_apart("training", own, resamples)
         out["training_law"] = law
         if not loops:
             law["compute_optimal"] = compute_optimal(kept["fit"])
@@ -250,6 +251,9 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
         bar.update()
         bar.set_description("test-time law")
         kept["test_time"] = fit_test_time(main)
+    own_laws = [name for name in LAWS if name not in PUBLISHED_LAWS]
+    out["laws"] = {name: fit_apart(name, kept["rows"], resamples)[0] for name in own_laws
+                   if can_fit(name, kept["rows"], out["notes"])}
     out["test_time"] = [numbers for _, _, numbers in kept["test_time"]]
     bar.close()
     return out, kept

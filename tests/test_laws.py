@@ -5,6 +5,8 @@ from conftest import ROOT
 from sweeps import chinchilla, evaluated, parametric, sweep
 
 import laws
+import report
+import scaling
 from laws import POWER, Law, Parameter, cost_between, fit_law, frontier, frontier_exponents
 from tables import column, read_csv, trained_depth
 
@@ -91,14 +93,17 @@ def test_what_the_data_do_not_determine_is_said_to_be_so():
     assert low < 0.5 and high > 1.4  # nats, of losses near 1.65
 
 
-def test_a_law_of_ones_own(monkeypatch):
+def test_a_law_of_ones_own(monkeypatch, capsys):
     def power(p, r):
         return p.A * r.D ** -p.a
     own = Law("power", power, {"A": Parameter(0.5, 2, "lowest", "log", "D a"), "a": POWER})
     monkeypatch.setitem(laws.LAWS, "power", own)
     rows = sweep(lambda row: 30 * row["tokens"] ** -0.15)
-    law = fit_law("power", rows, resamples=30).summary()
+    out, _ = scaling.fit_table(rows, "exact", resamples=30)
+    law = out["laws"]["power"]
     assert (law["A"], law["a"]) == pytest.approx((30, 0.15), rel=1e-3)
+    report.report(out)
+    assert "power law: A 30" in capsys.readouterr().out
 
 
 def test_the_frontier_is_where_the_slopes_are_equal():
