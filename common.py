@@ -62,6 +62,11 @@ def run_script(main):
     sys.exit(2)
 
 
+def nothing_to_run(about):
+    """What a file says that others import: its docstring."""
+    print(f"{about}\nNothing to run here: this file is imported. Begin with: python train.py")
+
+
 def trouble(error):
     """What the system refused, in one line: a file, disk or memory; None for any other error."""
     if isinstance(error, OSError):

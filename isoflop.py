@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from common import nothing_to_run
 from tables import distinct, trained_depth
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
@@ -248,3 +249,7 @@ def gains(rows):
         if best:
             result.append(best)
     return result
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -17,7 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from common import nothing_to_run
 from tables import column, run_key
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
@@ -143,6 +145,8 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
     todo = torch.arange(fits)  # the fits that have not converged
     best = objective(theta, todo)
     damping = torch.full((fits,), 1e-3, dtype=torch.float64)
+    bar = tqdm(total=fits, desc=f"{law.name} law: fits that have converged", delay=1, leave=False,
+               disable=None)
     for _ in range(steps):
         # Squares weighted so have the Huber loss's gradient: a large error counts for less.
         error = predict_all(theta[todo]) - log_loss[todo]  # (fits, rows)
@@ -168,8 +172,10 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
         best[todo[better]] = value[better]
         damping[todo] = torch.where(better, damping[todo] / 5, damping[todo] * 4).clamp(min=1e-12)
         todo = todo[~converged]
+        bar.update(fits - len(todo) - bar.n)
         if not len(todo):
             break
+    bar.close()
     return theta, best
 
 
@@ -331,3 +337,7 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
             for j, values in enumerate((log_mu[i], log_tokens[i])):
                 exponents[j, i] = np.polyfit(np.log(flops[inside]), values[inside], 1)[0]
     return exponents
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

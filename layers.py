@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
+from common import UserError, nothing_to_run
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
@@ -369,3 +369,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, d_loss):
         d_x, d_weight = ctx.saved_tensors
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, load_checkpoint, read_json
+from common import UserError, load_checkpoint, nothing_to_run, read_json
 from layers import (
     INJECTIONS,
     PRESETS,
@@ -448,3 +448,7 @@ def check_finite(model, path):
     for name, w in model.state_dict().items():
         if not w.isfinite().all():
             raise UserError(f"the weights in {path} are damaged: {name} is not finite")
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import isoflop
-from common import UserError
+from common import UserError, nothing_to_run
 from laws import fits_of_noisy, frontier, frontier_exponents
 from tables import column
 
@@ -115,3 +115,7 @@ def half_width(samples):
         return "unknown"
     low, high = np.quantile(samples, [0.025, 0.975])
     return f"{(high - low) / 2:.2f}"
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

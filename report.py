@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 import figures
+from common import nothing_to_run
 from laws import MU, frontier, interval
 from tables import column
 
@@ -211,3 +212,7 @@ def draw_test_time(runs, path):
                        "fit_T": x,
                        "fit_loss": fit.predict([data[0] | {"recurrence": n} for n in x])})
     figures.test_time(path, curves)
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

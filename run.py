@@ -26,6 +26,7 @@ from common import (
     load_checkpoint,
     lock,
     matmul_peak,
+    nothing_to_run,
     read_json,
     read_json_lines,
     whole_file,
@@ -229,3 +230,7 @@ def load_optimizer(optimizer, saved, updated, complaint):
         raise UserError(complaint)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import figures
 from common import COUNT, LOOPS, POSITIVE, Parser, UserError, number, run_script, write_text
@@ -235,27 +234,19 @@ def frontiers(every_row, out, kept):
 
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Everything that can be fitted to a table: fit_optima, and the other laws of looping."""
-    bar = tqdm(total=4, desc="isoFLOP, training law", leave=False, disable=None)
     out, kept = fit_optima(every_row, accounting, resamples)
     rows = [row for row in every_row if row["accounting"] == accounting]
     main, everywhere = main_model(rows), trained_depth(rows)
     if distinct(main, "mu_rec") > 1:
-        bar.update()
-        bar.set_description("unified law")
         if can_fit("unified", main, out["notes"]):
             out["unified"] = fit_unified(main, resamples)
-        bar.update()
-        bar.set_description("worth of a recurrence")
         if can_fit("worth", everywhere, out["notes"]):
             out["recurrence_worth"] = fit_worth(everywhere, resamples)
-        bar.update()
-        bar.set_description("test-time law")
         kept["test_time"] = fit_test_time(main)
     own_laws = [name for name in LAWS if name not in PUBLISHED_LAWS]
     out["laws"] = {name: fit_apart(name, kept["rows"], resamples)[0] for name in own_laws
                    if can_fit(name, kept["rows"], out["notes"])}
     out["test_time"] = [numbers for _, _, numbers in kept["test_time"]]
-    bar.close()
     return out, kept
 
 # ----------------------------------------------------------------------------- commands
@@ -341,7 +332,8 @@ def fit(args):
         write_text(args.json, json.dumps(out, indent=1))
         print("wrote", args.json)
     if drawing:
-        draw(out, kept, Path(args.figures))
+        beside = Path(args.tables[0]) if args.tables else HERE / "results"
+        draw(out, kept, Path(args.figures or (beside if beside.is_dir() else beside.parent)))
 
 
 def parse_args(words):
@@ -360,8 +352,7 @@ def parse_args(words):
 
     add = fits.add_argument
     add("--json", metavar="FILE", help="write every fitted number")
-    add("--figures", default="results", metavar="DIR",
-        help="where figures go (default: %(default)s)")
+    add("--figures", metavar="DIR", help="where figures go (default: beside the first table)")
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
         help="of the bootstrap of the laws (default: %(default)s)")
 

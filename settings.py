@@ -10,7 +10,18 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, read_json, some_path
+from common import (
+    COUNT,
+    LOOPS,
+    POSITIVE,
+    SEED,
+    Parser,
+    UserError,
+    nothing_to_run,
+    number,
+    read_json,
+    some_path,
+)
 from model import INJECTIONS, PRESETS, ParcaeConfig
 
 DEFAULT_DATA = "data/stdlib"
@@ -100,7 +111,8 @@ def add_model_flags(parser):
     comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
         flag = "--" + field.name.replace("_", "-")
-        about = f"{comments[field.name]} (default: {getattr(default, field.name)})"
+        value = getattr(default, field.name) if field.default is not None else None
+        about = f"{comments[field.name]} (default: {value})"
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         elif field.type is str:
@@ -163,3 +175,7 @@ def check_unchanged(saved, args):
             was = "not given" if before is None else before
             raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

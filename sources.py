@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, whole_file
+from common import UserError, nothing_to_run, whole_file
 
 # What some distributions of Python have and others leave out, or make anew for each machine:
 # without it classmates get the same text from the same version of Python.
@@ -178,3 +178,7 @@ def shakespeare_docs():
 # each a string or an object as TextFile. One with a parameter `files` gets the FILEs named.
 SOURCES = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs,
            "text": text_docs}
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

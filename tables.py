@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, lock, read_json, whole_file
+from common import UserError, lock, nothing_to_run, read_json, whole_file
 
 # The columns of a table. mu_rec: mean recurrence in training; mu_bwd: loops with gradient;
 # recurrence: loops at evaluation; val_loss: nats per token.
@@ -239,3 +239,7 @@ def run_key(row):
 def distinct(rows, name):
     """How many different values a column has."""
     return len({row[name] for row in rows})
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -17,7 +17,7 @@ import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
-from common import UserError, write_text
+from common import UserError, nothing_to_run, write_text
 
 EOT = "<|endoftext|>"
 BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it
@@ -265,3 +265,7 @@ def decode_stream(tokenizer, tokens):
         with contextlib.suppress(KeyError):
             yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import explain
 from common import (
     UserError,
     keep_freed_memory,
@@ -249,7 +250,8 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
     read = torch.zeros((), device=device)
     model.eval()
-    for start in range(0, len(mine), batch_size):
+    for start in tqdm(range(0, len(mine), batch_size), desc="evaluating", delay=1, leave=False,
+                      disable=rank > 0 or None):
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         read += len(idx)
         for loops, (h, tokens) in enumerate(model.states(idx, max(recurrence)), start=1):
@@ -300,13 +302,8 @@ def begin(s):
     difference = other_text(args.data)
     if difference:
         say(difference)
-    config = s.model.config
-    say(f"{args.out}: {record['parameters']:,} parameters, "
-        f"{config.n_prelude}/{config.n_recurrent}/{config.n_coda} layers of {config.n_embd} "
-        f"channels, mean recurrence {config.mean_recurrence}\n"
-        f"{args.data}: {len(s.loader) * config.block_size:,} train tokens\n"
-        f"{record['ranks']} x {record['device']}, {s.model.compute_dtype}, "
-        f"matmul peak {record['peak_flops'] / 1e9:,.0f} GFLOP/s")
+    say(explain.beginning(args.out, args.data, s.model.config, s.loader, record,
+                          s.model.compute_dtype))
     return True
 
 
@@ -421,6 +418,7 @@ def report(s):
     for text in decode_stream(s.tokenizer, tokens):
         print(text, end="", flush=True)
     print()
+    print(explain.ending(args.out, s.model.config, values["val_loss"]))
 
 
 def main():

@@ -1,0 +1,77 @@
+"""What train.py tells a newcomer: the model and the measures before, what the losses say after."""
+
+import numpy as np
+
+from common import nothing_to_run
+
+ENTROPY_OF = 1_000_000  # tokens that the entropy of single tokens is counted from
+
+
+def layers(n):
+    return "1 layer" if n == 1 else f"{n} layers"
+
+
+def model_text(config):
+    """A model's shape in words."""
+    channels = f"{config.n_embd} channels, context {config.block_size} tokens"
+    if not config.n_recurrent:
+        plain = config.n_prelude + config.n_coda
+        return f"{layers(plain)}, no loop; {channels}"
+    return (f"{layers(config.n_prelude)}, then a loop of {layers(config.n_recurrent)}, then "
+            f"{layers(config.n_coda)}; {channels}")
+
+
+def loop_text(config):
+    """How often the loop runs in training."""
+    mean, depth = config.mean_recurrence, config.backprop_depth
+    if mean == 1:
+        return "runs once (mean recurrence 1)"
+    return (f"runs {mean} times on average (mean recurrence {mean}), another number for each "
+            f"sequence; the last {min(mean, depth)} with gradient")
+
+
+def single_token_entropy(loader):
+    """Loss in nats of a model that knows how frequent each token is and nothing else."""
+    tokens = np.asarray(loader.shards[0][:ENTROPY_OF])
+    counts = np.unique(tokens, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def beginning(out, data, config, loader, record, dtype):
+    """The lines before training. record: what config.json holds."""
+    lines = [f"{out}: {record['parameters']:,} parameters",
+             f"  model    {model_text(config)}"]
+    if config.n_recurrent:
+        lines.append(f"  loop     {loop_text(config)}")
+    lines += [
+        f"  data     {data}: {len(loader) * config.block_size:,} train tokens",
+        f"  machine  {record['ranks']} x {record['device']}, {str(dtype).removeprefix('torch.')}; "
+        f"MFU: the share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s, what its matmuls reach",
+        f"  loss     in nats per token; {single_token_entropy(loader):.2f} is knowing how frequent "
+        "each token is, and nothing else",
+    ]
+    return "\n".join(lines)
+
+
+def ending(out, config, losses):
+    """The lines after training: what the losses {loops: nats} say, and what to try next."""
+    lines = []
+    mean = config.mean_recurrence
+    if {1, mean} <= losses.keys() and mean > 1:
+        gain = losses[1] - losses[mean]
+        word = "better" if gain > 0 else "worse"
+        lines.append(f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token "
+                     f"{word} than run once.")
+    lines.append("\nnext:")
+    loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
+    lines.append(f'  python sample.py --run {out} --prompt "def "{loops}')
+    lines.append(f"  python figures.py {out} --out curves.png     how its loss fell (matplotlib)")
+    if loops:
+        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     the same layers "
+                     "trained to run once: is the loop worth its time?")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)
