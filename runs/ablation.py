@@ -30,7 +30,7 @@ def read_row(path):
 
 
 def print_table(rows):
-    """The README's table: means of the seeds."""
+    """The table of results/README.md: means of the seeds."""
     loops = [name for name in rows[0] if name.startswith("val_loss")]
     names = [name.replace("val_loss_", "T = ") for name in loops]
     heads = ["variant", *names, "each seed at T = 4", "FLOPs", "time"]

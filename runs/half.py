@@ -103,7 +103,7 @@ def at_best_rate(rows):
 
 
 def print_table(runs):
-    """The README's table."""
+    """The table of results/README.md."""
     print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | "
           "val loss | bits per byte |\n|" + "---|" * 7)
     for name, rows in runs.items():
