@@ -36,7 +36,9 @@ from common import (
     run_script,
     some_path,
 )
+from settings import parse_args
 from tables import add_rows, last_line, model_columns, read_csv, read_run
+from train import setup
 
 TRAIN = Path(__file__).parent / "train.py"
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")  # runs of a cell
@@ -45,12 +47,11 @@ OWN_FLAGS = ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", 
 
 def dry_run(flags):
     """What config.json of a run with these flags would say. Raises UserError: train.py's words."""
-    done = subprocess.run([sys.executable, TRAIN, *flags, "--dry-run"], capture_output=True,
-                          text=True)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"train.py says: {said.removeprefix('train.py: error: ')}")
-    return json.loads(done.stdout[done.stdout.index("{"):])
+    try:
+        record = setup(parse_args("", [*map(str, flags), "--dry-run"])).record
+    except UserError as error:
+        raise UserError(f"train.py says: {error}") from None
+    return json.loads(json.dumps(record))  # as it comes back from the file
 
 
 class Cell:
@@ -227,7 +228,7 @@ def sweep(args, flags):
         sys.exit(1)
 
 
-def parse_args():
+def sweep_args():
     """(the sweep's settings, the flags for train.py)."""
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -247,4 +248,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    run_script(lambda: sweep(*parse_args()))
+    run_script(lambda: sweep(*sweep_args()))
