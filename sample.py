@@ -2,6 +2,7 @@
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
     cat prompt.txt | python sample.py --prompt-file -
+    python sample.py --recurrence 8 --draft 2     the same, drafted with two loops: see draft.py
     python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop predicts
 
 A generator of tokens is `stream`, a whole continuation `generate`. Early exit (`settle`) and the
@@ -37,18 +38,30 @@ TRACED = 40  # tokens of a prompt that a trace shows
 # ------------------------------------------------------------------------------- generation
 
 
-def choose(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Draw tokens (B, 1) from logits (B, vocab_size)."""
+def probabilities(logits, temperature, top_k=None, top_p=None):
+    """What tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
     if temperature < 1e-6:  # greedy; logits divided by less would overflow
-        return logits.argmax(-1, keepdim=True)
-    logits, tokens = (logits / temperature).sort(-1, descending=True)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    probs = (logits / temperature).softmax(-1)
+    if top_k is None and top_p is None:
+        return probs
+    probs, tokens = probs.sort(-1, descending=True)
     if top_k is not None:
-        logits[:, top_k:] = -torch.inf
-    probs = logits.softmax(-1)
+        probs[:, top_k:] = 0
+        probs /= probs.sum(-1, keepdim=True)
     if top_p is not None:
         before = probs.cumsum(-1) - probs
         probs[before >= top_p] = 0  # what comes before already holds top_p
-    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
+        probs /= probs.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, tokens, probs)
+
+
+def choose(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Draw tokens (B, 1) from logits (B, vocab_size)."""
+    if temperature < 1e-6:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1,
+                             generator=generator)
 
 
 def settle(model, idx, most, cache, threshold):
@@ -188,6 +201,11 @@ def parse_args():
     add("--exit-threshold", type=number(float, 0), metavar="EPS",
         help="end each token's loop when its prediction changes by less than EPS nats (KL) from "
         "one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
+    add("--draft", type=LOOPS, metavar="T",
+        help="draft tokens with T loops and verify them together with --recurrence: faster, and "
+        "exact (see draft.py)")
+    add("--ahead", type=COUNT, default=4, metavar="N",
+        help="tokens drafted at a time (default: %(default)s)")
     add("--trace", type=some_path, metavar="FILE",
         help="no new text: draw what the model would predict after each loop at each token of the "
         f"prompt (the last {TRACED}), up to the largest --recurrence (default: twice the model's "
@@ -200,6 +218,15 @@ def parse_args():
     add("--compile", action="store_true",
         help="compile the decoding step: about twice as fast, after a minute or two of compiling")
     return parser.parse_args()
+
+
+def check_draft(args):
+    """Raise UserError where --draft does not go with the other flags."""
+    if args.draft and (args.kv_cache != "per-loop" or args.exit_threshold is not None):
+        raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
+                        "--exit-threshold")
+    if args.draft and args.draft >= min(args.recurrence or [args.draft + 1]):
+        raise UserError(f"--draft is {args.draft}, must be below every --recurrence")
 
 
 def read_prompt(args):
@@ -226,23 +253,33 @@ def read_prompt(args):
 
 def write_block(args, model, tokenizer, prompt, idx, recurrence):
     """Print a continuation of the prompt at one number of loops, as it comes."""
-    loops_used = []
-    generator = torch.Generator(idx.device).manual_seed(args.seed)
-    tokens = stream(model, idx, args.tokens, recurrence=recurrence, temperature=args.temperature,
-                    top_k=args.top_k, top_p=args.top_p, generator=generator,
-                    kv_cache=args.kv_cache, exit_threshold=args.exit_threshold,
-                    loops_used=loops_used)
+    from draft import draft_stream  # which draws by functions of this file
+
+    loops_used, counts = [], {}
+    options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
+               "top_p": args.top_p,
+               "generator": torch.Generator(idx.device).manual_seed(args.seed)}
+    if args.draft:
+        tokens = draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead,
+                              counts=counts, **options)
+    else:
+        tokens = stream(model, idx, args.tokens, kv_cache=args.kv_cache,
+                        exit_threshold=args.exit_threshold, loops_used=loops_used, **options)
     print(f"--- recurrence {recurrence}\n{prompt or ''}", end="")
     start = time.perf_counter()
     for text in decode_stream(tokenizer, tokens):
         print(text, end="", flush=True)
     rate = args.tokens / (time.perf_counter() - start)
     used = f", {sum(loops_used) / len(loops_used):.2f} loops a token" if loops_used else ""
+    if counts:
+        used = (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
+                f"{counts['loops'] / args.tokens:.2f} loops a token, one after the other")
     print(f"\n--- {args.tokens} tokens, {rate:,.1f} tokens/s{used}")
 
 
 def main():
     args = parse_args()
+    check_draft(args)
     if args.trace:
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)

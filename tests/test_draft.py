@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from common import UserError
+from draft import accept, draft_stream, propose, verify
+from sample import probabilities, stream
+
+
+def greedy(logits):
+    distribution = probabilities(logits, 0)
+    return distribution.argmax(-1, keepdim=True), distribution
+
+
+@pytest.mark.parametrize("draft, ahead", [(1, 1), (2, 4), (3, 7), (1, 0)])
+@pytest.mark.parametrize("length", [1, 5])
+def test_greedy_text_is_that_of_plain_generation(build, tokens, draft, ahead, length):
+    model, idx = build().eval(), tokens[:1, :length]
+    plain = list(stream(model, idx, 26, recurrence=5, temperature=0))
+    counts = {}
+    drafted = list(draft_stream(model, idx, 26, recurrence=5, draft=draft, ahead=ahead,
+                                temperature=0, counts=counts))
+    assert torch.equal(torch.cat(drafted), torch.cat(plain))
+    assert 0 <= counts["kept"] <= counts["drafted"]
+
+
+def test_it_goes_on_where_the_context_is_full(build, tokens):
+    model, idx = build().eval(), tokens[:1]  # 16 tokens of a block of 32
+    plain = torch.cat(list(stream(model, idx, 24, recurrence=3, temperature=0)))
+    drafted = torch.cat(list(draft_stream(model, idx, 24, recurrence=3, draft=1, temperature=0)))
+    assert torch.equal(plain, drafted)
+
+
+def test_the_drafts_loops_are_the_first_of_the_verification(build, tokens):
+    """Logits and cache after drafting and verifying are those of one pass over the same tokens."""
+    model, idx = build().eval(), tokens[:1, :8]
+    cache = model.new_cache(1, 16, 6)
+    with torch.no_grad():
+        model.hidden(idx[:, :-1], 6, cache)
+        new, _, h, u = propose(model, idx[:, -1:], cache, 2, 3, greedy)
+        seen = torch.cat([idx[:, -1:], new], dim=1)
+        logits = verify(model, seen, h, u, cache, 2, 6)
+
+        whole = model.new_cache(1, 16, 6)
+        at_once = model.lm_head(model.hidden(torch.cat([idx, new], dim=1), 6, whole)).float()
+    assert torch.allclose(logits, at_once[:, 7:], atol=1e-4)
+    assert cache.pos == whole.pos == 11
+    for ours, theirs in zip(cache.pairs, whole.pairs):
+        for pair, other in zip(ours, theirs):
+            for a, b in zip(pair, other):
+                assert torch.allclose(a[:, :, :11], b[:, :, :11], atol=1e-4)
+
+
+def test_what_is_thrown_away_leaves_no_trace(build, tokens):
+    """A model whose drafts are all refused writes the same text from the same cache."""
+    model, idx = build(seed=3).eval(), tokens[:1, :4]
+    model.lm_head.weight.data *= 30  # sure of itself, and of other things after one loop
+    counts = {}
+    drafted = list(draft_stream(model, idx, 20, recurrence=8, draft=1, ahead=5, temperature=0,
+                                counts=counts))
+    assert counts["kept"] < counts["drafted"]  # or there is nothing to throw away
+    assert torch.equal(torch.cat(drafted),
+                       torch.cat(list(stream(model, idx, 20, recurrence=8, temperature=0))))
+
+
+def test_what_is_accepted_is_a_draw_from_the_full_model():
+    """First tokens of 20,000 draws on a vocabulary of four, chi-squared with 3 degrees."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
+    p = torch.tensor([[0.2, 0.4, 0.4, 0.0]])
+    counts = torch.zeros(4)
+    for _ in range(20_000):
+        token = torch.multinomial(q, 1, generator=generator)
+        counts[accept(token, [q], [p, p], generator)[0, 0]] += 1
+    expected = 20_000 * p[0]
+    assert counts[3] == 0
+    chi_squared = ((counts - expected)[:3] ** 2 / expected[:3]).sum()
+    assert chi_squared < 13.8  # exceeded once in a thousand
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_sampled_frequencies_are_those_of_plain_sampling(build, tokens, options):
+    """The second new token's distribution, from the exact one; 500 draws."""
+    model, idx = build(vocab_size=8).eval(), tokens[:1, :6] % 8
+    generator = torch.Generator().manual_seed(1)
+    options = {"recurrence": 4, "temperature": 0.8} | options
+    limits = {name: options.get(name) for name in ("top_k", "top_p")}
+    with torch.no_grad():
+        first = probabilities(model(idx, recurrence=4)[0][:, -1], 0.8, **limits)[0]
+        exact = torch.zeros(8)
+        for token in range(8):
+            longer = torch.cat([idx, torch.tensor([[token]])], dim=1)
+            logits = model(longer, recurrence=4)[0][:, -1]
+            exact += first[token] * probabilities(logits, 0.8, **limits)[0]
+    draws = 500
+    counts = torch.zeros(8)
+    for _ in range(draws):
+        text = list(draft_stream(model, idx, 3, draft=1, ahead=2, generator=generator, **options))
+        counts[text[1].item()] += 1
+    possible = exact > 1e-6
+    assert counts[~possible].sum() == 0
+    expected = draws * exact[possible]
+    chi_squared = ((counts[possible] - expected) ** 2 / expected).sum()
+    assert chi_squared < 24.4  # 7 degrees of freedom: exceeded once in a thousand
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"draft": 4}, "draft is 4, must be from 1 to 3"),
+    ({"draft": 0}, "draft is 0, must be from 1 to 3"),
+    ({"draft": 1, "temperature": -1}, "temperature is -1"),
+])
+def test_bad_values_get_one_line(build, tokens, options, said):
+    with pytest.raises(UserError, match=said):
+        list(draft_stream(build(), tokens[:1], 4, recurrence=4, **options))
+    with pytest.raises(UserError, match="takes one at a time"):
+        list(draft_stream(build(), tokens, 4, recurrence=4, draft=1))
