@@ -33,7 +33,7 @@ from common import (
 )
 from data import EVAL_SEED, Loader
 from model import Parcae
-from sample import settle
+from sample import EXIT_RULES, settle
 from sources import read_text
 from tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
@@ -92,13 +92,13 @@ def loss_of(model, x, targets):
 
 
 @torch.no_grad()
-def early_exit_losses(model, idx, targets, most, threshold):
+def early_exit_losses(model, idx, targets, most, threshold, rule):
     """Loss in nats (1, T) of each target where each token's loop ends as soon as its prediction
     settles, see sample.settle; and how many loops each took, a list of T numbers."""
     cache = model.new_cache(*idx.shape, most, "shared")
     losses, loops_used = [], []
     for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
-        logits, loops = settle(model, token, most, cache, threshold)
+        logits, loops = settle(model, token, most, cache, threshold, rule)
         losses.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
         loops_used.append(loops)
     return torch.cat(losses, dim=1), loops_used
@@ -157,19 +157,19 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
     return rows, sum(tokens), size
 
 
-def early_exit(model, batches, tokenizer, most, threshold):
+def early_exit(model, batches, tokenizer, most, threshold, rule):
     """The row of a threshold; its "recurrence" is the mean of the loops used."""
     device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
     nats, tokens, size, loops_used = [], [], 0, []
     for idx, targets in batches:
         idx, targets = idx.to(device), targets.to(device)
-        loss, loops = early_exit_losses(model, idx, targets, most, threshold)
+        loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
         nats.append(loss.double().sum().item())
         tokens.append(targets.numel())
         size += int(sizes[targets.cpu()].sum())
         loops_used += loops
     row = row_of(sum(loops_used) / len(loops_used), nats, tokens, size)
-    return row | {"exit_threshold": threshold, "most": most}
+    return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
 
 # ------------------------------------------------------------------------------- command line
 
@@ -193,8 +193,9 @@ def parse_args():
         "last loop's keys and values only")
     add("--exit-threshold", type=number(float, 0), nargs="+", metavar="EPS",
         help="also with a depth of its own for each token: its loop ends, at the largest "
-        "--recurrence at the latest, when its prediction changes by less than EPS nats "
-        "(shared cache, token by token)")
+        "--recurrence at the latest, when --exit-rule falls below EPS (shared cache, token by "
+        "token)")
+    add("--exit-rule", choices=EXIT_RULES, default="kl", help="see sample.py (default: kl)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the activations (default: auto)")
@@ -261,7 +262,7 @@ def main():
 
     most = max(recurrence)
     for threshold in args.exit_threshold or ():
-        row = early_exit(model, batches(1), tokenizer, most, threshold)
+        row = early_exit(model, batches(1), tokenizer, most, threshold, args.exit_rule)
         print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
         record.setdefault("exit", []).append(row)
     write_text(Path(args.run) / "eval.json", json.dumps(record, indent=1))

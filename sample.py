@@ -11,6 +11,7 @@ trace go loop by loop through `model.loops`, where a loop can be looked at or le
 
 import sys
 import time
+from collections import namedtuple
 from itertools import chain
 from pathlib import Path
 
@@ -64,25 +65,39 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
                              generator=generator)
 
 
-def settle(model, idx, most, cache, threshold):
+# When has a token looped enough? When the number of a rule falls below a threshold. A rule looks at
+# the state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
+Look = namedtuple("Look", "h log_probs")
+EXIT_RULES = {
+    # how far the prediction moved, KL divergence in nats (recurrent-depth models, arXiv 2502.05171)
+    "kl": lambda now, last: F.kl_div(last.log_probs, now.log_probs, reduction="sum",
+                                     log_target=True),
+    # how unsure the prediction is, in nats
+    "entropy": lambda now, last: -(now.log_probs.exp() * now.log_probs).sum(),
+    # how far the state moved, as a share of its size
+    "state": lambda now, last: (now.h - last.h).norm() / now.h.norm(),
+}
+
+
+def settle(model, idx, most, cache, threshold, rule="kl"):
     """Logits (B, T, vocab_size) of idx (B, T), and the loops that they took, at most `most`.
 
-    The loop ends once the prediction changes, from one loop to the next, by less than `threshold`
-    nats of KL divergence summed over the tokens (recurrent-depth models, arXiv 2502.05171). Tokens
+    The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
-    before = None
-    for loops, x in enumerate(model.loops(idx, most, cache), start=1):
-        logits = model.lm_head(x).float()
-        now = logits.log_softmax(-1)
-        if loops > 1 and F.kl_div(before, now, reduction="sum", log_target=True) < threshold:
+    last = None
+    for loops, (h, tokens) in enumerate(model.states(idx, most, cache), start=1):
+        logits = model.lm_head(model.readout(h, tokens, cache)).float()
+        now = Look(h, logits.log_softmax(-1))
+        if loops > 1 and EXIT_RULES[rule](now, last) < threshold:
             break
-        before = now
+        last = now
     return logits, loops
 
 
 @torch.no_grad()
 def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p=None,
-           generator=None, kv_cache="per-loop", exit_threshold=None, loops_used=None):
+           generator=None, kv_cache="per-loop", exit_threshold=None, exit_rule="kl",
+           loops_used=None):
     """Yield n next tokens (B, 1), each drawn given the last block_size before it.
 
     Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
@@ -105,7 +120,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
                 logits = model.lm_head(model.hidden(idx, recurrence, cache)[:, -1:]).float()
             elif exit_threshold is not None:
                 new = idx[:, cache.pos:]
-                logits, loops = settle(model, new, recurrence, cache, exit_threshold)
+                logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
                 if loops_used is not None:
                     loops_used.append(loops)
             else:  # one more token
@@ -122,8 +137,8 @@ def generate(model, idx, n, **options):
 
     options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
     the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
-    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold: see `settle`
-    (B = 1). Raises UserError on an empty prompt and on values out of range."""
+    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold, exit_rule: see
+    `settle` (B = 1). Raises UserError on an empty prompt and on values out of range."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 
@@ -199,8 +214,11 @@ def parse_args():
         help="shared: keep keys and values of the last loop only, less memory, not exact "
         "(default: %(default)s)")
     add("--exit-threshold", type=number(float, 0), metavar="EPS",
-        help="end each token's loop when its prediction changes by less than EPS nats (KL) from "
-        "one loop to the next; --recurrence is then the most it may take. Uses the shared cache")
+        help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
+        "most it may take. Uses the shared cache")
+    add("--exit-rule", choices=EXIT_RULES, default="kl",
+        help="kl: nats that the prediction changed by from one loop to the next; entropy: nats "
+        "that it is unsure of; state: change of the state, a share (default: %(default)s)")
     add("--draft", type=LOOPS, metavar="T",
         help="draft tokens with T loops and verify them together with --recurrence: faster, and "
         "exact (see draft.py)")
@@ -264,7 +282,8 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
                               counts=counts, **options)
     else:
         tokens = stream(model, idx, args.tokens, kv_cache=args.kv_cache,
-                        exit_threshold=args.exit_threshold, loops_used=loops_used, **options)
+                        exit_threshold=args.exit_threshold, exit_rule=args.exit_rule,
+                        loops_used=loops_used, **options)
     print(f"--- recurrence {recurrence}\n{prompt or ''}", end="")
     start = time.perf_counter()
     for text in decode_stream(tokenizer, tokens):

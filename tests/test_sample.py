@@ -199,6 +199,18 @@ def test_exit_never_and_at_once_are_fixed_depths(build, tokens, threshold, loops
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rule, low, high", [("kl", 1e-6, 10), ("entropy", 1e-6, 10),
+                                             ("state", 1e-3, 10)])
+def test_every_exit_rule_stops_early_or_late(build, tokens, rule, low, high):
+    model = build().eval()
+    used = []
+    for threshold in (low, high):
+        cache = model.new_cache(1, 16, 8, "shared")
+        with torch.no_grad():
+            used.append(settle(model, tokens[:1, :1], 8, cache, threshold, rule)[1])
+    assert used[0] == 8 and used[1] == 2
+
+
 def test_tokens_stop_when_their_prediction_settles(build, tokens):
     model = build().eval()
     cache = KVCache(model.config, 1, 16, 30, "cpu", torch.float32, "shared")
