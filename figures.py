@@ -238,11 +238,11 @@ def half(path, models):
             color, marker = (RED, "o") if model["looped"] else ("0.4", "s")
             x, losses = model[key] / unit, model["losses"]
             axes.plot([x] * len(losses), losses, marker, color=color, alpha=0.7)
-            # Names stand towards the middle, where there is room.
-            side, shift = ("right", -9) if model[key] > middle else ("left", 9)
-            axes.annotate(model["label"], (x, np.mean(losses)), xytext=(shift, 0), ha=side,
-                          va="center", textcoords="offset points", fontsize=8, color=color)
-        axes.margins(x=0.12)
+            # Names stand below their points and go towards the middle, where there is room.
+            side, shift = ("right", 5) if model[key] > middle else ("left", -5)
+            axes.annotate(model["label"], (x, min(losses)), xytext=(shift, -8), ha=side, va="top",
+                          textcoords="offset points", fontsize=8, color=color)
+        axes.margins(0.12)
     both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
                 title="What it is worth: parameters")
     both[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")

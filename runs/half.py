@@ -21,17 +21,19 @@ from model import Parcae, ParcaeConfig
 from tables import last_line, write_csv
 
 NAMES = {
-    "looped": "looped, T = 4",
-    "plain": "transformer",
-    "longer": "transformer, as many FLOPs",
-    "deep": "transformer, twice the layers",
-    "wide": "transformer, 1.5 times the width",
+    "looped": "looped, T = 8",
+    "plain": "six layers, no loop",
+    "longer": "six layers, as many FLOPs",
+    "deep": "twelve layers",
+    "wide": "six layers, 1.4 times as wide",
 }
+LOOPS = ("1", "2", "4", "8", "16")  # at test time
 COLUMNS = {
     "model": str, "rate": float, "seed": int, "parameters": int, "tokens": int,
-    "training_flops": str, "inference_flops_per_token": float, "cache_bytes_per_token": int,
-    "val_loss": float, "bits_per_byte": float,
-}
+    "training_flops": str, "seconds": float, "inference_flops_per_token": float,
+    "cache_bytes_per_token": int, "shared_cache_bytes_per_token": int, "val_loss": float,
+    "bits_per_byte": float,
+} | {f"val_loss_{T}": str for T in LOOPS}  # "" where nothing loops
 
 
 def read_table(path, columns):
@@ -65,11 +67,14 @@ def read_row(path):
         "parameters": config["parameters"],
         "tokens": done["tokens"],
         "training_flops": f"{done['flops']:.4g}",
+        "seconds": round(done["seconds"]),
         "inference_flops_per_token": model.flops_per_token(T, 0),
         "cache_bytes_per_token": kv_bytes(model.config, 1, T),
+        "shared_cache_bytes_per_token": kv_bytes(model.config, 1, 1),
         "val_loss": round(loss, 5),
         "bits_per_byte": round(loss / math.log(2), 5),
-    }
+    } | {f"val_loss_{n}": f"{done['val_loss'][n]:.5f}" if n in done["val_loss"] else ""
+         for n in LOOPS}
 
 
 def split_name(text):
@@ -90,7 +95,7 @@ def at_best_rate(rows):
     runs = {}
     for name in NAMES:
         mine = [row for row in rows if row["model"] == name]
-        first = [row for row in mine if row["seed"] == 0]
+        first = sorted((row for row in mine if row["seed"] == 0), key=lambda row: row["rate"])
         if not first:
             print(f"{NAMES[name]}: no run of seed 0, left out")
             continue
@@ -115,21 +120,28 @@ def print_table(runs):
               f"{mean:.4f} ({seeds}) | {mean / math.log(2):.3f} |")
 
 
+def pairs(loss, better, worse):
+    """How much lower one model's loss is than another's, (seeds,): of the seeds that both have."""
+    seeds = sorted(loss[better].keys() & loss[worse].keys())
+    return np.array([loss[worse][seed] - loss[better][seed] for seed in seeds])
+
+
 def print_comparison(runs):
-    """How far looping goes towards larger transformers, seed by seed, where all are there."""
+    """How far looping goes towards larger transformers; shares are ratios of mean differences."""
     loss = {name: {row["seed"]: row["val_loss"] for row in rows} for name, rows in runs.items()}
+    for worse in ("plain", "longer"):
+        if {"looped", worse} <= loss.keys():
+            gained = pairs(loss, "looped", worse)
+            error = f"{gained.std(ddof=1) / len(gained) ** 0.5:.4f}" if gained[1:].size else "-"
+            print(f"looped, less than {NAMES[worse]}: {gained.mean():+.4f} nats (standard error "
+                  f"{error}; {', '.join(f'{one:+.4f}' for one in gained)})")
     for name in ("deep", "wide"):
-        if not {"plain", "looped", name} <= loss.keys():
-            continue
-        shares = []
-        for seed in sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys()):
-            gained = loss["plain"][seed] - loss["looped"][seed]
-            shares.append(gained / (loss["plain"][seed] - loss[name][seed]))
-        print(f"share of the gap to the {NAMES[name]} that looping closes: {np.mean(shares):.0%} "
-              f"({', '.join(f'{share:.0%}' for share in shares)})")
-    if {"looped", "longer"} <= loss.keys():
-        mean = {name: np.mean(list(loss[name].values())) for name in ("looped", "longer")}
-        print(f"looped less transformer on as many FLOPs: {mean['looped'] - mean['longer']:+.4f}")
+        if {"plain", "looped", name} <= loss.keys():
+            gained, gap = pairs(loss, "looped", "plain"), pairs(loss, name, "plain")
+            both = min(len(gained), len(gap))
+            by_seed = ", ".join(f"{share:.0%}" for share in gained[:both] / gap[:both])
+            print(f"share of the gap to {NAMES[name]} that looping closes: "
+                  f"{gained[:both].mean() / gap[:both].mean():.0%} ({by_seed} by seed)")
 
 
 def parse_args(about):

@@ -72,7 +72,7 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     assert first.returncode == 0 and png(tmp_path / "half.png"), first.stderr
     assert "plain-3e-2-1 is not finished and left out" in first.stdout
     assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
-    assert "twice the layers that looping closes: 50% (50%)" in first.stdout
+    assert "gap to twelve layers that looping closes: 50% (50% by seed)" in first.stdout
     rows = read_csv(tmp_path / "half.csv")
     assert len(rows) == 4 and rows[0]["training_flops"] == "1.23e+09"
     assert float(rows[1]["inference_flops_per_token"]) > float(rows[-1]["cache_bytes_per_token"])
