@@ -130,10 +130,10 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
     jacobian_of = torch.func.vmap(torch.func.jacfwd(predict))
 
     fits, rows = len(theta), log_loss.shape[-1]
-    bounds = {"log": -40.0, "from 0": 0.0, "any": -math.inf}
-    lowest = torch.tensor([bounds[p.domain] for p in law.parameters.values()]).double()
     log_loss = log_loss.expand(fits, rows)
     weights = torch.ones(1).double().expand(fits, rows) if weights is None else weights
+    bounds = {"log": -40.0, "from 0": 0.0, "any": -math.inf}
+    lowest = torch.tensor([bounds[p.domain] for p in law.parameters.values()]).double()
     free = torch.tensor([name not in held for name in law.parameters]).double()
 
     def objective(some, i):
@@ -148,28 +148,19 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
     bar = tqdm(total=fits, desc=f"{law.name} law: fits that have converged", delay=1, leave=False,
                disable=None)
     for _ in range(steps):
-        # Squares weighted so have the Huber loss's gradient: a large error counts for less.
-        error = predict_all(theta[todo]) - log_loss[todo]  # (fits, rows)
-        weight = weights[todo] * (DELTA / error.abs()).clamp(max=1)
-        jacobian = jacobian_of(theta[todo]) * free  # (fits, rows, parameters)
-        gradient = ((weight * error)[:, None] @ jacobian)[:, 0]
-        stay = (theta[todo] <= lowest) & (gradient > 0)  # at its bound, and would go beyond
-        jacobian = jacobian * ~stay[:, None]
-        gradient = gradient * ~stay
-        curvature = (weight[..., None] * jacobian).mT @ jacobian
-        # Between Newton's step (no damping) and a short one downhill (much).
-        diagonal = curvature.diagonal(dim1=1, dim2=2)
-        ridge = damping[todo, None] * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + 1e-30
-        step = torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient).clamp(-2, 2)
+        old = theta[todo]
+        error = predict_all(old) - log_loss[todo]  # (fits, rows)
+        jacobian = jacobian_of(old) * free  # (fits, rows, parameters)
+        step = damped_step(error, jacobian, weights[todo], damping[todo], old <= lowest)
+        new = torch.maximum(old - step, lowest)
 
-        new = torch.maximum(theta[todo] - step, lowest)
         value = objective(new, todo)
         gained = best[todo] - value
         better = gained > 0
-        theta[todo[better]] = new[better]
+        theta[todo[better]], best[todo[better]] = new[better], value[better]
+        # Done: a step with little damping gains nothing, or no step however short gains anything.
         small = (gained <= 1e-8 * value + 1e-6) & (damping[todo] < 0.1)
         converged = (better & small) | (~better & (damping[todo] > 1e9))
-        best[todo[better]] = value[better]
         damping[todo] = torch.where(better, damping[todo] / 5, damping[todo] * 4).clamp(min=1e-12)
         todo = todo[~converged]
         bar.update(fits - len(todo) - bar.n)
@@ -177,6 +168,23 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
             break
     bar.close()
     return theta, best
+
+
+def damped_step(error, jacobian, weights, damping, at_bound):
+    """What to subtract from theta, (fits, parameters): between Newton's step for the Huber loss (no
+    damping) and a short one downhill (much).
+
+    error, weights: (fits, rows); jacobian: (fits, rows, parameters); damping: (fits,); at_bound:
+    (fits, parameters), what can only rise."""
+    # Squares weighted so have the Huber loss's gradient: a large error counts for less.
+    weight = weights * (DELTA / error.abs()).clamp(max=1)
+    gradient = ((weight * error)[:, None] @ jacobian)[:, 0]
+    moves = ~(at_bound & (gradient > 0))
+    jacobian, gradient = jacobian * moves[:, None], gradient * moves
+    curvature = (weight[..., None] * jacobian).mT @ jacobian
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    ridge = damping[:, None] * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + 1e-30
+    return torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient).clamp(-2, 2)
 
 
 class Fit:
