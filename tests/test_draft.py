@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import script
 
 from common import UserError
 from draft import accept, draft_stream, propose, verify
@@ -113,3 +114,27 @@ def test_bad_values_get_one_line(build, tokens, options, said):
         list(draft_stream(build(), tokens[:1], 4, recurrence=4, **options))
     with pytest.raises(UserError, match="takes one at a time"):
         list(draft_stream(build(), tokens, 4, recurrence=4, draft=1))
+
+
+def test_the_table_of_speeds(run, tmp_path):
+    done = script("runs/draft.py", "--run", run, "--data", run.parent / "data", "--recurrence", 3,
+                  "--draft", 1, "--ahead", 2, "--tokens", 6, "--rounds", 1, "--out",
+                  tmp_path / "d.csv")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "d.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2 and lines[1].startswith("3,,,0,")
+    kept, loops = map(float, lines[2].split(",")[-2:])
+    assert 0 <= kept <= 1 and 1 < loops <= 5
+
+
+def test_drafting_from_the_command_line(run):
+    done = script("sample.py", "--run", run, "--prompt", "a", "--tokens", 9, "--recurrence", 3,
+                  "--draft", 1, "--temperature", 0)
+    assert done.returncode == 0 and "of the drafts kept" in done.stdout, done.stderr
+    plain = script("sample.py", "--run", run, "--prompt", "a", "--tokens", 9, "--recurrence", 3,
+                   "--temperature", 0)
+    assert done.stdout.rpartition("\n---")[0] == plain.stdout.rpartition("\n---")[0]
+    for flags, said in ((["--draft", 3, "--recurrence", 3], "must be below every --recurrence"),
+                        (["--draft", 1, "--kv-cache", "shared"], "needs a cache for each loop")):
+        done = script("sample.py", "--run", run, *flags)
+        assert done.returncode == 2 and said in done.stderr
