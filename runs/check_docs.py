@@ -14,7 +14,6 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib
 import importlib.util
 import io
 import re
@@ -23,6 +22,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,31 +31,30 @@ from unittest import mock
 from common import Parser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "GUIDE.md", "EXERCISES.md", "TEACHING.md", "results/README.md",
-             "runs/*.sh")
+DOCUMENTS = "README.md GUIDE.md EXERCISES.md TEACHING.md results/README.md runs/*.sh".split()
 
 # Not run by --full: (document, what the command matches, why).
 SKIP = (
+    ("", r"out/parcae|SandyResearch|SOURCE|theirs", "needs weights or a tokenizer of others"),
     ("", r"torchrun|parcae-140m|--jobs 8", "needs GPUs"),
-    ("", r"fineweb|urllib", "needs the network"),
+    ("", r"fineweb|urllib|chinchilla", "needs the network"),
     ("", r"pip download|--find-links", "needs the network, or wheels fetched before"),
-    ("", r"published\.py (?!export)", "needs weights or tokenizers of others"),
-    ("", r"book\.txt|my-notes\.txt|eval_data|prompt\.txt", "needs a file of the reader's own"),
-    ("", r"out/sweep\b", "needs the sweep in out/sweep, an hour"),
-    ("", r"check_docs --full", "would run itself"),
+    ("", r"book\.txt|my-notes\.txt|data/mine|eval_data", "needs a file of the reader's own"),
     ("EXERCISES.md", r"^python train\.py *(#.*)?$", "the README has made out/default"),
 )
 
 PASSES_ON = {"sweep.py": "train.py"}  # flags that it does not know are for this one
-STARTS = re.compile(r"(\$ )?(\w+=\S* +)*(python|bash|pip|torchrun) |\w+=|mkdir |for ")
-PLACEHOLDER = re.compile(r"NAME|SOURCE|\.\.\.|[<>*{}\[\]]")
+RUNS = re.compile(r"(\$ )?(\w+=\S* +)*(python|bash|pip|torchrun) ")
+SETS = re.compile(r"\w+=(\"[^\"]*\"|'[^']*')\s*(#.*)?$")
+CODE = re.compile(r"^ *```[^\n]*\n(?P<fenced>.*?)^ *```"  # or four spaces after a blank line
+                  r"|(?:\A|(?<=\n\n))(?:    [^\n]*(?:\n|\Z)|\n(?=\n*    ))+", re.M | re.S)
+PLACEHOLDER = re.compile(r"NAME|SOURCE|\.\.\.|[<>*{}\[\]]")  # no file of that name
 HEREDOC = re.compile(r"<<-?\s*(['\"]?)(\w+)\1[^\n]*\n(.*?)\n?\2(?=\n|$)", re.DOTALL)
 
 
 @dataclass
 class Command:
-    """A command of a document. block: of a code block, to be run as it is; else between backticks
-    in a sentence, perhaps shortened."""
+    """block: of a code block, to be run as it is; else between backticks, perhaps shortened."""
     document: str
     line: int
     text: str
@@ -65,30 +64,12 @@ class Command:
 
 
 def split_markdown(text):
-    """(the code blocks, each a list of (line number, line); the rest, blank where they were)."""
-    blocks, prose, fence, inside, blank = [], [], None, False, True
-    for number, line in enumerate(text.split("\n"), start=1):
-        mark = re.match(r" *(```|~~~)", line)
-        indented = fence is None and line.startswith("    ") and (inside or blank)
-        keeps_open = inside and fence is None and not line.strip()  # a blank line between two
-        if mark and fence in (None, mark[1]):
-            fence = None if fence else mark[1]
-            inside = bool(fence)
-            if fence:
-                blocks.append([])
-        elif fence or indented or keeps_open:
-            if not inside:
-                blocks.append([])
-            inside = True
-            blocks[-1].append((number, line if fence else line[4:]))
-        else:
-            inside = False
-            prose.append(line)
-            blank = not line.strip()
-            continue
-        blank = True
-        prose.append("")
-    return blocks, "\n".join(prose)
+    """(the code blocks, each (line number, text); the rest, blank where they were)."""
+    blocks = []
+    for match in CODE.finditer(text):
+        start, end = match.span("fenced" if match["fenced"] is not None else 0)
+        blocks.append((text.count("\n", 0, start) + 1, textwrap.dedent(text[start:end])))
+    return blocks, CODE.sub(lambda match: "\n" * match[0].count("\n"), text)
 
 
 def is_whole(text):
@@ -97,20 +78,21 @@ def is_whole(text):
     return done.returncode == 0 and not done.stderr and not text.endswith("\\")
 
 
-def block_commands(document, block):
+def block_commands(document, number, block):
     """The commands of a code block; lines that look like none, as outputs, are left out."""
-    commands, lines = [], list(block)
+    commands, lines = [], block.split("\n")
+    if not any(RUNS.match(line) or SETS.match(line) for line in lines):
+        return []  # a picture, Python, a list of files
     while lines:
-        number, text = lines.pop(0)
-        if not STARTS.match(text):
+        first, text, more = number + block.count("\n") + 1 - len(lines), lines.pop(0), 0
+        if not (RUNS.match(text) or SETS.match(text) or re.match(r"mkdir |for \w+ in ", text)):
             continue
-        count = 0
-        while count < len(lines) and not is_whole(text):
-            text += "\n" + lines[count][1]
-            count += 1
+        while more < len(lines) and not is_whole(text):
+            text += "\n" + lines[more]
+            more += 1
         if is_whole(text):
-            del lines[:count]
-        commands.append(Command(document, number, text.removeprefix("$ ").strip()))
+            del lines[:more]
+        commands.append(Command(document, first, text.removeprefix("$ ").strip()))
     return commands
 
 
@@ -123,7 +105,8 @@ def inline_spans(prose):
 def read_commands(document, text):
     """All commands of a Markdown text, in order."""
     blocks, prose = split_markdown(text)
-    commands = [command for block in blocks for command in block_commands(document, block)]
+    commands = [command for number, block in blocks
+                for command in block_commands(document, number, block)]
     for number, span in inline_spans(prose):
         if re.match(r"(\w+=\S* +)*(python|bash|torchrun) ", span):
             commands.append(Command(document, number, span, block=False))
@@ -159,7 +142,7 @@ def parser_of(script):
 
 
 def known_flags(script):
-    """All flags of a script, of its sub-commands too."""
+    """All flags of a script, those of its sub-commands and what it passes on too."""
     parsers, flags = [parser_of(script)], set()
     while parsers:
         parser = parsers.pop()
@@ -170,15 +153,11 @@ def known_flags(script):
     return flags | (known_flags(PASSES_ON[script]) if script in PASSES_ON else set())
 
 
-def unknown_flags(script, words):
-    flags = [word.split("=")[0] for word in words if re.match(r"--[a-z]", word)]
-    return [flag for flag in flags if flag not in known_flags(script)]
-
-
 def check_words(script, words, exact):
     """What is wrong with a script's arguments; exact: they are all there, parse them."""
     if not exact or parser_of(script) is None:
-        return [f"{script} has no {flag}" for flag in unknown_flags(script, words)]
+        flags = [word.split("=")[0] for word in words if re.match(r"--[a-z]", word)]
+        return [f"{script} has no {flag}" for flag in flags if flag not in known_flags(script)]
     try:
         with (contextlib.redirect_stdout(io.StringIO()),
               mock.patch.object(sys, "argv", [script])):
@@ -250,58 +229,47 @@ def check_python(words, exact):
         words = [script, *words[2:]]
     if words[:1] in ([], ["-"], ["--version"]):
         return []
-    script = words[0]
-    if not (ROOT / script).exists():
-        return [f"{script} does not exist"]
-    return check_words(script, words[1:], exact)
+    if not (ROOT / words[0]).exists():
+        return [f"{words[0]} does not exist"]
+    return check_words(words[0], words[1:], exact)
 
 
-def check_bash(words):
-    script = words[0]
+def check_bash(script):
     if not (ROOT / script).exists():
         return [f"{script} does not exist"]
     done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
     return [done.stderr.strip().replace("\n", "; ")] if done.returncode else []
 
 
-def check_pip(words):
-    files = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-r"]
-    return [f"{file} does not exist" for file in files if not (ROOT / file).exists()]
-
-
-def check_torchrun(words, exact):
-    scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-    return check_python(words[scripts[0]:], exact) if scripts else ["torchrun names no script"]
-
-
 def check_simple(words, exact):
     """What is wrong with one command of a line, a list of texts."""
     words = list(words)
-    while words and (re.match(r"\w+=", words[0]) or words[0] in ("do", "then", "!")):
+    while words and (re.match(r"\w+=", words[0]) or words[0] == "do"):
         words.pop(0)
     name, *rest = words or [""]
-    if any(word == "..." for word in rest):
-        exact = False
+    exact = exact and "..." not in rest
     if name == "python":
         return check_python(rest, exact)
     if name == "bash":
-        return check_bash(rest)
-    if name == "pip":
-        return check_pip(rest)
+        return check_bash(rest[0])
     if name == "torchrun":
-        return check_torchrun(rest, exact)
+        scripts = [i for i, word in enumerate(rest) if word.endswith(".py")]
+        return check_python(rest[scripts[0]:], exact) if scripts else ["torchrun runs no script"]
+    if name == "pip":
+        files = [file for flag, file in zip(rest, rest[1:]) if flag == "-r"]
+        return [f"{file} does not exist" for file in files if not (ROOT / file).exists()]
     return []
 
 
 def check_command(command, variables):
     """What is wrong with a command, a list of texts; remembers what it sets in variables."""
-    if not command.block:
-        text = re.sub(r"[\[\]]", " ", command.text)
-        return [] if "NAME" in text else [
-            fault for words in simple_commands(text) for fault in check_simple(words, False)]
+    faults, exact = [], command.block
+    if not exact:
+        command.text = re.sub(r"[\[\]]", " ", command.text)  # [--what may be left out]
+        if re.search("NAME|<", command.text):
+            return []
     if not is_whole(command.text):
         return ["bash cannot read this to its end"]
-    faults = []
     for heredoc in HEREDOC.finditer(command.text):
         if re.search(r"\bpython\b", command.text[:heredoc.start()]):
             faults += check_snippet(heredoc[3])
@@ -310,12 +278,11 @@ def check_command(command, variables):
         text = text.replace("\n", " ; ")
     variables.update(re.findall(r"\bfor (\w+) in ([^\s;]+)", text))  # the first round of a loop
     text, missing = expand(text, variables)
-    faults += [f"${name} is not set before" for name in missing]
+    faults += [f"${name} is not set before" for name in missing if exact]
     for words in simple_commands(text):
         if len(words) == 1 and re.match(r"\w+=", words[0]):
-            name, _, value = words[0].partition("=")
-            variables[name] = value
-        faults += check_simple(words, True)
+            variables.update([words[0].split("=", 1)])
+        faults += check_simple(words, exact)
     return faults
 
 # ------------------------------------------------------------------------------- documents
@@ -324,7 +291,7 @@ def check_command(command, variables):
 def heading_names(path):
     """The #names by which a Markdown file's headings can be reached."""
     prose = split_markdown(path.read_text(encoding="utf-8"))[1]
-    headings = re.findall(r"^#+ +(.*)$", prose, re.MULTILINE)
+    headings = re.findall(r"^#+ +(.*)$", prose, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -335,7 +302,7 @@ def check_links(path, prose):
         number = prose.count("\n", 0, match.start()) + 1
         file, _, name = match[1].partition("#")
         target = path.parent / file if file else path
-        if re.match(r"\w+:", match[1]):
+        if re.match(r"\w+:", match[1]):  # https: and the like
             continue
         if not target.exists():
             yield number, f"link to {file}, which does not exist"
@@ -367,24 +334,20 @@ def check_shell(path):
     """(line, fault) of a bash script. Its flags may reach a script through echo and xargs: each
     must be known to one of the scripts that it calls."""
     text = path.read_text(encoding="utf-8")
-    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
-    if done.returncode:
-        return [(1, done.stderr.strip().replace("\n", "; "))]
-    faults, flags = [], {"--"}
+    faults, flags = [(1, fault) for fault in check_bash(path)], set()
     for match in re.finditer(r"\bpython (-m )?([\w.]+)", re.sub(r"#.*", "", text)):
         script = match[2].replace(".", "/") + ".py" if match[1] else match[2]
         if (ROOT / script).exists():
             flags |= known_flags(script)
-        elif script:
-            faults.append((text.count("\n", 0, text.find(match[0])) + 1,
-                           f"{script} does not exist"))
+        else:
+            line = text.count("\n", 0, text.find(match[0])) + 1
+            faults.append((line, f"{script} does not exist"))
     for code in re.finditer(r"python -c \"([^\"]*)\"", text):
         line = text.count("\n", 0, code.start()) + 1
         faults += [(line, fault) for fault in check_snippet(code[1])]
     for number, line in enumerate(text.split("\n"), start=1):
-        words = re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"(^| )#.*", "", line))
-        faults += [(number, f"no script called here has {word}") for word in words
-                   if word not in flags]
+        words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"(^| )#.*", "", line)))
+        faults += [(number, f"no script called here has {word}") for word in words - flags]
     return faults
 
 
@@ -398,44 +361,33 @@ def check(paths):
     found = []
     for path in map(Path, paths):
         path = path.resolve()
-        faults = check_shell(path) if path.suffix == ".sh" else check_markdown(path)
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        faults = check_shell(path) if path.suffix == ".sh" else check_markdown(path)
         found += [f"{name}:{line}: {fault}" for line, fault in sorted(faults)]
     return found
 
 # ------------------------------------------------------------------------------- running
 
 
-def reason_to_skip(command):
-    """Why --full does not run a command, None where it does."""
-    for document, pattern, why in SKIP:
-        if document in command.document and re.search(pattern, command.text):
-            return why
-    return None
-
-
 def all_commands(paths):
     """What --full runs, in order: the code blocks, then the bash scripts, each once."""
-    commands, once = [], set()
+    once = set()
     for path in paths:
         name = str(path.relative_to(ROOT))
-        if path.suffix == ".sh":
-            commands.append(Command(name, 1, f"bash {name}"))
-        else:
-            text = path.read_text(encoding="utf-8")
-            commands += [command for command in read_commands(name, text) if command.block]
-    for command in commands:
-        if command.text.startswith("bash ") and command.text in once:
-            continue
-        once.add(command.text)
-        yield command
+        commands = [Command(name, 1, f"bash {name}")]
+        if path.suffix == ".md":
+            commands = read_commands(name, path.read_text(encoding="utf-8"))
+        for command in commands:
+            again = command.text.startswith("bash ") and command.text in once
+            if command.block and not again:
+                once.add(command.text)
+                yield command
 
 
 def run_command(command, setup, folder):
     """Run a command after the assignments of its document. Returns (exit code, output)."""
-    # -u: a variable that the document does not set is a fault
-    done = subprocess.run(["bash", "-c", "\n".join(["set -u", *setup, command.text])], cwd=folder,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    done = subprocess.run(["bash", "-c", "\n".join(["set -u", *setup, command.text])],
+                          cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, errors="replace")
     return done.returncode, done.stdout
 
@@ -451,13 +403,15 @@ def run_all(folder, paths):
         for command in all_commands(paths):
             if command.document != document:
                 document, setup = command.document, []
-            why, code, output, start = reason_to_skip(command), 0, "", time.monotonic()
-            if not why:
+            reasons = [why for name, pattern, why in SKIP
+                       if name in command.document and re.search(pattern, command.text)]
+            code, output, start = 0, "", time.monotonic()
+            if not reasons:
                 code, output = run_command(command, setup, folder)
             if re.fullmatch(r"\w+=[^\n]*", command.text):
                 setup.append(command.text)
             seconds = time.monotonic() - start
-            said = f"skipped: {why}" if why else f"exit code {code}, {seconds:.0f} s"
+            said = f"skipped: {reasons[0]}" if reasons else f"exit code {code}, {seconds:.0f} s"
             failed += code != 0
             head = f"{command.document}:{command.line}: {said}"
             last = output.replace("\r", "\n").strip().split("\n")[-5:]
@@ -487,8 +441,8 @@ def main():
     faults = check(paths)
     for fault in faults:
         print(fault)
-    commands = sum(len(read_commands(path.name, path.read_text(encoding="utf-8")))
-                   for path in paths if path.suffix == ".md")
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.suffix == ".md"]
+    commands = sum(len(read_commands("", text)) for text in texts)
     print(f"{len(paths)} documents, {commands} commands, {len(faults)} faults")
     sys.exit(1 if faults else 0)
 

@@ -67,6 +67,33 @@ def test_four_faults_are_found_and_nothing_else(faults):
     assert len(found) == 4
 
 
+def test_what_is_no_command_is_left_alone(faults):
+    assert faults("""# Made up
+
+    for t in range(4):
+        h = block(h)
+
+1. In a list
+
+   ```python
+   for t in range(4):
+       x="1"
+   ```
+
+```
+python train.py    # and what it prints
+loss 1.2 at T = 4, for all
+```
+
+Then `python train.py --resume ...`, `python train.py [--seed 1]`,
+`python -m runs.NAME`, `bash runs/<name>.sh`, `out/x.py`.
+""") == []
+
+
+def test_a_fence_in_a_list_is_read(faults):
+    assert len(faults("- this\n\n   ```\n   python train.py --nothing\n   ```\n")) == 1
+
+
 @pytest.mark.parametrize("line, what", [
     ("    python trian.py", "trian.py does not exist"),
     ("    bash runs/nothing.sh", "runs/nothing.sh does not exist"),
