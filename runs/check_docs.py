@@ -138,7 +138,6 @@ def parser_of(script):
         return found.args[0]
     finally:
         signal.signal(signal.SIGTERM, before)
-    return None
 
 
 def known_flags(script):
@@ -414,7 +413,7 @@ def run_all(folder, paths):
             said = f"skipped: {reasons[0]}" if reasons else f"exit code {code}, {seconds:.0f} s"
             failed += code != 0
             head = f"{command.document}:{command.line}: {said}"
-            last = output.replace("\r", "\n").strip().split("\n")[-5:]
+            last = [line for line in re.split(r"[\r\n]", output) if line.strip()][-5:]
             log.write("\n".join([head, command.text, *("    " + line for line in last)]) + "\n\n")
             log.flush()
             print(f"{head}: {command.text.split(chr(10))[0]}", flush=True)
