@@ -31,14 +31,14 @@ from unittest import mock
 from common import Parser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = "README.md GUIDE.md EXERCISES.md TEACHING.md results/README.md runs/*.sh".split()
+DOCUMENTS = "README.md GUIDE.md MANUAL.md EXERCISES.md TEACHING.md results/README.md runs/*.sh"
 
 # Not run by --full: (document, what the command matches, why).
 SKIP = (
     ("", r"out/parcae|SandyResearch|SOURCE|theirs", "needs weights or a tokenizer of others"),
     ("", r"torchrun|parcae-140m|--jobs 8", "needs GPUs"),
     ("", r"fineweb|urllib|chinchilla", "needs the network"),
-    ("", r"pip download|--find-links", "needs the network, or wheels fetched before"),
+    ("", r"pip download|--find-links|index-url", "needs the network, or wheels fetched before"),
     ("", r"book\.txt|my-notes\.txt|data/mine|eval_data", "needs a file of the reader's own"),
     ("EXERCISES.md", r"^python train\.py *(#.*)?$", "the README has made out/default"),
 )
@@ -352,7 +352,7 @@ def check_shell(path):
 
 def find_documents():
     """The repository's documents, paths; those that are not there (yet) are left out."""
-    return [path for pattern in DOCUMENTS for path in sorted(ROOT.glob(pattern))]
+    return [path for pattern in DOCUMENTS.split() for path in sorted(ROOT.glob(pattern))]
 
 
 def check(paths):
@@ -377,9 +377,9 @@ def all_commands(paths):
         if path.suffix == ".md":
             commands = read_commands(name, path.read_text(encoding="utf-8"))
         for command in commands:
-            again = command.text.startswith("bash ") and command.text in once
-            if command.block and not again:
-                once.add(command.text)
+            text = re.sub(r" +#.*", "", command.text)
+            if command.block and ("$" in text or text not in once):
+                once.add(text)
                 yield command
 
 
@@ -427,7 +427,7 @@ def main():
     how.add_argument("--quick", action="store_true", help="check without running anything")
     how.add_argument("--full", metavar="DIR", help="run everything in a clone at DIR")
     parser.add_argument("documents", nargs="*", metavar="FILE",
-                        help=f"(default: {', '.join(DOCUMENTS)})")
+                        help=f"(default: {DOCUMENTS})")
     args = parser.parse_args()
     paths = [Path(name).resolve() for name in args.documents] or find_documents()
     for path in paths:

@@ -141,8 +141,9 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
     root.mkdir()
     (root / "README.md").write_text(
         "    word=\"made here\"\n    python -c \"print('$word')\" > made.txt\n"
-        "    python -c \"raise SystemExit(3)\"\n    torchrun train.py\n")
-    (root / "GUIDE.md").write_text("    python -c \"print('$word')\"\n")
+        "    python -c \"raise SystemExit(3)\"\n    torchrun train.py\n"
+        "    python --version  # twice\n    python --version\n\nor `python -c 'print(7)'`\n")
+    (root / "GUIDE.md").write_text("    python -c 'print(7)'\n    python -c \"print('$word')\"\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(root)]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
@@ -154,6 +155,8 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
     assert (copy / "made.txt").read_text() == "made here\n" and not (root / "made.txt").exists()
     log = (copy / "docs-log.txt").read_text()
     assert "README.md:3: exit code 3" in log and "README.md:4: skipped: needs GPUs" in log
-    assert "GUIDE.md:1: exit code" in log and "unbound variable" in log
+    assert "GUIDE.md:1: exit code 0" in log and "\n    7\n" in log
+    assert "GUIDE.md:2: exit code" in log and "unbound variable" in log
+    assert log.count("python --version") == 1
     with pytest.raises(check_docs.UserError):
         check_docs.run_all(copy, check_docs.find_documents())
