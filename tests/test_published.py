@@ -180,7 +180,7 @@ def test_safetensors_are_read(published, monkeypatch):
      "num_key_value_heads is 1, which is not implemented here, only 2"),
     ({"rope_settings": {"use_rope": False, "rope_base": 1e4}}, "rope_settings.use_rope is False"),
     ({"a_new_thing": 3}, "a_new_thing is 3"),
-    ({"injection_type": "gated"}, "injection is 'gated', must be one of diagonal"),
+    ({"injection_type": "no-such-rule"}, "injection is 'no-such-rule', must be one of diagonal"),
     ({"state_init": "embed"}, "state_init is 'embed'"),
     ({"block_size": "x"}, "is not the JSON of a model"),
     ({"recurrent_embedding_dimension": 64}, "recurrent_embedding_dimension is 64"),
