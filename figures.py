@@ -131,6 +131,7 @@ def one_dimension(path, curves):
     axes.set(xlim=(0, 1.5 * last), xticks=range(0, last + 1, 4), xlabel="loops t", ylabel="state h",
              title="h <- a h + 1, from h = 0: what a decides")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines.bottom.set_bounds(0, last)
     save(figure, path)
 
 
@@ -140,10 +141,10 @@ def fixed_point(path, distances, factor, trained):
     distances: |h_t - h_last| / |h_last| of each token, (tokens, loops), after loops 1, 2, ...
     factor: the mean A_bar, whose powers are the line beside it. trained: mean loops of training."""
     figure, [axes] = panels(1, 8.5, 4.2)
-    low, median, high, slowest = np.quantile(distances, [0.05, 0.5, 0.95, 1], axis=0)
+    low, median, high, farthest = np.quantile(distances, [0.05, 0.5, 0.95, 1], axis=0)
     t = np.arange(1, len(median) + 1)
     axes.fill_between(t, low, high, color="0.85")
-    labels = {"the slowest token": (slowest, "k:"),
+    labels = {"the farthest token": (farthest, "k:"),
               "the median token\n(grey: 90 % of all)": (median, "k-")}
     for label, (line, style) in labels.items():
         axes.semilogy(t, line, style)
@@ -152,15 +153,16 @@ def fixed_point(path, distances, factor, trained):
     alone = factor ** np.arange(len(t) + 1)  # before the first loop h is 0, at a distance of 1
     axes.semilogy(alone, color=RED)
     bottom = max(low.min() / 3, 1e-16)  # float64 rounds there
-    middle = np.abs(np.log(alone / np.sqrt(bottom))).argmin()
+    place = np.abs(np.log(alone / bottom) - 3).argmin()  # low, where there is room
     label = f"if A_bar, {factor:.2f} on average,\nwere all of the loop"
-    axes.text(middle + 0.4, alone[middle], label, color=RED, va="bottom")
+    axes.text(place + 0.4, alone[place], label, color=RED, va="bottom")
     axes.axvline(trained, color="0.6", lw=1, zorder=0)
     axes.text(trained + 0.2, 1.5, f"mean of training: {trained} loops", color="0.4", va="center")
     axes.set(ylim=(bottom, 3), xlim=(0, 1.3 * t[-1]), xticks=range(0, t[-1] + 1, 4),
              xlabel="loops t", ylabel="distance |h_t - h_last| / |h_last|",
              title="A trained model: each loop brings the state nearer to its fixed point")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines.bottom.set_bounds(0, t[-1])
     save(figure, path)
 
 # ----------------------------------------------------------------------------- scaling laws

@@ -52,7 +52,7 @@ def open_model(run):
 
 def print_table(apart, factor):
     low, median, high, most = np.quantile(apart, [0.05, 0.5, 0.95, 1], axis=0)
-    print(f"{'t':>3} {'median':>9} {'5 %':>9} {'95 %':>9} {'slowest':>9} {'A_bar^t':>9}")
+    print(f"{'t':>3} {'median':>9} {'5 %':>9} {'95 %':>9} {'farthest':>9} {'A_bar^t':>9}")
     for i in range(len(median)):
         print(f"{i + 1:3} {median[i]:9.2e} {low[i]:9.2e} {high[i]:9.2e} {most[i]:9.2e} "
               f"{factor ** (i + 1):9.2e}")
