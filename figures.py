@@ -118,6 +118,53 @@ def memory(path, curves, even):
     axes.legend(framealpha=1, edgecolor="none")
     save(figure, path)
 
+
+def one_dimension(path, curves):
+    """The loop h <- a h + b in one dimension (runs/guide.py).
+
+    curves: [(a, label, h)], h the states after 0, 1, ... loops."""
+    figure, [axes] = panels(1, 7.5, 3.8)
+    for i, (a, label, h) in enumerate(curves):
+        last, color = len(h) - 1, RED if a > 1 else shade(i, len(curves))
+        axes.plot(h, f"{MARKERS[i % 10]}-", ms=4, color=color)
+        axes.text(last + 0.4, h[-1], label, color=color, va="center")
+    axes.set(xlim=(0, 1.5 * last), xticks=range(0, last + 1, 4), xlabel="loops t", ylabel="state h",
+             title="h <- a h + 1, from h = 0: what a decides")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines.bottom.set_bounds(0, last)
+    save(figure, path)
+
+
+def fixed_point(path, distances, factor, trained):
+    """How fast the state of a trained model goes to its fixed point (runs/guide.py).
+
+    distances: |h_t - h_last| / |h_last| of each token, (tokens, loops), after loops 1, 2, ...
+    factor: the mean A_bar, whose powers are the line beside it. trained: mean loops of training."""
+    figure, [axes] = panels(1, 8.5, 4.2)
+    low, median, high, farthest = np.quantile(distances, [0.05, 0.5, 0.95, 1], axis=0)
+    t = np.arange(1, len(median) + 1)
+    axes.fill_between(t, low, high, color="0.85")
+    labels = {"the farthest token": (farthest, "k:"),
+              "the median token\n(grey: 90 % of all)": (median, "k-")}
+    for label, (line, style) in labels.items():
+        axes.semilogy(t, line, style)
+        axes.text(t[-1] + 0.4, line[-1], label, va="center")
+
+    alone = factor ** np.arange(len(t) + 1)  # before the first loop h is 0, at a distance of 1
+    axes.semilogy(alone, color=RED)
+    bottom = max(low.min() / 3, 1e-16)  # float64 rounds there
+    place = np.abs(np.log(alone / bottom) - 3).argmin()  # low, where there is room
+    label = f"if A_bar, {factor:.2f} on average,\nwere all of the loop"
+    axes.text(place + 0.4, alone[place], label, color=RED, va="bottom")
+    axes.axvline(trained, color="0.6", lw=1, zorder=0)
+    axes.text(trained + 0.2, 1.5, f"mean of training: {trained} loops", color="0.4", va="center")
+    axes.set(ylim=(bottom, 3), xlim=(0, 1.3 * t[-1]), xticks=range(0, t[-1] + 1, 4),
+             xlabel="loops t", ylabel="distance |h_t - h_last| / |h_last|",
+             title="A trained model: each loop brings the state nearer to its fixed point")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines.bottom.set_bounds(0, t[-1])
+    save(figure, path)
+
 # ----------------------------------------------------------------------------- scaling laws
 
 

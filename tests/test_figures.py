@@ -19,6 +19,8 @@ PICTURES = {
     "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
               [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
     "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
+    "one_dimension": ([(0.5, "settles", [0, 1, 1.5]), (1.1, "explodes", [0, 1, 2.1])],),
+    "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
     "isoflop": ([(c, {mu: {0: loss} for mu, loss in zip(X, LOSS)}) for c in (1e12, 2e12, 3e12)],
                 [INSIDE, EDGE], "a title"),
     "optima": ([INSIDE, EDGE], {"flops": X * 1e12, "mu_rec": np.stack([X, X / 2, X * 2], 1),

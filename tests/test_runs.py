@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, save_run, script
 
 from model import Parcae
-from runs import p_hop
+from runs import guide, p_hop
 from sources import p_hop_docs
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
@@ -212,3 +212,26 @@ def test_an_experiment_asks_for_matplotlib_before_it_trains(name):
     text = (ROOT / "runs" / f"{name}.sh").read_text()
     assert 0 < text.index("run_script(figures.pyplot)") < text.index("train.py --")
     assert shutil.which("bash") and f"python -m runs.{name} out/" in text
+
+
+def test_guide_measures_what_the_diagonal_rule_alone_says(build):
+    model = build(n_recurrent=1).double().eval()
+    for name, p in model.recurrent.named_parameters():
+        if name.endswith("proj.weight"):
+            p.data.zero_()  # the block adds nothing: the loop is A_bar h + b
+    apart = guide.distances(model, torch.randint(50, (2, 16)), 8)
+    factor = model.injection.A_bar().mean().item()
+    assert apart.shape == (32, 8)
+    assert apart == pytest.approx(np.tile(factor ** np.arange(1.0, 9), (32, 1)), rel=1e-5)
+
+
+def test_guide_draws_both_pictures_and_refuses_what_has_no_a_bar(run, build, tmp_path):
+    done = script("runs/guide.py", "--run", run, "--sequences", 2, "--loops", 5, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert png(tmp_path / "guide-loop.png") and png(tmp_path / "guide-fixed-point.png")
+    assert "on 64 tokens" in done.stdout and done.stdout.count("\n") == 7
+    for other, said in (({"injection": "concat"}, "injection is concat"),
+                        ({"n_recurrent": 0}, "it does not loop")):
+        save_run(build(vocab_size=320, **other), run)
+        done = script("runs/guide.py", "--run", run, "--out", tmp_path)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
