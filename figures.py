@@ -370,7 +370,7 @@ def training(path, runs, loops):
                       label=run["label"])
             axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
         axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"), title=f"For {title}",
-                 ylim=(None, highest_loss(runs)))
+                 ylim=loss_limits(runs))
     grid[0, 0].set_ylabel("loss (nats per token)")
     at = f" at T = {loops}" if loops else ""
     points = f"\npoint: val loss{at}" if any(run["val"]["loss"] for run in runs) else ""
@@ -380,11 +380,18 @@ def training(path, runs, loops):
     save(figure, path)
 
 
-def highest_loss(runs):
-    """Where the axis of the loss ends: the first steps would take all the height."""
-    losses = [run["smooth_loss"][len(run["smooth_loss"]) // 20] for run in runs]
-    losses += [run["val"]["loss"][-1] for run in runs if run["val"]["loss"]]
-    return max([1.02 * loss for loss in losses if np.isfinite(loss)], default=None)
+def loss_limits(runs):
+    """Where the axis of the loss begins and ends: the first steps would take all the height."""
+    low, high = [], []
+    for run in runs:
+        smooth, val = run["smooth_loss"], list(run["val"]["loss"])
+        low += [*smooth, *val, *(run["loss"] if len(runs) == 1 else [])]
+        high += [smooth[len(smooth) // 20], *val[-1:]]
+    low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
+    if not high:
+        return None, None  # no step has a finite loss
+    margin = 0.05 * (max(high) - min(low)) or 0.1
+    return min(low) - margin, max(high) + margin
 
 
 def steering(axes, run):
@@ -395,6 +402,9 @@ def steering(axes, run):
     axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
     axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
     axes[1].set(title="Norm of the gradient", yscale="log")
+    axes[1].yaxis.set_major_locator(pyplot().LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].yaxis.set_minor_locator(pyplot().NullLocator())
     for i, (T, points) in enumerate(run["sizes"].items()):
         axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=shade(i, len(run["sizes"])),
                      label=f"T = {T}")
