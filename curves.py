@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import figures
-from common import POSITIVE, Parser, UserError, read_json, run_script, some_path
+from common import Parser, UserError, number, patient, read_json, run_script, some_path
 
 AXES = ("tokens", "flops", "seconds")
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
@@ -34,7 +34,10 @@ def read_run(path):
     "label"; "looped"; "done", whether it has ended; of each step an array (steps,) for each of
     KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}."""
     path = Path(path)
-    file = path / "log.jsonl"
+    folder = path
+    if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
+        folder = path / ".new"  # train.py --overwrite, until its first checkpoint
+    file = folder / "log.jsonl"
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
     whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
@@ -46,11 +49,11 @@ def read_run(path):
         run["done"] = bool(lines) and lines[-1]["kind"] == "done"
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file} is not the log of a run of train.py") from None
-    config = read_json(path / "config.json")
+    config = read_json(folder / "config.json")
     try:
         run["looped"] = config["model"]["n_recurrent"] > 0
     except (TypeError, KeyError):
-        raise UserError(f"{path / 'config.json'} is not of a run of train.py") from None
+        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
     return run | {"label": path.resolve().name}
 
 
@@ -64,7 +67,7 @@ def evaluation(line):
 
 def read_runs(paths):
     """Runs as read_run gives them; names that are not different become whole paths."""
-    runs = [read_run(path) for path in paths]
+    runs = [patient(read_run, path) for path in paths]
     labels = [run["label"] for run in runs]
     for run, path in zip(runs, paths):
         if labels.count(run["label"]) > 1:
@@ -142,7 +145,7 @@ def main():
     add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
     add("--out", type=some_path, default="curves.png", metavar="FILE",
         help="the picture to write (default: %(default)s)")
-    add("--watch", type=POSITIVE, nargs="?", const=30, metavar="SECONDS",
+    add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
         help="draw it again every so many seconds (30, if you name none) until every run has "
         "ended; comes after the run directories")
     args = parser.parse_args()

@@ -369,7 +369,8 @@ def training(path, runs, loops):
             axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
                       label=run["label"])
             axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
-        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"), title=f"For {title}",
+        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
+                 title="Loss" if rows == 2 else f"Loss for {title}",
                  ylim=loss_limits(runs))
     grid[0, 0].set_ylabel("loss (nats per token)")
     at = f" at T = {loops}" if loops else ""
@@ -398,7 +399,7 @@ def steering(axes, run):
     """Learning rate, norm of the gradient and size of the state of a run, against its tokens."""
     lone = "." if len(run["tokens"]) == 1 else ""
     axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
-    axes[0].set(title="Learning rate", ylim=(0, None))
+    axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
     axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
     axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
     axes[1].set(title="Norm of the gradient", yscale="log")
@@ -412,6 +413,7 @@ def steering(axes, run):
     if run["sizes"]:
         axes[2].legend(fontsize=8)
     else:
+        axes[2].set_yticks([])
         axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
                      transform=axes[2].transAxes)
     for panel in axes:

@@ -178,6 +178,15 @@ def test_watching_draws_until_every_run_has_ended(tmp_path, monkeypatch):
     assert done.returncode == 0 and len(waits) == 3 and done.stdout.count("\n") == 1
 
 
+def test_a_run_that_replaces_another_is_the_one_watched(tmp_path):
+    run = make_run(tmp_path / "a", {60: {"4": 3.0}})
+    make_run(run / ".new", {}, steps=5)
+    assert curves.read_run(run)["done"]  # a dead process left that
+    (run / ".lock").touch()
+    new = curves.read_run(run)
+    assert new["label"] == "a" and len(new["loss"]) == 5 and not new["done"]
+
+
 def test_watching_ends_with_control_c(tmp_path, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
@@ -191,7 +200,7 @@ def test_watching_ends_with_control_c(tmp_path, monkeypatch):
 
 def test_a_wait_that_is_no_number_and_no_matplotlib_get_one_line(tmp_path, monkeypatch):
     run = make_run(tmp_path / "a", {})
-    for seconds in ("0", "-1", "x"):
+    for seconds in ("0", "-1", "x", "1e300"):
         done = script("curves.py", run, "--watch", seconds)
         assert done.returncode == 2 and "--watch" in done.stderr and done.stderr.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
