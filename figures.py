@@ -1,20 +1,12 @@
-"""Every picture of the project; as a command, the training curves of runs side by side.
+"""Every picture of the project, a function each: plain numbers in, a PNG out.
 
-    python figures.py out/default                            one run: how its loss fell
-    python figures.py out/looped out/plain --out both.png    two: which makes more of what?
-
-The command draws loss against training FLOPs (the same compute) and training tokens (the same
-text). Lines are the train loss, smoothed. Points are the val loss, at the largest number of loops T
-that all the runs were evaluated at. A run may still be training. For scripts there is a function
-for each picture: plain numbers in, a PNG out. matplotlib, imported here alone, is optional.
+Scripts that have something to show call these; training curves are `python curves.py`. matplotlib,
+imported here alone, is optional.
 """
-
-import json
-from pathlib import Path
 
 import numpy as np
 
-from common import Parser, UserError, read_json, run_script, some_path, whole_file
+from common import UserError, nothing_to_run, whole_file
 
 MARKERS = "osD^vP*X<>"
 RED = "C3"
@@ -405,69 +397,75 @@ def paper(path, models):
 # ----------------------------------------------------------------------------- training curves
 
 
-def read_run(path):
-    """What `training` draws of a run directory. Raises UserError."""
-    path = Path(path)
-    file = path / "log.jsonl"
-    if not file.exists():
-        raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
-    whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
-    try:
-        lines = [json.loads(line) for line in whole]
-        steps = [line for line in lines if line["kind"] == "train"]
-        run = {key: [line[key] for line in steps] for key in ("flops", "tokens", "loss")}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{file} is not the log of a run of train.py") from None
-    if not steps:
-        raise UserError(f"{file} has no training step yet")
-    run["looped"] = read_json(path / "config.json")["model"]["n_recurrent"] > 0
-    run["evaluations"] = [line for line in lines if "val_loss" in line]
-    return run | {"label": path.name}
+def training(path, runs, loops):
+    """Training curves (curves.py); of one run alone also what steers it, a second row.
 
-
-def common_loops(runs):
-    """The largest T, as text, of all evaluations of all runs that loop, else of their last ones."""
-    for part in (slice(None), slice(-1, None)):
-        loops = [set(e["val_loss"]) for r in runs if r["looped"] for e in r["evaluations"][part]]
-        if loops and set.intersection(*loops):
-            return max(set.intersection(*loops), key=int)
-    return None
-
-
-def training(path, runs):
-    """Training curves, against FLOPs and against tokens; runs: as read_run gives them."""
-    figure, both = panels(2, 10.5, 4.2)
-    loops, highest = common_loops(runs), []
-    for i, run in enumerate(runs):
-        # A mean over a fiftieth of the run; its first and last step stand for what is beyond.
-        width = 2 * (len(run["loss"]) // 100) + 1
-        padded = np.pad(run["loss"], width // 2, mode="edge")
-        smooth = np.convolve(padded, np.full(width, 1 / width), mode="valid")
-        highest.append(smooth[len(smooth) // 20])
-        # A plain transformer has one val loss, whatever T.
-        points = [e for e in run["evaluations"] if not run["looped"] or loops in e["val_loss"]]
-        values = [e["val_loss"].get(loops, [*e["val_loss"].values()][0]) for e in points]
-        for axes, key in zip(both, ("flops", "tokens")):
-            axes.plot(run[key], smooth, lw=1, color=f"C{i}", label=run["label"])
-            axes.plot([e[key] for e in points], values, "o", mec="k", color=f"C{i}")
-    for axes, key, title in zip(both, ("FLOPs", "tokens"), ("the same compute", "the same text")):
-        axes.set(xlabel=f"training {key}", ylabel="loss (nats per token)", title=f"For {title}",
-                 ylim=(None, max(highest)))  # the first steps would take all the height
+    runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
+    "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
+    {T: [(tokens, size of the state)]}; "label". loops: T of the val losses, None without a loop."""
+    rows = 2 if len(runs) == 1 else 1
+    figure, grid = pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), layout="constrained",
+                                     squeeze=False)
+    titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
+    for axes, (key, title) in zip(grid[0], titles.items()):
+        for i, run in enumerate(runs):
+            color, val = f"C{i}", run["val"]
+            if rows == 2:
+                axes.plot(run[key], run["loss"], lw=0.5, color=color, alpha=0.25)
+            lone = "." if len(run[key]) == 1 else ""  # a line of one step would not be seen
+            axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
+                      label=run["label"])
+            axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
+        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
+                 title="Loss" if rows == 2 else f"Loss for {title}",
+                 ylim=loss_limits(runs))
+    grid[0, 0].set_ylabel("loss (nats per token)")
     at = f" at T = {loops}" if loops else ""
-    both[0].legend(title=f"line: train loss\npoint: val loss{at}")
+    points = f"\npoint: val loss{at}" if any(run["val"]["loss"] for run in runs) else ""
+    grid[0, 0].legend(title=f"line: train loss{points}", fontsize=8)
+    if rows == 2:
+        steering(grid[1], runs[0])
     save(figure, path)
 
 
-def main():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
-    add("--out", type=some_path, default="curves.png", metavar="FILE",
-        help="the picture to write (default: %(default)s)")
-    args = parser.parse_args()
-    training(args.out, [read_run(path) for path in args.runs])
-    print("wrote", args.out)
+def loss_limits(runs):
+    """Where the axis of the loss begins and ends: the first steps would take all the height."""
+    low, high = [], []
+    for run in runs:
+        smooth, val = run["smooth_loss"], list(run["val"]["loss"])
+        low += [*smooth, *val, *(run["loss"] if len(runs) == 1 else [])]
+        high += [smooth[len(smooth) // 20], *val[-1:]]
+    low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
+    if not high:
+        return None, None  # no step has a finite loss
+    margin = 0.05 * (max(high) - min(low)) or 0.1
+    return min(low) - margin, max(high) + margin
+
+
+def steering(axes, run):
+    """Learning rate, norm of the gradient and size of the state of a run, against its tokens."""
+    lone = "." if len(run["tokens"]) == 1 else ""
+    axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
+    axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
+    axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
+    axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
+    axes[1].set(title="Norm of the gradient", yscale="log")
+    axes[1].yaxis.set_major_locator(pyplot().LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].yaxis.set_minor_locator(pyplot().NullLocator())
+    for i, (T, points) in enumerate(run["sizes"].items()):
+        axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=shade(i, len(run["sizes"])),
+                     label=f"T = {T}")
+    axes[2].set(title="State after T loops, root mean square")
+    if run["sizes"]:
+        axes[2].legend(fontsize=8)
+    else:
+        axes[2].set_yticks([])
+        axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
+                     transform=axes[2].transAxes)
+    for panel in axes:
+        panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
 
 
 if __name__ == "__main__":
-    run_script(main)
+    nothing_to_run(__doc__)

@@ -4,6 +4,7 @@
     cat prompt.txt | python sample.py --prompt-file -
     python sample.py --recurrence 8 --draft 2     the same, drafted with two loops: see draft.py
     python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop predicts
+    python sample.py --prompt "for i in range(10):" --trace trace.html    the same, as a web page
 
 A generator of tokens is `stream`, a whole continuation `generate`. Early exit (`settle`) and the
 trace go loop by loop through `model.loops`, where a loop can be looked at or left.
@@ -33,6 +34,7 @@ from common import (
 )
 from model import Parcae
 from tokenizer import begin_token, decode_stream, encode, load_tokenizer
+from trace_page import write_page
 
 TRACED = 40  # tokens of a prompt that a trace shows
 
@@ -171,9 +173,13 @@ def trace(model, idx, recurrence):
 
 
 def draw_trace(model, tokenizer, idx, recurrence, path):
-    """Write the picture of a trace of the last tokens of idx (1, T)."""
+    """Write the picture, or the page, of a trace of the last tokens of idx (1, T)."""
     if not model.config.n_recurrent or idx.shape[1] < 2:
         raise UserError("--trace needs a model that loops and a prompt")
+    if is_page(path):
+        idx = idx[:, -model.config.block_size:]
+        draw_page(model, tokenizer, idx, recurrence, path)
+        return
     idx = idx[:, -TRACED:]
     probs, moved = trace(model, idx, recurrence)
     likeliest, tops = probs.max(-1)
@@ -181,6 +187,31 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
                   [[label(tokenizer, i) for i in row] for row in tops.tolist()],
                   likeliest.cpu().numpy(), moved.cpu().numpy())
     print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops")
+
+
+def is_page(path):
+    return Path(path).suffix.lower() == ".html"
+
+
+@torch.no_grad()
+def draw_page(model, tokenizer, idx, recurrence, path):
+    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop."""
+    tops = []
+    for h, tokens in model.states(idx, recurrence):
+        probs = model.lm_head(model.readout(h, tokens))[0].float().softmax(-1)   # (T, vocab_size)
+        top = probs.topk(5)
+        tops.append([[(text_of(tokenizer, i), p) for i, p in zip(*row)]
+                     for row in zip(top.indices.tolist(), top.values.tolist())])
+    write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)
+    print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops, for a browser")
+
+
+def text_of(tokenizer, i):
+    """Token i as text; bytes that are none alone, half a letter, as \\xc3."""
+    try:
+        return tokenizer.decode_single_token_bytes(i).decode("utf-8", errors="backslashreplace")
+    except KeyError:
+        return "?"  # vocabularies are rounded up
 
 
 def label(tokenizer, i):
@@ -226,8 +257,8 @@ def parse_args():
         help="tokens drafted at a time (default: %(default)s)")
     add("--trace", type=some_path, metavar="FILE",
         help="no new text: draw what the model would predict after each loop at each token of the "
-        f"prompt (the last {TRACED}), up to the largest --recurrence (default: twice the model's "
-        "mean), as PNG; needs matplotlib")
+        f"prompt, up to the largest --recurrence (default: twice the model's mean). FILE.html: a "
+        f"page with a slider over loops. Else a PNG, of the last {TRACED} tokens; needs matplotlib")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -299,7 +330,7 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
 def main():
     args = parse_args()
     check_draft(args)
-    if args.trace:
+    if args.trace and not is_page(args.trace):
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run)

@@ -1,10 +1,8 @@
-"""Each picture is drawn from plain numbers; the command shows runs or says in one line why not."""
-
-import json
+"""Each picture is drawn from plain numbers, whole or not at all."""
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT
 
 import figures
 from common import UserError
@@ -40,6 +38,10 @@ PICTURES = {
                    {"rule": "concat", "rate": 0.3, "loss": float("nan"), "loops": [], "size": [],
                     "step": [20], "radius": [5.0]}],),
 }
+PICTURES["training"] = ([
+    {"label": "a", **dict.fromkeys(("tokens", "flops", "seconds", "lr", "grad_norm"), X),
+     "smooth_norm": X, "loss": LOSS, "smooth_loss": LOSS, "sizes": {4: [(2.0, 1.1), (8.0, 1.2)]},
+     "val": {"tokens": [4], "flops": [4], "seconds": [4], "loss": [2.3]}}], 4)
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -66,51 +68,3 @@ def test_pictures_say_that_they_need_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         figures.pyplot()
-
-
-def make_run(path, evaluations, looped=True, steps=60):
-    """A run directory with a log: {step: {T: val loss}}, the last one of the end of training."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model": {"n_recurrent": 2 if looped else 0}}))
-    lines = []
-    for step in range(1, steps + 1):
-        state = {"step": step, "tokens": 512 * step, "flops": 1e6 * step}
-        lines.append({"kind": "train", **state, "loss": 5 / step ** 0.2})
-        if step in evaluations:
-            kind = "done" if step == steps else "eval"
-            lines.append({"kind": kind, **state, "val_loss": evaluations[step]})
-    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_curves_of_runs_side_by_side(tmp_path):
-    looped = make_run(tmp_path / "looped", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0, "8": 3.0}})
-    plain = make_run(tmp_path / "plain", {30: {"1": 3.3}, 60: {"1": 3.2}}, looped=False)
-    with open(looped / "log.jsonl", "a") as log:
-        log.write('{"kind": "train", "st')  # it is being written
-    done = script("figures.py", looped, plain, "--out", tmp_path / "curves.png")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_val_losses_are_those_of_a_recurrence_that_all_looped_runs_have(tmp_path):
-    four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"4": 3.0, "8": 3.0, "16": 3.0}})
-    also_four = make_run(tmp_path / "b", {60: {"2": 3.3, "4": 3.0, "16": 3.0}})
-    eight = make_run(tmp_path / "c", {30: {"8": 3.1}, 60: {"4": 3.0, "8": 3.0}})
-    plain = make_run(tmp_path / "d", {60: {"1": 3.0}}, looped=False)
-    four, also_four, eight, plain = map(figures.read_run, (four, also_four, eight, plain))
-    assert figures.common_loops([four, also_four, plain]) == "4"  # of every evaluation
-    assert figures.common_loops([four, eight]) == "8"  # of the last ones: on the way they differ
-    assert figures.common_loops([plain]) is None
-
-
-@pytest.mark.parametrize("log, message", [
-    (None, "has no log.jsonl"), ("", "has no training step yet"), ("3\n[]\n", "is not the log"),
-    ('{"kind": "train"}\n', "is not the log of a run of train.py")])
-def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
-    (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1}}')
-    if log is not None:
-        (tmp_path / "log.jsonl").write_text(log)
-    done = script("figures.py", tmp_path, "--out", tmp_path / "curves.png")
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "curves.png").exists()

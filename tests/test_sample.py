@@ -1,5 +1,7 @@
+import json
 import math
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -92,6 +94,71 @@ def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
         "needs a model that loops and a prompt"
         in sample(run_directory, "--trace", tmp_path / "t.png").stderr
     )
+
+
+class Scripts(HTMLParser):
+    """What an HTML reader takes for script elements, a list of their texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self.open, self.links = [], False, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.open = tag == "script"
+        self.texts += [""] * self.open
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self.open = False
+
+    def handle_data(self, text):
+        if self.open:
+            self.texts[-1] += text
+
+
+PROMPT = """</script><!-- <script> "'&amp; \\n\r\n\té日\u2028"""
+
+
+def test_a_page_holds_the_likeliest_tokens_of_each_loop(run_directory, tmp_path):
+    (tmp_path / "p.txt").write_bytes(PROMPT.encode())
+    page = tmp_path / "t.HTML"
+    flags = ["--recurrence", "2", "5", "--trace", page]
+    done = sample(run_directory, "--prompt-file", tmp_path / "p.txt", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {page}: 32 tokens, 5 loops" in done.stdout  # the context is 32
+    assert page.read_bytes().isascii() and "http" not in page.read_text()
+    scripts = Scripts(page.read_text())
+    assert len(scripts.texts) == 2 and not scripts.links  # no text ended or began an element
+    data = json.loads(scripts.texts[0])
+
+    read = ["<|endoftext|>", *PROMPT.encode().decode("latin-1")]
+    assert data["tokens"] == [c if c.isascii() else f"\\x{ord(c):x}" for c in read][-32:]
+    tokenizer = make_tokenizer("bytes")
+    ids = [tokenizer.eot_token, *tokenizer.encode(PROMPT)][-32:]
+    model = Parcae.from_pretrained(run_directory)
+    for loops, tops in enumerate(data["loops"], start=1):
+        probs = model(torch.tensor([ids]), recurrence=loops)[0][0].softmax(-1)
+        best = probs.topk(5)
+        shown = torch.tensor([[p for _, p in top] for top in tops])
+        torch.testing.assert_close(shown, best.values, atol=1e-5, rtol=0)
+        for top, row in zip(tops, best.indices.tolist()):
+            # the model's vocabulary of 320 is larger than the tokenizer's of 257
+            texts = [chr(i) if i < 128 else f"\\x{i:x}" if i < 256 else "?" for i in row]
+            eot = ["<|endoftext|>" if i == 256 else text for i, text in zip(row, texts)]
+            assert [text for text, _ in top] == eot
+    assert len(data["loops"]) == 5
+
+
+def test_a_page_needs_no_matplotlib_but_a_loop(run_directory, build, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = ["--prompt", "x = 1", "--trace", tmp_path / "t.html"]
+    assert sample(run_directory, *flags).returncode == 0
+    (tmp_path / "t.html").unlink()
+    save_run(build(vocab_size=320, n_recurrent=0), run_directory)
+    done = sample(run_directory, *flags)
+    assert done.returncode == 2 and "needs a model that loops" in done.stderr
+    assert not (tmp_path / "t.html").exists()
 
 
 def test_an_exit_threshold_saves_loops(run_directory):

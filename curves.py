@@ -1,0 +1,165 @@
+"""Training curves: what an experiment tracker shows, from the logs of runs, into one picture.
+
+    python curves.py out/default                            one run: loss, and what steers it
+    python curves.py out/looped out/plain --out both.png    several: which makes more of what?
+    python curves.py out/default --watch                    again and again while it trains
+
+Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
+train loss, a mean over a fiftieth of the run. Points are the val loss, at the largest number of
+loops T that all the runs were evaluated at. One run alone has a second row: learning rate, norm of
+the gradient, size of the state. A run may still be training. Needs matplotlib.
+
+With --watch, look at the picture in a viewer that follows its file (an editor's image tab, eog,
+feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import figures
+from common import Parser, UserError, number, patient, read_json, run_script, some_path
+
+AXES = ("tokens", "flops", "seconds")
+KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
+
+# ----------------------------------------------------------------------------- reading
+
+
+def read_run(path):
+    """What the log of a run directory says, a dict. Raises UserError.
+
+    "label"; "looped"; "done", whether it has ended; of each step an array (steps,) for each of
+    KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}."""
+    path = Path(path)
+    folder = path
+    if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
+        folder = path / ".new"  # train.py --overwrite, until its first checkpoint
+    file = folder / "log.jsonl"
+    if not file.exists():
+        raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
+    whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
+    try:
+        lines = [json.loads(line) for line in whole]
+        steps = [line for line in lines if line["kind"] == "train"]
+        run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
+        run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
+        run["done"] = bool(lines) and lines[-1]["kind"] == "done"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{file} is not the log of a run of train.py") from None
+    config = read_json(folder / "config.json")
+    try:
+        run["looped"] = config["model"]["n_recurrent"] > 0
+    except (TypeError, KeyError):
+        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
+    return run | {"label": path.resolve().name}
+
+
+def evaluation(line):
+    """What is drawn of a line of the log that holds an evaluation."""
+    values = {key: float(line[key]) for key in AXES}
+    for name in ("val_loss", "state_rms"):  # a plain transformer has no state
+        values[name] = {str(int(T)): float(value) for T, value in line.get(name, {}).items()}
+    return values
+
+
+def read_runs(paths):
+    """Runs as read_run gives them; names that are not different become whole paths."""
+    runs = [patient(read_run, path) for path in paths]
+    labels = [run["label"] for run in runs]
+    for run, path in zip(runs, paths):
+        if labels.count(run["label"]) > 1:
+            run["label"] = str(path)
+    return runs
+
+# ----------------------------------------------------------------------------- what is drawn
+
+
+def common_loops(runs):
+    """The largest T, as text, of all evaluations of all runs that loop, else of their last ones."""
+    for part in (slice(None), slice(-1, None)):
+        loops = [set(e["val_loss"]) for r in runs if r["looped"] for e in r["evaluations"][part]]
+        if loops and set.intersection(*loops):
+            return max(set.intersection(*loops), key=int)
+    return None
+
+
+def smooth(values):
+    """The mean around each of the values (n,), over a fiftieth of them; NaN where none is finite.
+
+    At the ends the mean is over what is there: a last step counts no more than the others."""
+    n, half = len(values), len(values) // 100
+    finite = np.isfinite(values)
+    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
+    counts = np.append(0, np.cumsum(finite))
+    first = np.maximum(np.arange(n) - half, 0)
+    beyond = np.minimum(np.arange(n) + half + 1, n)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a stretch of steps was skipped
+        return (sums[beyond] - sums[first]) / (counts[beyond] - counts[first])
+
+
+def curve(run, loops):
+    """What figures.training draws of a run; loops: T of the val losses, as text."""
+    # A plain transformer has one val loss, whatever T.
+    points = [e for e in run["evaluations"] if not run["looped"] or loops in e["val_loss"]]
+    val = {key: [e[key] for e in points] for key in AXES}
+    val["loss"] = [e["val_loss"].get(loops, [*e["val_loss"].values()][0]) for e in points]
+    sizes = {}  # of the state after T loops: tokens and sizes
+    for e in run["evaluations"]:
+        for T, size in e["state_rms"].items():
+            sizes.setdefault(int(T), []).append((e["tokens"], size))
+    return {"label": run["label"], **{key: run[key] for key in KEYS},
+            "smooth_loss": smooth(run["loss"]), "smooth_norm": smooth(run["grad_norm"]),
+            "val": val, "sizes": dict(sorted(sizes.items()))}
+
+
+def draw(path, runs):
+    """Write the picture of runs as read_runs gives them."""
+    loops = common_loops(runs)
+    figures.training(path, [curve(run, loops) for run in runs], loops)
+
+# ----------------------------------------------------------------------------- command line
+
+
+def watch(args):
+    """Draw again and again, until every run has ended."""
+    while True:
+        runs = read_runs(args.runs)
+        begun = [run for run in runs if len(run["loss"])]
+        text = "no training step yet"
+        if begun:
+            draw(args.out, begun)
+            losses = [f"{run['label']} {run['loss'][-1]:.3f}" for run in begun]
+            text = f"wrote {args.out}; loss of the last step: {', '.join(losses)}"
+        print(time.strftime("%H:%M:%S"), text, flush=True)
+        if all(run["done"] for run in runs):
+            return
+        time.sleep(args.watch)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
+    add("--out", type=some_path, default="curves.png", metavar="FILE",
+        help="the picture to write (default: %(default)s)")
+    add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
+        help="draw it again every so many seconds (30, if you name none) until every run has "
+        "ended; comes after the run directories")
+    args = parser.parse_args()
+    figures.pyplot()  # where matplotlib is missing, say so now
+    if args.watch:
+        watch(args)
+        return
+    runs = read_runs(args.runs)
+    for run, path in zip(runs, args.runs):
+        if not len(run["loss"]):
+            raise UserError(f"{Path(path) / 'log.jsonl'} has no training step yet")
+    draw(args.out, runs)
+    print("wrote", args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

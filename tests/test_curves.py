@@ -1,0 +1,208 @@
+"""The logs of runs become one picture, also while they are written, or one line says why not."""
+
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import script
+
+import curves
+import figures
+
+
+def make_run(path, evaluations, looped=True, steps=60, **change):
+    """A run directory with a log: {step: {T: val loss}}, the last one of the end of training.
+
+    change: other values of each step, functions of it."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model": {"n_recurrent": 2 if looped else 0}}))
+    lines = []
+    for step in range(1, steps + 1):
+        state = {"step": step, "tokens": 512 * step, "flops": 1e6 * step, "seconds": 0.5 * step}
+        values = {"loss": 5 / step ** 0.2, "lr": 0.01, "grad_norm": 1 / step}
+        values |= {name: function(step) for name, function in change.items()}
+        lines.append({"kind": "train", **state, **values})
+        if step in evaluations:
+            kind = "done" if step == steps else "eval"
+            sizes = {"state_rms": dict.fromkeys(evaluations[step], 2.0 * step)} if looped else {}
+            lines.append({"kind": kind, **state, "val_loss": evaluations[step], **sizes})
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that gets each figure that is saved."""
+    kept, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or
+                        save(figure, path))
+    return kept
+
+
+def draw(tmp_path, *runs):
+    """Draw run directories in a file; whether it is a picture."""
+    done = script("curves.py", *runs, "--out", tmp_path / "curves.png")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_runs_side_by_side(tmp_path, drawn):
+    looped = make_run(tmp_path / "looped", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0, "8": 3.0}})
+    plain = make_run(tmp_path / "plain", {30: {"1": 3.3}, 60: {"1": 3.2}}, looped=False)
+    with open(looped / "log.jsonl", "a") as log:
+        log.write('{"kind": "train", "st')  # it is being written
+    assert draw(tmp_path, looped, plain)
+    axes = drawn[0].axes
+    labels = [panel.get_xlabel() for panel in axes]
+    assert labels == ["training tokens", "training FLOPs", "training seconds"]
+    for panel, unit in zip(axes, (512, 1e6, 0.5)):
+        train, val, _, plain_val = panel.lines
+        np.testing.assert_allclose(train.get_xdata(), unit * np.arange(1, 61))
+        np.testing.assert_allclose(val.get_xydata(), [[30 * unit, 3.1], [60 * unit, 3.0]])
+        np.testing.assert_allclose(plain_val.get_ydata(), [3.3, 3.2])
+        low, high = panel.get_ylim()
+        assert low < 5 / 60 ** 0.2 and 3.2 < high < 5  # all but the first steps
+    assert axes[0].get_legend().get_title().get_text().endswith("val loss at T = 4")
+
+
+def test_one_run_alone_shows_what_steers_it(tmp_path, drawn):
+    run = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0}})
+    assert draw(tmp_path, run)
+    rate, norm, size = drawn[0].axes[3:]
+    np.testing.assert_allclose(rate.lines[0].get_ydata(), np.full(60, 0.01))
+    np.testing.assert_allclose(norm.lines[0].get_ydata(), 1 / np.arange(1, 61))
+    sizes = {line.get_label(): line.get_xydata().tolist() for line in size.lines}
+    assert sizes == {"T = 1": [[30720, 120]], "T = 4": [[15360, 60], [30720, 120]]}
+
+
+@pytest.mark.parametrize("change", [
+    {"evaluations": {}}, {"evaluations": {}, "steps": 1},
+    {"evaluations": {1: {"4": 3}}, "steps": 1},
+    {"evaluations": {60: {"4": 3}}, "looped": False}, {"evaluations": {60: {"4": math.nan}}},
+    {"evaluations": {}, "loss": lambda step: math.nan, "grad_norm": lambda step: math.nan}])
+def test_runs_with_little_in_them_are_drawn(tmp_path, change):
+    one, two = (make_run(tmp_path / name, **change) for name in "ab")
+    assert draw(tmp_path, one) and draw(tmp_path, one, two)
+
+
+def test_runs_without_a_common_loop_are_drawn_without_val_losses(tmp_path, drawn):
+    runs = [make_run(tmp_path / T, {60: {T: 3.0}}) for T in "48"]
+    assert draw(tmp_path, *runs)
+    assert drawn[0].axes[0].get_legend().get_title().get_text() == "line: train loss"
+
+
+def test_the_mean_is_centred_and_has_no_hook_at_its_ends():
+    line = np.arange(1000.0)
+    means = curves.smooth(line)
+    np.testing.assert_allclose(means[10:-10], line[10:-10])
+    assert means[0] == 5 and means[-1] == 994  # of eleven values each
+    line[-1] += 110
+    assert curves.smooth(line)[-1] == 994 + 10  # it counts as one of eleven
+    line[400:430] = math.nan
+    means = curves.smooth(line)
+    assert np.isnan(means[410:420]).all() and np.isfinite(means[:410]).all()
+    assert means[410 - 1] == 399 and curves.smooth(np.array([3.0])).tolist() == [3]
+
+
+def test_val_losses_are_those_of_a_recurrence_that_all_looped_runs_have(tmp_path):
+    four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"4": 3.0, "8": 3.0, "16": 3.0}})
+    also_four = make_run(tmp_path / "b", {60: {"2": 3.3, "4": 3.0, "16": 3.0}})
+    eight = make_run(tmp_path / "c", {30: {"8": 3.1}, 60: {"4": 3.0, "8": 3.0}})
+    plain = make_run(tmp_path / "d", {60: {"1": 3.0}}, looped=False)
+    four, also_four, eight, plain = map(curves.read_run, (four, also_four, eight, plain))
+    assert curves.common_loops([four, also_four, plain]) == "4"  # of every evaluation
+    assert curves.common_loops([four, eight]) == "8"  # of the last ones: on the way they differ
+    assert curves.common_loops([plain]) is None
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    (tmp_path / "x").mkdir()
+    paths = [make_run(tmp_path / name, {}) for name in ("a", "b", "x/a")]
+    labels = [run["label"] for run in curves.read_runs(paths)]
+    assert labels == [str(paths[0]), "b", str(paths[2])]
+
+
+LINE = json.dumps({"kind": "train", "step": 1, "tokens": 1, "flops": 1, "seconds": 1, "loss": 3,
+                   "lr": 1, "grad_norm": 1})
+
+
+@pytest.mark.parametrize("log, message", [
+    (None, "has no log.jsonl"), ("", "has no training step yet"), ("3\n[]\n", "is not the log"),
+    (LINE, "has no training step yet"), ('{"kind": "train"}\n', "is not the log of a run of train"),
+    (LINE + '\n{"kind": "eval", "val_loss": 3}\n', "is not the log"),
+    (LINE.replace("3", '"x"') + "\n", "is not the log")])
+def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
+    (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1}}')
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log)
+    done = script("curves.py", tmp_path, "--out", tmp_path / "curves.png")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model": 3}', "[]", "x"])
+def test_a_config_of_something_else_gets_one_line(tmp_path, config):
+    run = make_run(tmp_path / "a", {})
+    (run / "config.json").write_text(config)
+    done = script("curves.py", run, "--out", tmp_path / "curves.png")
+    assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_watching_draws_until_every_run_has_ended(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", {60: {"4": 3.0}})
+    ended = make_run(tmp_path / "b", {60: {"4": 3.0}})
+    file = run / "log.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    parts = [lines[:20], lines[:60] + ['{"kind": "do'], lines]  # what is there after each wait
+    file.write_text("")
+    waits, pictures = [], []
+
+    def wait(seconds):
+        waits.append(seconds)
+        picture = tmp_path / "curves.png"
+        pictures.append(picture.read_bytes() if picture.exists() else None)
+        file.write_text("".join(parts[len(waits) - 1]))
+
+    monkeypatch.setattr(time, "sleep", wait)
+    done = script("curves.py", run, "--out", tmp_path / "curves.png", "--watch", "7")
+    assert done.returncode == 0 and waits == [7, 7, 7], done.stderr
+    assert pictures[0] is None and len({*pictures, (tmp_path / "curves.png").read_bytes()}) == 4
+    said = done.stdout.splitlines()
+    assert "no training step yet" in said[0] and f"a {5 / 20 ** 0.2:.3f}" in said[1]
+    assert len(said) == 4
+    # those that have ended are drawn once
+    done = script("curves.py", run, ended, "--out", tmp_path / "curves.png", "--watch")
+    assert done.returncode == 0 and len(waits) == 3 and done.stdout.count("\n") == 1
+
+
+def test_a_run_that_replaces_another_is_the_one_watched(tmp_path):
+    run = make_run(tmp_path / "a", {60: {"4": 3.0}})
+    make_run(run / ".new", {}, steps=5)
+    assert curves.read_run(run)["done"]  # a dead process left that
+    (run / ".lock").touch()
+    new = curves.read_run(run)
+    assert new["label"] == "a" and len(new["loss"]) == 5 and not new["done"]
+
+
+def test_watching_ends_with_control_c(tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    run = make_run(tmp_path / "a", {})
+    done = script("curves.py", run, "--out", tmp_path / "curves.png", "--watch")
+    assert done.returncode == 130 and not done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "curves.png"]
+
+
+def test_a_wait_that_is_no_number_and_no_matplotlib_get_one_line(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", {})
+    for seconds in ("0", "-1", "x", "1e300"):
+        done = script("curves.py", run, "--watch", seconds)
+        assert done.returncode == 2 and "--watch" in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = script("curves.py", run)
+    assert done.returncode == 2 and "pip install matplotlib" in done.stderr
