@@ -416,6 +416,7 @@ def training(path, runs, loops):
             axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
                       label=run["label"])
             axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
+        axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
                  title="Loss" if rows == 2 else f"Loss for {title}",
                  ylim=loss_limits(runs))
@@ -432,9 +433,11 @@ def loss_limits(runs):
     """Where the axis of the loss begins and ends: the first steps would take all the height."""
     low, high = [], []
     for run in runs:
-        smooth, val = run["smooth_loss"], list(run["val"]["loss"])
+        smooth, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
         low += [*smooth, *val, *(run["loss"] if len(runs) == 1 else [])]
-        high += [smooth[len(smooth) // 20], *val[-1:]]
+        if len(smooth):
+            high.append(np.quantile(smooth, 0.95))
+        high += val[-1:]
     low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
     if not high:
         return None, None  # no step has a finite loss
@@ -464,6 +467,7 @@ def steering(axes, run):
         axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
                      transform=axes[2].transAxes)
     for panel in axes:
+        panel.locator_params(axis="x", nbins=6)
         panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
 
 

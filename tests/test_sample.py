@@ -10,6 +10,7 @@ from conftest import save_run, script
 from model import KVCache, Parcae, UserError
 from sample import choose, generate, settle, trace
 from tokenizer import make_tokenizer, save_tokenizer
+from trace_page import write_page
 
 
 @pytest.fixture
@@ -115,6 +116,16 @@ class Scripts(HTMLParser):
     def handle_data(self, text):
         if self.open:
             self.texts[-1] += text
+
+
+def test_no_text_of_a_token_ends_the_page(tmp_path):
+    texts = ["</script>", "<!--", "<script>", "</SCRIPT ", '"', "&lt;", "\\u003c", "\u2028", "日"]
+    tops = [[[(text, 0.5), ("__DATA__", 0.25)] for text in texts]]
+    write_page(tmp_path / "t.html", texts, tops)
+    scripts = Scripts((tmp_path / "t.html").read_text())
+    assert len(scripts.texts) == 2 and scripts.texts[1].strip().startswith("const data = ")
+    data = json.loads(scripts.texts[0])
+    assert data["tokens"] == texts and data["loops"] == json.loads(json.dumps(tops))
 
 
 PROMPT = """</script><!-- <script> "'&amp; \\n\r\n\té日\u2028"""
