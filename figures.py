@@ -144,13 +144,13 @@ def fixed_point(path, distances, factor, trained):
 
     alone = factor ** np.arange(len(t) + 1)  # before the first loop h is 0, at a distance of 1
     axes.semilogy(alone, color=RED)
-    bottom = max(low.min() / 3, 1e-16)  # float64 rounds there
+    bottom, step = max(low.min() / 3, 1e-16), max(1, len(t) // 8)  # float64 rounds at 1e-16
     place = np.abs(np.log(alone / bottom) - 3).argmin()  # low, where there is room
     label = f"if A_bar, {factor:.2f} on average,\nwere all of the loop"
     axes.text(place + 0.4, alone[place], label, color=RED, va="bottom")
     axes.axvline(trained, color="0.6", lw=1, zorder=0)
     axes.text(trained + 0.2, 1.5, f"mean of training: {trained} loops", color="0.4", va="center")
-    axes.set(ylim=(bottom, 3), xlim=(0, 1.3 * t[-1]), xticks=range(0, t[-1] + 1, 4),
+    axes.set(ylim=(bottom, 3), xlim=(0, 1.3 * t[-1]), xticks=range(0, t[-1] + 1, step),
              xlabel="loops t", ylabel="distance |h_t - h_last| / |h_last|",
              title="A trained model: each loop brings the state nearer to its fixed point")
     axes.spines[["top", "right"]].set_visible(False)

@@ -18,11 +18,8 @@ from evaluate import open_text
 from model import Parcae
 from tokenizer import load_tokenizer
 
-RULES = {
-    0.45: "a = 0.45: settles at 1.82",
-    1.0: "a = 1: grows by 1 a loop",
-    1.1: "a = 1.1: explodes",
-}
+RULES = {0.45: "a = 0.45: settles at 1.82", 1.0: "a = 1: grows by 1 a loop",
+         1.1: "a = 1.1: explodes"}
 LAST = 4  # times the loops shown: where the fixed point is taken from
 
 
