@@ -1,6 +1,6 @@
 """The paper by its own numbers: its best recurrences, under its count of FLOPs and the exact one.
 
-    python -m runs.paper      half a minute; writes results/paper.csv and results/paper.png
+    python -m runs.paper      seconds; writes results/paper.csv and results/paper.png
 
 Table 6 of "Parcae" (arXiv 2604.12946) gives the best mean recurrence of a grid at each budget. Its
 FLOPs count value embeddings as matmuls and leave out the tied head (appendix D), so a loop looks
