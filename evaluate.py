@@ -174,6 +174,15 @@ def early_exit(model, batches, tokenizer, most, threshold, rule):
 # ------------------------------------------------------------------------------- command line
 
 
+def add_text_flags(add, sequences):
+    """The flags that `open_text` reads; sequences: a default."""
+    add("--data", type=some_path, metavar="DIR",
+        help="data directory whose val tokens are read (default: the run's)")
+    add("--text", type=some_path, metavar="FILE", help="read this text instead")
+    add("--sequences", type=COUNT, default=sequences, metavar="N",
+        help="sequences of block_size tokens to read (default: %(default)s)")
+
+
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -181,11 +190,7 @@ def parse_args():
         help="run directory of train.py (default: %(default)s)")
     add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops (default: 1 2 4 8 16)")
-    add("--data", type=some_path, metavar="DIR",
-        help="data directory whose val tokens are read (default: the run's)")
-    add("--text", type=some_path, metavar="FILE", help="read this text instead")
-    add("--sequences", type=COUNT, default=512, metavar="N",
-        help="sequences of block_size tokens to read (default: %(default)s)")
+    add_text_flags(add, 512)
     add("--batch-size", type=COUNT, default=32, metavar="N",
         help="sequences at a time (default: %(default)s)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",

@@ -32,9 +32,11 @@ def panels(n, width, height):
 
 def save(figure, path):
     """Write a figure as PNG, whole or not at all."""
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=150, format="png")
-    pyplot().close(figure)
+    try:
+        with whole_file(path, "wb") as file:
+            figure.savefig(file, dpi=150, format="png")
+    finally:
+        pyplot().close(figure)
 
 
 def shade(i, n):
@@ -373,6 +375,7 @@ def stability(path, runs):
              title="Final loss (no point: it broke off)")
     loss.legend(title="injection")
     save(figure, path)
+
 
 def paper(path, models):
     """The best recurrences that the paper found, and what equal exact FLOPs give (runs/paper.py).

@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from common import nothing_to_run
+from laws import interval
 from tables import distinct, trained_depth
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
@@ -166,20 +167,16 @@ def line_through(x, y, low, high):
 
 
 def power_law(x, y, samples, low, high):
-    """Exponent, coefficient and interval; samples (resamples, budgets), "band" their lines.
+    """Exponent, coefficient and interval, None without two values; samples (resamples, budgets).
 
-    The interval is [None, None] where more than 5 % of the resamples have no line."""
+    The interval is [None, None] where more than 5 % of the resamples have no exponent."""
     slope, intercept = line_through(x, y, low, high)
     if not math.isfinite(slope):
         return None
-    lines = np.array([line_through(x, sample, low, high) for sample in samples]).reshape(-1, 2)
-    drawn = lines[np.isfinite(lines[:, 0])]
-    ci = [None, None]
-    if len(samples) and len(drawn) >= 0.95 * len(samples):
-        ends = np.append(np.quantile(drawn[:, 0], [0.025, 0.975]), slope)
-        ci = [float(ends.min()), float(ends.max())]
-    return {"exponent": float(slope), "coefficient": math.exp(intercept), "ci": ci,
-            "defined": len(drawn) / max(1, len(samples)), "band": drawn}
+    slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
+    defined = np.isfinite(slopes).sum() / max(1, len(slopes))
+    return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
+            "ci": interval(slopes, slope) if defined >= 0.95 else [None, None]}
 
 
 def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
@@ -211,10 +208,10 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
     if len(optima) - edges < 2:
         notes.append(f"isoFLOP: {len(optima) - edges} optima inside the recurrences: "
                      "no exponent (it needs 2)")
-    return optima, power_laws(usable, optima, samples, cost), noise, notes
+    return optima, power_laws(usable, samples, cost), noise, notes
 
 
-def power_laws(budgets, optima, samples, cost):
+def power_laws(budgets, samples, cost):
     """{"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
     x = np.log([budget.flops for budget in budgets])
     low = np.array([budget.log_mu[0] for budget in budgets])

@@ -40,7 +40,6 @@ def term(per=None):
     return Parameter(0.05, 1, "span", "log", per)
 
 
-
 # What a law predicts, from its parameters p and the runs r: see runs_of.
 
 def training(p, r):
@@ -264,17 +263,20 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, held=None, seed=0):
     samples = torch.empty(0, len(best), dtype=torch.float64)
     if resamples:
         weights = resample(rows, resamples, seed)
-        samples = best.repeat(resamples, 1)
-        for _ in range(2):  # again with large steps: some leave a small dip
-            samples, _ = minimise(law, runs, log_loss, samples, weights, held)
+        samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights, held)
     return Fit(law, units, (low, high), best, samples, objective.min().item())
 
 
 def fits_of_noisy(fit, rows, log_loss):
     """theta (sweeps, parameters) of fits of the same law to other log losses (sweeps, rows)."""
     theta = fit.theta.repeat(len(log_loss), 1)
+    return refit(fit.law, runs_of(rows, fit.units), log_loss, theta)
+
+
+def refit(law, runs, log_loss, theta, weights=None, held=()):
+    """theta as of minimise, twice: from the end with large steps again, some leave a small dip."""
     for _ in range(2):
-        theta, _ = minimise(fit.law, runs_of(rows, fit.units), log_loss, theta)
+        theta, _ = minimise(law, runs, log_loss, theta, weights, held)
     return theta
 
 

@@ -20,6 +20,7 @@ PUBLISHED = {
 }
 SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
 
+
 def rounded(value, digits=3):
     return "-" if value is None else f"{value:.{digits}g}"
 
@@ -130,8 +131,7 @@ def report_exponents(out):
             if laws.get(name, {}).get("exponent") is not None:
                 lines.append((laws[name], f"the training law, {accounting} FLOPs",
                               "not determined"))
-        print(f"{label} grows as ({'no exponent' if not lines else 'published: '}"
-              f"{'' if not lines else PUBLISHED[name]})")
+        print(f"{label} grows as ({f'published: {PUBLISHED[name]}' if lines else 'no exponent'})")
         for law, method, missing in lines:
             said = missing if law["ci"][0] is None else span(law["ci"])
             print(f"    C^{law['exponent']:.2f} {said}, by {method}")

@@ -59,8 +59,9 @@ def main_model(rows):
 def reasons_against(law, rows):
     """Why the rows cannot tell the parameters of a law."""
     reasons = []
-    sizes = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
-    values = {"sizes of the unrolled model": len(sizes), "token counts": distinct(rows, "tokens")}
+    unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
+    values = {"sizes of the unrolled model": len(unrolled),
+              "token counts": distinct(rows, "tokens")}
     if law == "unified":
         shares = {row["recurrence"] / row["mu_rec"] for row in rows}
         values["values of T / mu_rec at evaluation"] = len(shares)
@@ -175,14 +176,13 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     out = {"model": main[0]["model"], "accounting": accounting,
            "runs": len({run_key(row) for row in main}), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "notes": []}
-    kept = {"rows": own, "cost": token_cost(main), "budgets": budgets_of(own), "test_time": []}
+    kept = {"main": main, "rows": own, "cost": token_cost(main), "budgets": budgets_of(own),
+            "test_time": []}
     loops = distinct(main, "mu_rec") > 1
 
     if loops:
-        optima, laws, out["noise"], out["notes"] = isoflop(main, kept["cost"])
-        out |= {"isoflop": optima, "gain": gains(own)}
-        for name, law in laws.items():
-            out["power_laws"][name] = {key: law[key] for key in law if key != "band"}
+        out["isoflop"], out["power_laws"], out["noise"], out["notes"] = isoflop(main, kept["cost"])
+        out["gain"] = gains(own)
 
     if can_fit("training", own, out["notes"]):
         law, kept["fit"] = fit_apart("training", own, resamples)
@@ -235,8 +235,8 @@ def frontiers(every_row, out, kept):
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Everything that can be fitted to a table: fit_optima, and the other laws of looping."""
     out, kept = fit_optima(every_row, accounting, resamples)
-    rows = [row for row in every_row if row["accounting"] == accounting]
-    main, everywhere = main_model(rows), trained_depth(rows)
+    main = kept["main"]
+    everywhere = trained_depth(row for row in every_row if row["accounting"] == accounting)
     if distinct(main, "mu_rec") > 1:
         if can_fit("unified", main, out["notes"]):
             out["unified"] = fit_unified(main, resamples)
@@ -252,13 +252,13 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
 # ----------------------------------------------------------------------------- commands
 
 
-def preset_size(preset, accounting):
+def preset_size(preset, accounting, recurrences=(1, 2, 4, 8, 16)):
     """(parameters, cost of a token) of a preset of train.py. Raises UserError."""
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset}, must be one of {', '.join(PRESETS)}")
     costs = {}
     with torch.device("meta"):  # shapes alone, no memory
-        for mu in (1, 2, 4, 8, 16):
+        for mu in recurrences:
             model = Parcae(ParcaeConfig(**PRESETS[preset] | {"mean_recurrence": mu}))
             costs[mu] = model.flops_per_token(accounting=accounting)
     noncore, core = model.matmul_params(accounting)

@@ -17,7 +17,7 @@ import isoflop
 from common import COUNT, Parser, number, run_script
 from laws import MU, fit_law, frontier, frontier_exponents, interval
 from plan import grid, made_up
-from scaling import default_tables, fit_optima
+from scaling import default_tables, exponents_of, fit_optima
 from tables import read_tables
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 1.6e13)
@@ -63,12 +63,7 @@ def by_law(rows, cost, seed):
     for c in BUDGETS:
         point = frontier(fit, rows[0], cost, c)[0][0]
         intervals[c] = interval(frontier(fit, rows[0], cost, c, fit.samples)[0], point)
-    ends = BUDGETS[0], BUDGETS[-1]
-    exponents = frontier_exponents(fit, rows[0], cost, *ends, fit.samples)[0]
-    point = frontier_exponents(fit, rows[0], cost, *ends)[0, 0]
-    if not math.isfinite(point) or np.isnan(exponents).mean() > 0.05:
-        return intervals, [None, None]
-    return intervals, interval(exponents, point)
+    return intervals, exponents_of(fit, rows[0], cost, np.array(BUDGETS))["mu_rec"]["ci"]
 
 
 def holds(ci, truth):

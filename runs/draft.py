@@ -3,16 +3,15 @@
     python -m runs.draft --run out/default --recurrence 8     some minutes; writes results/draft.csv
 
 Nothing else should run meanwhile. Every way of decoding continues the same prompts with the same
-seeds; a round times each once, the table has medians over rounds.
+seeds; a round times each once, after one to warm up. The table has medians over rounds.
 """
 
 import statistics
-import time
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
+from bench import alternate
 from common import COUNT, LOOPS, Parser, UserError, keep_freed_memory, run_script, some_path
 from data import EVAL_SEED, Loader
 from draft import draft_stream
@@ -36,31 +35,29 @@ def ways(recurrence, temperature, drafts, aheads):
 
 
 def measure(model, prompts, n, ways, rounds):
-    """{(draft, ahead): (tokens/s of each round, counts of all rounds)}."""
-    times = {way: [] for way in ways}
-    counts = {way: {"drafted": 0, "kept": 0, "loops": 0} for way in ways}
-    for number in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-        for way, decode in ways.items():
-            start = time.perf_counter()
-            for i, prompt in enumerate(prompts):
-                generator = torch.Generator().manual_seed(number * len(prompts) + i)
-                options = {"generator": generator}
-                mine = {}
-                if way[0]:
-                    options["counts"] = mine
-                for _ in decode(model, prompt, n, **options):
-                    pass
-                for name, value in mine.items():
-                    counts[way][name] += value
-            times[way].append(n * len(prompts) / (time.perf_counter() - start))
-    return {way: (times[way], counts[way]) for way in ways}
+    """{(draft, ahead): (seconds of each round, counts of one round)}."""
+    counts = {way: {} for way in ways}
+
+    def decode_all(way):
+        counts[way].update(drafted=0, kept=0, loops=0)
+        for seed, prompt in enumerate(prompts):
+            mine = {"counts": {}} if way[0] else {}
+            generator = torch.Generator().manual_seed(seed)
+            for _ in ways[way](model, prompt, n, generator=generator, **mine):
+                pass
+            for name, value in mine.get("counts", {}).items():
+                counts[way][name] += value
+    runs = {way: partial(decode_all, way) for way in ways}
+    seconds = alternate(runs, rounds, model.wte.weight.device, "decoding")
+    return {way: (seconds[way], counts[way]) for way in ways}
 
 
 def rows_of(found, recurrence, temperature, tokens):
-    """The table's rows. tokens: how many each way made in all."""
-    plain = statistics.median(found[0, 0][0])
+    """The table's rows. tokens: how many each way makes in a round."""
+    plain = tokens / statistics.median(found[0, 0][0])
     rows = []
-    for (draft, ahead), (rates, counts) in found.items():
+    for (draft, ahead), (seconds, counts) in found.items():
+        rates = [tokens / s for s in seconds]
         rate = statistics.median(rates)
         rows.append({
             "recurrence": recurrence, "draft": draft or "", "ahead": ahead or "",
@@ -104,8 +101,7 @@ def main():
     for temperature in (0.0, 0.7):
         every = ways(args.recurrence, temperature, args.draft, args.ahead)
         found = measure(model, prompts, args.tokens, every, args.rounds)
-        rows += rows_of(found, args.recurrence, temperature,
-                        args.tokens * len(prompts) * args.rounds)
+        rows += rows_of(found, args.recurrence, temperature, args.tokens * len(prompts))
     print("  ".join(COLUMNS))
     for row in rows:
         print("  ".join(f"{value:>{len(name)}}" for name, value in row.items()))

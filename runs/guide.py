@@ -14,7 +14,7 @@ import torch
 
 import figures
 from common import COUNT, Parser, UserError, run_script, some_path
-from evaluate import open_text
+from evaluate import add_text_flags, open_text
 from model import Parcae
 from tokenizer import load_tokenizer
 
@@ -64,11 +64,7 @@ def parse_args():
     add = parser.add_argument
     add("--run", type=some_path, default="out/default", metavar="DIR",
         help="run directory of train.py, of a looped model (default: %(default)s)")
-    add("--data", type=some_path, metavar="DIR",
-        help="data directory whose val tokens are read (default: the run's)")
-    add("--text", type=some_path, metavar="FILE", help="read this text instead")
-    add("--sequences", type=COUNT, default=16, metavar="N",
-        help="sequences of block_size tokens to read (default: %(default)s)")
+    add_text_flags(add, 16)
     add("--loops", type=COUNT, default=32, metavar="T",
         help="loops to show (default: %(default)s)")
     add("--out", type=Path, default="results", metavar="DIR",

@@ -12,12 +12,10 @@ and X/Y that does is kept, and asked for its optimum under the exact cost.
 import math
 
 import numpy as np
-import torch
 
 import figures
 from common import Parser, run_script
-from laws import cost_between
-from model import PRESETS, Parcae, ParcaeConfig
+from scaling import preset_size
 from tables import write_csv
 
 GRID = np.array([1, 2, 4, 6, 8, 10, 12])  # the recurrences that the paper trained
@@ -32,13 +30,9 @@ COLUMNS = ["model", "phi", "laws", "flops", "table_6", "published", "published_l
 
 def costs_and_size(name):
     """({accounting: cost function}, N_noncore, N_core) of a published model."""
-    costs = {"paper": {}, "exact": {}}
-    with torch.device("meta"):  # shapes alone, no memory
-        for mu in GRID.tolist():
-            model = Parcae(ParcaeConfig(**PRESETS[f"parcae-{name}"] | {"mean_recurrence": mu}))
-            for accounting in costs:
-                costs[accounting][mu] = model.flops_per_token(accounting=accounting)
-    return {name: cost_between(of) for name, of in costs.items()}, *model.matmul_params("exact")
+    _, paper = preset_size(f"parcae-{name}", "paper", GRID.tolist())
+    size, exact = preset_size(f"parcae-{name}", "exact", GRID.tolist())
+    return {"paper": paper, "exact": exact}, size["params_noncore"], size["params_core"]
 
 
 def slope_of(flops, mu):
