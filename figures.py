@@ -1,7 +1,7 @@
 """Every picture of the project, a function each: plain numbers in, a PNG out.
 
-Scripts that have something to show call these; training curves are `python curves.py`. matplotlib,
-imported here alone, is optional.
+Scripts that have something to show call these; curves.py draws the training curves with the same
+tools. matplotlib, imported here alone, is optional.
 """
 
 import numpy as np
@@ -396,82 +396,6 @@ def paper(path, models):
         loops_axis(axes, "best mean recurrence mu*", "y")
     every[0].legend(fontsize=8)
     save(figure, path)
-
-# ----------------------------------------------------------------------------- training curves
-
-
-def training(path, runs, loops):
-    """Training curves (curves.py); of one run alone also what steers it, a second row.
-
-    runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
-    "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
-    {T: [(tokens, size of the state)]}; "label". loops: T of the val losses, None without a loop."""
-    rows = 2 if len(runs) == 1 else 1
-    figure, grid = pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), layout="constrained",
-                                     squeeze=False)
-    titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
-    for axes, (key, title) in zip(grid[0], titles.items()):
-        for i, run in enumerate(runs):
-            color, val = f"C{i}", run["val"]
-            if rows == 2:
-                axes.plot(run[key], run["loss"], lw=0.5, color=color, alpha=0.25)
-            lone = "." if len(run[key]) == 1 else ""  # a line of one step would not be seen
-            axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
-                      label=run["label"])
-            axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
-        axes.locator_params(axis="x", nbins=6)
-        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
-                 title="Loss" if rows == 2 else f"Loss for {title}",
-                 ylim=loss_limits(runs))
-    grid[0, 0].set_ylabel("loss (nats per token)")
-    at = f" at T = {loops}" if loops else ""
-    points = f"\npoint: val loss{at}" if any(run["val"]["loss"] for run in runs) else ""
-    grid[0, 0].legend(title=f"line: train loss{points}", fontsize=8)
-    if rows == 2:
-        steering(grid[1], runs[0])
-    save(figure, path)
-
-
-def loss_limits(runs):
-    """Where the axis of the loss begins and ends: the first steps would take all the height."""
-    low, high = [], []
-    for run in runs:
-        smooth, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
-        low += [*smooth, *val, *(run["loss"] if len(runs) == 1 else [])]
-        if len(smooth):
-            high.append(np.quantile(smooth, 0.95))
-        high += val[-1:]
-    low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
-    if not high:
-        return None, None  # no step has a finite loss
-    margin = 0.05 * (max(high) - min(low)) or 0.1
-    return min(low) - margin, max(high) + margin
-
-
-def steering(axes, run):
-    """Learning rate, norm of the gradient and size of the state of a run, against its tokens."""
-    lone = "." if len(run["tokens"]) == 1 else ""
-    axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
-    axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
-    axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
-    axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
-    axes[1].set(title="Norm of the gradient", yscale="log")
-    axes[1].yaxis.set_major_locator(pyplot().LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1].yaxis.set_minor_locator(pyplot().NullLocator())
-    for i, (T, points) in enumerate(run["sizes"].items()):
-        axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=shade(i, len(run["sizes"])),
-                     label=f"T = {T}")
-    axes[2].set(title="State after T loops, root mean square")
-    if run["sizes"]:
-        axes[2].legend(fontsize=8)
-    else:
-        axes[2].set_yticks([])
-        axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
-                     transform=axes[2].transAxes)
-    for panel in axes:
-        panel.locator_params(axis="x", nbins=6)
-        panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
 
 
 if __name__ == "__main__":

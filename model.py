@@ -34,7 +34,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, load_checkpoint, nothing_to_run, read_json
+from common import (
+    UserError,
+    check_finite,
+    fit_weights,
+    load_checkpoint,
+    nothing_to_run,
+    read_json,
+)
 from layers import (
     INJECTIONS,
     PRESETS,
@@ -422,32 +429,6 @@ def parse_config(file, parse):
         raise UserError(f"{file}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not the JSON of a model: {error}") from None
-
-
-def fit_weights(model, weights, complaint):
-    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
-    is missing, unknown or of another shape."""
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{complaint}: they are no state dict of names and tensors")
-    expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
-    for name in expected.keys() & weights.keys():
-        w = weights[name]
-        plain = w.layout == torch.strided and w.device.type != "meta"
-        found = tuple(w.shape) if plain else "no plain tensor"
-        if found != expected[name]:
-            problems.append(f"{name} is {found}, must be {expected[name]}")
-    if problems:
-        raise UserError(f"{complaint}: {'; '.join(problems)}")
-    model.load_state_dict(weights)
-
-
-def check_finite(model, path):
-    """Raise UserError where a weight of a model that comes from `path` is not finite."""
-    for name, w in model.state_dict().items():
-        if not w.isfinite().all():
-            raise UserError(f"the weights in {path} are damaged: {name} is not finite")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import torch
 from common import (
     Parser,
     UserError,
+    check_finite,
+    fit_weights,
     from_hub,
     load_checkpoint,
     read_json,
@@ -31,7 +33,7 @@ from common import (
     write_text,
 )
 from data import check_place
-from model import Parcae, ParcaeConfig, check_finite, fit_weights, parse_config
+from model import Parcae, ParcaeConfig, parse_config
 from tokenizer import checked_encoding, load_tokenizer, save_tokenizer
 
 WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")

@@ -23,6 +23,7 @@ import torch
 
 from common import (
     UserError,
+    fit_weights,
     load_checkpoint,
     lock,
     matmul_peak,
@@ -32,7 +33,6 @@ from common import (
     whole_file,
     write_text,
 )
-from model import fit_weights
 from tokenizer import save_tokenizer
 
 FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import explain
 from common import (
     UserError,
+    fit_weights,
     keep_freed_memory,
     pick_device,
     pick_dtype,
@@ -40,7 +41,7 @@ from common import (
     run_script,
 )
 from data import EVAL_SEED, Loader, other_text, prepare
-from model import PRESETS, Parcae, ParcaeConfig, fit_weights, read_config
+from model import PRESETS, Parcae, ParcaeConfig, read_config
 from run import Run, check_free, describe, held, process, remove_leftovers
 from sample import stream
 from settings import DEFAULT_DATA, parse_args

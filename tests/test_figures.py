@@ -38,10 +38,6 @@ PICTURES = {
                    {"rule": "concat", "rate": 0.3, "loss": float("nan"), "loops": [], "size": [],
                     "step": [20], "radius": [5.0]}],),
 }
-PICTURES["training"] = ([
-    {"label": "a", **dict.fromkeys(("tokens", "flops", "seconds", "lr", "grad_norm"), X),
-     "smooth_norm": X, "loss": LOSS, "smooth_loss": LOSS, "sizes": {4: [(2.0, 1.1), (8.0, 1.2)]},
-     "val": {"tokens": [4], "flops": [4], "seconds": [4], "loss": [2.3]}}], 4)
 
 
 @pytest.mark.parametrize("name", PICTURES)
