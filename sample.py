@@ -2,6 +2,7 @@
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
     cat prompt.txt | python sample.py --prompt-file -
+    python sample.py --prompt "def " --samples 3          three of them, at the model's mean
     python sample.py --recurrence 8 --draft 2     the same, drafted with two loops: see draft.py
     python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop predicts
     python sample.py --prompt "for i in range(10):" --trace trace.html    the same, as a web page
@@ -13,11 +14,12 @@ trace go loop by loop through `model.loops`, where a loop can be looked at or le
 import sys
 import time
 from collections import namedtuple
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import figures
 from common import (
@@ -37,6 +39,7 @@ from tokenizer import begin_token, decode_stream, encode, load_tokenizer
 from trace_page import write_page
 
 TRACED = 40  # tokens of a prompt that a trace shows
+NO_TOKEN = -1
 
 # ------------------------------------------------------------------------------- generation
 
@@ -234,7 +237,13 @@ def parse_args():
         help="read the prompt from a file; - is standard input")
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="loops, one block of text for each (default: the model's mean)")
-    add("--tokens", type=COUNT, default=300, metavar="N", help="new tokens (default: %(default)s)")
+    add("--samples", type=COUNT, default=1, metavar="N",
+        help="continuations of the prompt, made together: many take little more time than one "
+        "(default: %(default)s)")
+    add("--tokens", type=COUNT, default=300, metavar="N",
+        help="new tokens, at most; fewer if the text ends (default: %(default)s)")
+    add("--ignore-eot", action="store_true",
+        help="go on after the end of the text, with another one")
     add("--temperature", type=number(float, 0), default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
@@ -269,13 +278,27 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_draft(args):
-    """Raise UserError where --draft does not go with the other flags."""
+def check_flags(args):
+    """Raise UserError where flags do not go together."""
+    if args.samples > 1 and (args.draft or args.exit_threshold is not None):
+        raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
+                        "their tokens do not keep step")
     if args.draft and (args.kv_cache != "per-loop" or args.exit_threshold is not None):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
-    if args.draft and args.draft >= min(args.recurrence or [args.draft + 1]):
-        raise UserError(f"--draft is {args.draft}, must be below every --recurrence")
+
+
+def recurrences_of(args, config):
+    """The numbers of loops to write a block of text for. Raises UserError."""
+    recurrences = args.recurrence or [config.mean_recurrence]
+    if not config.n_recurrent:
+        if args.draft:
+            raise UserError("--draft needs a model that loops: this one is a plain transformer")
+        print("a plain transformer: nothing loops, --recurrence has no effect")
+        return [1]
+    if args.draft and args.draft >= min(recurrences):
+        raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
+    return recurrences
 
 
 def read_prompt(args):
@@ -300,36 +323,76 @@ def read_prompt(args):
     return text
 
 
-def write_block(args, model, tokenizer, prompt, idx, recurrence):
-    """Print a continuation of the prompt at one number of loops, as it comes."""
+def until(tokens, end, made):
+    """Yield tokens (B, 1) until each row has had the token `end`. made: a list that gets them."""
+    ended = False
+    for token in tokens:
+        made.append(token)
+        yield token
+        ended = ended | (token == end)
+        if ended.all():
+            return
+
+
+def before(row, end):
+    """The tokens of a row, a list, that come before the token `end`."""
+    return row[:row.index(end)] if end in row else row
+
+
+def new_tokens(args, model, idx, recurrence, loops_used, counts):
+    """The stream of tokens (samples, 1) that the flags ask for; see stream and draft_stream."""
     from draft import draft_stream  # which draws by functions of this file
 
-    loops_used, counts = [], {}
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p,
                "generator": torch.Generator(idx.device).manual_seed(args.seed)}
     if args.draft:
-        tokens = draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead,
-                              counts=counts, **options)
-    else:
-        tokens = stream(model, idx, args.tokens, kv_cache=args.kv_cache,
-                        exit_threshold=args.exit_threshold, exit_rule=args.exit_rule,
-                        loops_used=loops_used, **options)
-    print(f"--- recurrence {recurrence}\n{prompt or ''}", end="")
+        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead,
+                            counts=counts, **options)
+    return stream(model, idx.expand(args.samples, -1), args.tokens, kv_cache=args.kv_cache,
+                  exit_threshold=args.exit_threshold, exit_rule=args.exit_rule,
+                  loops_used=loops_used, **options)
+
+
+def write_block(args, model, tokenizer, prompt, idx, recurrence):
+    """Print continuations of the prompt at one number of loops; a single one as it comes."""
+    loops_used, counts, made = [], {}, []
+    end = NO_TOKEN if args.ignore_eot else begin_token(tokenizer)
+    head, prompt = f"--- recurrence {recurrence}", prompt or ""
     start = time.perf_counter()
-    for text in decode_stream(tokenizer, tokens):
-        print(text, end="", flush=True)
-    rate = args.tokens / (time.perf_counter() - start)
-    used = f", {sum(loops_used) / len(loops_used):.2f} loops a token" if loops_used else ""
+    tokens = until(new_tokens(args, model, idx, recurrence, loops_used, counts), end, made)
+    if args.samples == 1:
+        print(f"{head}\n{prompt}", end="")
+        for text in decode_stream(tokenizer, takewhile(lambda token: token != end, tokens)):
+            print(text, end="", flush=True)
+        print()
+    else:
+        for _ in tqdm(tokens, desc="tokens", total=args.tokens, leave=False, disable=None):
+            pass
+    seconds = time.perf_counter() - start
+
+    rows = [before(row, end) for row in torch.cat(made, dim=1).tolist()]
+    if args.samples > 1:
+        for i, row in enumerate(rows, start=1):
+            text = "".join(decode_stream(tokenizer, row))
+            print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
+    count = sum(map(len, rows))
+    notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s"]
+    ended = sum(len(row) < len(made) for row in rows)
+    if ended:
+        notes.append(f"{ended} of {len(rows)} texts came to their end")
+    if loops_used:
+        notes.append(f"{sum(loops_used) / len(loops_used):.2f} loops a token")
     if counts:
-        used = (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
-                f"{counts['loops'] / args.tokens:.2f} loops a token, one after the other")
-    print(f"\n--- {args.tokens} tokens, {rate:,.1f} tokens/s{used}")
+        kept = counts["kept"] / max(1, counts["drafted"])
+        notes += [f"{kept:.0%} of the drafts kept",
+                  f"{counts['loops'] / len(made):.2f} loops a token, one after the other"]
+    print(f"--- {', '.join(notes)}")
 
 
 def main():
     args = parse_args()
-    check_draft(args)
+    check_flags(args)
     if args.trace and not is_page(args.trace):
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
@@ -350,10 +413,11 @@ def main():
     if args.trace:
         draw_trace(model, tokenizer, idx, max(args.recurrence or [2 * mean]), args.trace)
         return
-    recurrences = args.recurrence or [mean]
-    if not model.config.n_recurrent:
-        print("a plain transformer: nothing loops, --recurrence has no effect")
-        recurrences = [1]
+    check(idx, args.temperature, args.top_k, args.top_p, args.exit_threshold)
+    recurrences = recurrences_of(args, model.config)
+    T, block_size = idx.shape[1], model.config.block_size
+    if T > block_size:
+        print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
     for recurrence in recurrences:
         write_block(args, model, tokenizer, prompt, idx, recurrence)
 

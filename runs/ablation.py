@@ -1,6 +1,6 @@
 """What of the recipe matters? The table of runs/ablation.sh.
 
-    python -m runs.ablation out/half/looped-3e-2-{0,1} out/ablation/*
+    python -m runs.ablation out/ablation/*
 
 Runs are named VARIANT-SEED. Writes results/ablation.csv.
 """

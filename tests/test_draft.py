@@ -134,7 +134,7 @@ def test_drafting_from_the_command_line(run):
     plain = script("sample.py", "--run", run, "--prompt", "a", "--tokens", 9, "--recurrence", 3,
                    "--temperature", 0)
     assert done.stdout.rpartition("\n---")[0] == plain.stdout.rpartition("\n---")[0]
-    for flags, said in ((["--draft", 3, "--recurrence", 3], "must be below every --recurrence"),
+    for flags, said in ((["--draft", 3, "--recurrence", 3], "must be below --recurrence 3"),
                         (["--draft", 1, "--kv-cache", "shared"], "needs a cache for each loop")):
         done = script("sample.py", "--run", run, *flags)
         assert done.returncode == 2 and said in done.stderr

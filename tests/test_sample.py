@@ -8,8 +8,14 @@ import torch
 from conftest import save_run, script
 
 from model import KVCache, Parcae, UserError
-from sample import choose, generate, settle, trace
-from tokenizer import make_tokenizer, save_tokenizer
+from sample import NO_TOKEN, before, choose, generate, settle, trace, until
+from tokenizer import (
+    begin_token,
+    decode_stream,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+)
 from trace_page import write_page
 
 
@@ -61,11 +67,66 @@ def test_prompt_from_file_and_standard_input(run_directory):
         (["--prompt-file", "none.txt"], "none.txt: No such file"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--top-p", "2"], "top_p is 2.0"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--samples", "2", "--draft", "1"], "--samples is 2, must be 1 with --draft"),
+        (["--samples", "2", "--exit-threshold", "1"], "--samples is 2, must be 1 with --draft"),
     ],
 )
 def test_mistakes_get_one_line(run_directory, flags, message):
     run = sample(run_directory, *flags)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
+    assert not run.stdout
+
+
+def test_samples_are_made_together_and_each_is_one_of_its_own(run_directory):
+    flags = ["--prompt", "a", "--tokens", "30", "--ignore-eot", "--top-k", "250"]
+    done = sample(run_directory, *flags, "--samples", "3")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = Parcae.from_pretrained(run_directory), load_tokenizer(run_directory)
+    idx = torch.tensor([[begin_token(tokenizer), ord("a")]]).expand(3, -1)
+    rows = generate(model, idx, 30, temperature=0.7, top_k=250,
+                    generator=torch.Generator().manual_seed(0))
+    texts = ["".join(decode_stream(tokenizer, row)) for row in rows[:, 1:].tolist()]
+    assert len(set(texts)) == 3
+    assert done.stdout.rpartition("--- 90 tokens, ")[0] == "".join(
+        f"--- recurrence 4, sample {i} of 3\n{text}\n" for i, text in enumerate(texts, start=1))
+
+
+def test_texts_are_made_until_each_has_ended():
+    end = 7
+    drawn = torch.tensor([[1, 2, end, 3], [4, end, 5, 6]])
+    made, every = [], []
+    assert len(list(until(drawn.split(1, dim=1), end, made))) == len(made) == 3
+    assert [before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
+    assert len(list(until(drawn.split(1, dim=1), NO_TOKEN, every))) == 4
+
+
+def test_the_end_of_text_ends_a_block_unless_it_is_ignored(build, tmp_path):
+    model = build(vocab_size=320, tie_embeddings=False)
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
+    end = begin_token(load_tokenizer(tmp_path))
+    *_, x = model.loops(torch.tensor([[end, ord("a")]]), 4)
+    with torch.no_grad():  # after this prompt the end is the likeliest
+        model.lm_head.weight.zero_()[end] = x[0, -1]
+    save_run(model, tmp_path)
+    flags = ["--tokens", "5", "--temperature", "0", "--prompt", "a"]
+    assert sample(tmp_path, *flags).stdout.startswith("--- recurrence 4\na\n--- 0 tokens, ")
+    two = sample(tmp_path, *flags, "--samples", "2").stdout
+    assert "sample 2 of 2\na\n--- 0 tokens" in two and "2 of 2 texts came to their end" in two
+    on = sample(tmp_path, *flags, "--ignore-eot").stdout
+    assert on.startswith("--- recurrence 4\na<|endoftext|>") and "--- 5 tokens, " in on
+
+
+def test_a_prompt_longer_than_the_context_says_what_is_read(run_directory):
+    done = sample(run_directory, "--prompt", "a" * 40, "--tokens", "2")
+    assert done.stdout.startswith("the prompt has 41 tokens: only its last 32, the context, are")
+
+
+def test_only_a_model_that_loops_has_a_draft(build, tmp_path):
+    save_run(build(vocab_size=320, n_recurrent=0, n_prelude=2), tmp_path)
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
+    done = sample(tmp_path, "--prompt", "a", "--draft", "1")
+    assert done.returncode == 2 and "--draft needs a model that loops" in done.stderr
 
 
 def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
