@@ -335,12 +335,10 @@ def p_hop(path, hops, loops, looped, once, layers, trained):
             axes.set_xlabel("one layer, looped T times at test time")
             end, top = sum(T <= trained for T in loops) - 0.5, len(hops) - 0.45
             axes.axvline(end, color=RED, lw=2)
-            text = f"trained with {trained:g} loops on average  "
-            axes.text(end, top, text, color=RED, ha="right")
-            axes.text(end, top, "  more than that", color=RED)
+            axes.text(end, top, f"mean of training: {trained:g} loops", color=RED, ha="center")
     every[0].set_yticks(range(len(hops)), hops)
     every[0].set_ylabel(f"p lookups in a row (trained: {min(hops)} to {max(hops)})")
-    right.suptitle("One loop does no lookup yet; each further loop brings one more within reach\n"
+    right.suptitle("Each further loop brings one more lookup within reach\n"
                    "(right answers in %; guessing gives 25)", fontsize=11)
     save(figure, path)
 

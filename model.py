@@ -2,11 +2,13 @@
 
     e       = Norm(P(tokens))                       prelude, once
     h_0     ~ N(0, sigma^2)                         start state
-    h_{t+1} = A_bar * h_t + B_bar e + R(h_t, e)     recurrent block, again and again (eq. 3)
+    x       = A_bar * h_t + B_bar e                 injection: the old state shrinks, e comes again
+    h_{t+1} = x + what the recurrent block adds     its layers are residual; both again and again
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
-With 0 < A_bar < 1 the loop forgets its past and cannot blow up, whatever is learned ("Parcae:
-Scaling Laws For Stable Looped Language Models", arXiv 2604.12946; "§" and "eq." refer to it).
+0 < A_bar < 1 shrinks the old state, and the layers read normalised input, so that what they add is
+bounded: the state cannot blow up, whatever is learned ("Parcae: Scaling Laws For Stable Looped
+Language Models", arXiv 2604.12946, eq. 3; "§" and "eq." refer to it).
 A plain transformer is this one with an empty recurrent block (n_recurrent=0); a fixed-depth
 model is one that loops once (mean_recurrence=1).
 
@@ -24,6 +26,7 @@ and, departing from the published code:
 - float32 weights are cast to the dtype of the activations where they are used (`compute_dtype`)
 
 In comments B is the batch, T the tokens of a sequence and C the channels; (B, T, C) is a shape.
+Loops are `recurrence` (asked for), `depths` (of each row) or t (the one that runs).
 """
 
 import math
@@ -65,7 +68,7 @@ class Tokens:
     x: torch.Tensor  # (B, T, C): their embeddings
     rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
-    position: int  # of the first of them in the cache
+    position: int  # where the first of them stands in the cache
 
     def each(self, f):
         """The same with f of each tensor that has rows."""
@@ -78,10 +81,12 @@ class Tokens:
 
 
 class Parcae(nn.Module):
-    """See the head of this file. `compute_dtype`: of the activations; None is that of the weights.
+    """See the head of this file. `compute_dtype` is the dtype of the activations; with None it is
+    that of the weights.
 
-    There are two ways in: `model(idx, ...)`, above all for training, and `model.loops(idx, most)`,
-    loop by loop and with a KV cache. Both are made of begin, recurrent_pass and readout."""
+    `model(idx, ...)` is for training: each row has a depth of its own. `hidden` and `step` run all
+    rows equally deep, with a KV cache, to generate. `loops` and `states` stop after each loop, to
+    look at it. All are made of begin, recurrent_pass and readout."""
 
     compute_dtype = None
 
@@ -167,9 +172,10 @@ class Parcae(nn.Module):
         tokens, u, h = self.begin(idx[order])
 
         # the loop: first without gradient, then each row's last backprop_depth loops with it
+        # depths [9, 5, 2] and backprop_depth 4: without up to [5, 1, 0], with from there on
         with_gradient = self.config.backprop_depth if self.training else max(depths)
         middle = [max(0, n - with_gradient) for n in depths]
-        with torch.no_grad():
+        with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
             h = self.loop(h, u.detach(), tokens.each(torch.detach), [0] * len(depths), middle)
         h = self.loop(h, u, tokens, middle, depths)
 
@@ -183,7 +189,7 @@ class Parcae(nn.Module):
         stop[i] - start[i] never rises from one row to the next."""
         rounds = [b - a for a, b in zip(start, stop)]
         for t in range(rounds[0]):
-            live = sum(n > t for n in rounds)  # rows that still loop
+            live = sum(n > t for n in rounds)  # the first rows: those that still loop
             new = self.recurrent_pass(h[:live], u[:live], tokens.rows(live))
             h = torch.cat([new, h[live:]])
         return h
@@ -251,7 +257,8 @@ class Parcae(nn.Module):
         return x
 
     def begin(self, idx, cache=None):
-        """What the loops need: the Tokens of idx (B, T), u = input(e) and h_0, both (B, T, C)."""
+        """What the loops need: the Tokens of idx (B, T); u = B_bar e, made once for all loops, and
+        h_0, both (B, T, C)."""
         tokens = self.look_up(idx, cache)
         e = self.norm_prelude(self.run(self.prelude, 0, tokens.x, tokens, cache))
         return tokens, self.injection.input(e), self.start_state(e)
@@ -299,7 +306,7 @@ class Parcae(nn.Module):
             return torch.ones(batch_size, dtype=torch.int64)
         u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         u = (torch.arange(batch_size) + u) / batch_size
-        # invert the distribution function P(Poisson <= k), k to 12 standard deviations
+        # where the distribution function P(Poisson <= k) reaches u; k to 12 standard deviations
         most = mean + 12 * math.ceil(math.sqrt(mean)) + 12
         k = torch.arange(most, dtype=torch.float64)
         cdf = torch.special.gammaincc(k + 1, torch.tensor(mean, dtype=torch.float64))
