@@ -375,6 +375,26 @@ def stability(path, runs):
     save(figure, path)
 
 
+def exits(path, rows):
+    """What leaving the loop early costs, by rule (runs/exits.py).
+
+    rows: dicts: "rule"; "loops", their mean over tokens; "above", nats more than with all loops;
+    "above_error", its standard error. The rule "fixed" is as many loops for every token."""
+    figure, [axes] = panels(1, 6, 4)
+    for rule, marker in zip(dict.fromkeys(row["rule"] for row in rows), MARKERS):
+        mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
+        x, y, error = ([row[key] for row in mine] for key in ("loops", "above", "above_error"))
+        label, color = ("all tokens alike", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
+        axes.errorbar(x, y, error, marker=marker, ms=5, lw=1, capsize=2, label=label, color=color)
+    # A first loop that is far off would take all the height.
+    high = max(row["above"] for row in rows if row["loops"] >= 2)
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.set(xlabel="loops a token, mean", ylabel="loss above all loops (nats)",
+             ylim=(-0.1 * high, 1.2 * high), title="What does stopping early cost?")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
 def paper(path, models):
     """The best recurrences that the paper found, and what equal exact FLOPs give (runs/paper.py).
 

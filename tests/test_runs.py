@@ -235,3 +235,24 @@ def test_guide_draws_both_pictures_and_refuses_what_has_no_a_bar(run, build, tmp
         save_run(build(vocab_size=320, **other), run)
         done = script("runs/guide.py", "--run", run, "--out", tmp_path)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_exits_are_measured_beside_fixed_depths(build, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(run, build(vocab_size=320))
+    save_tokenizer(make_tokenizer("bytes"), run / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("a looped model leaves its loop early " * 3)
+    flags = ["--run", run, "--text", tmp_path / "text.txt", "--most", 3, "--out", out]
+    done = script("runs/exits.py", *flags, "--sequences", 2)
+    assert done.returncode == 0 and png(out / "exits.png"), done.stderr
+    rows = {(row["rule"], float(row["threshold"])): row for row in read_csv(out / "exits.csv")}
+    assert float(rows["fixed", 2]["loops"]) == 2 and float(rows["fixed", 3]["above"]) == 0
+    for rule in "kl", "state", "entropy":
+        loops = [float(row["loops"]) for (name, _), row in rows.items() if name == rule]
+        assert loops == sorted(loops, reverse=True) and 2 <= loops[-1] <= loops[0] <= 3
+    one = script("runs/exits.py", *flags, "--sequences", 1)
+    assert one.returncode == 2 and "--sequences is 1, must be at least 2" in one.stderr
+    make_run(tmp_path / "plain", build(vocab_size=320, n_recurrent=0, n_prelude=2))
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "plain" / "tokenizer.json")
+    plain = script("runs/exits.py", *flags, "--run", tmp_path / "plain")
+    assert plain.returncode == 2 and "it has no loop to leave" in plain.stderr
