@@ -20,54 +20,43 @@ from common import UserError, nothing_to_run
 from sample import check, probabilities, stream
 
 
-def propose(model, last, cache, recurrence, ahead, pick):
+def propose(model, last, cache, recurrence, ahead, distribution, generator):
     """Draft tokens after `last` (1, 1), with `recurrence` loops each.
 
-    pick: a function, logits (1, vocab_size) -> (token (1, 1), its distribution (1, vocab_size)).
-    Returns (tokens (1, ahead), distributions, one each, and for `last` and all drafts the states
-    and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on by ahead + 1."""
-    token, tokens, distributions, states, inputs = last, [], [], [], []
+    distribution: a function, logits (T, vocab_size) -> what tokens are drawn from, of that shape.
+    Returns (tokens (1, ahead), their distributions (ahead, vocab_size), and for `last` and all
+    drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
+    by ahead + 1."""
+    seen, drafted, states, inputs = [last], [], [], []
     for i in range(ahead + 1):
-        looked_up, u, h = model.begin(token, cache)
-        for t in range(recurrence):
-            h = model.recurrent_pass(h, u, looked_up, cache, t)
+        logits, h, u = model.advance(seen[i], cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
         if i < ahead:  # after the last draft comes a token of the full model
-            logits = model.lm_head(model.readout(h, looked_up, cache)).float()
-            token, distribution = pick(logits[:, -1])
-            tokens.append(token)
-            distributions.append(distribution)
-    tokens = torch.cat([last[:, :0], *tokens], dim=1)
-    return tokens, distributions, torch.cat(states, dim=1), torch.cat(inputs, dim=1)
-
-
-def verify(model, idx, h, u, cache, start, recurrence):
-    """Logits (1, T, vocab_size) of idx (1, T), the last T tokens of the cache, whose states h
-    (1, T, C) are those after `start` loops."""
-    cache.pos -= idx.shape[1]
-    tokens = model.look_up(idx, cache)
-    for t in range(start, recurrence):
-        h = model.recurrent_pass(h, u, tokens, cache, t)
-    return model.lm_head(model.readout(h, tokens, cache)).float()
+            drafted.append(distribution(logits[:, -1]))
+            seen.append(torch.multinomial(drafted[i], 1, generator=generator))
+    tokens = torch.cat(seen, dim=1)[:, 1:]
+    return tokens, torch.cat(drafted), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
 
 
 def accept(tokens, drafted, wanted, generator):
     """The drafts that stay and one token more, (1, kept + 1).
 
-    tokens: (1, k). drafted: k distributions (1, vocab_size) that they were drawn from; wanted: the
-    full model's, k + 1. A draft stays with probability wanted / drafted, at most 1. At the first
-    that does not, a token is drawn from what the draft gave too little, max(0, wanted - drafted):
-    together that is a draw from `wanted`. If all stay, the token more is one of the full model."""
-    for i, (q, p) in enumerate(zip(drafted, wanted)):
-        token = tokens[:, i:i + 1]
-        chance = torch.rand((), generator=generator, device=p.device)
-        if chance * q.gather(-1, token) >= p.gather(-1, token):
-            short = (p - q).clamp(min=0)
-            # Equal distributions reject by rounding alone: then short is nothing.
-            left = short if short.sum() > 0 else p
-            return torch.cat([tokens[:, :i], torch.multinomial(left, 1, generator=generator)], 1)
-    return torch.cat([tokens, torch.multinomial(wanted[-1], 1, generator=generator)], 1)
+    tokens: (1, k). drafted: the distributions that they were drawn from, (k, vocab_size); wanted:
+    the full model's, (k + 1, vocab_size). A draft stays with probability wanted / drafted, at most
+    1, and if those before it do. At the first that does not, a token is drawn from what the draft
+    gave too little, max(0, wanted - drafted): together that is a draw from `wanted`. If all stay,
+    the token more is one of the full model."""
+    k = tokens.shape[1]
+    given, due = (p[:k].gather(-1, tokens.T) for p in (drafted, wanted))                   # (k, 1)
+    chance = torch.rand(k, 1, generator=generator, device=tokens.device)
+    kept = int((chance * given < due).cumprod(dim=0).sum())
+    p = wanted[kept]
+    if kept < k:
+        short = (p - drafted[kept]).clamp(min=0)
+        # Equal distributions reject by rounding alone: then short is nothing.
+        p = short if short.sum() > 0 else p
+    return torch.cat([tokens[:, :kept], torch.multinomial(p, 1, generator=generator)[None]], dim=1)
 
 
 @torch.no_grad()
@@ -85,28 +74,33 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
     if not 1 <= draft < recurrence:
         raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below recurrence")
+    if ahead < 1:
+        raise UserError(f"ahead is {ahead}, must be at least 1")
 
-    def pick(logits):
-        distribution = probabilities(logits, temperature, top_k, top_p)
-        return torch.multinomial(distribution, 1, generator=generator), distribution
+    def distribution(logits):
+        return probabilities(logits, temperature, top_k, top_p)
     counts = {} if counts is None else counts
     counts.update(drafted=0, kept=0, loops=0)
     training = model.training
     model.eval()
     try:
-        capacity = min(idx.shape[1] + n, model.config.block_size)
+        capacity = min(idx.shape[1] + n + 1, model.config.block_size)
         cache = model.new_cache(1, capacity, recurrence)
-        if 1 < idx.shape[1] <= capacity:
+        if 1 < idx.shape[1] < capacity:
             model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
-        while n > 0 and idx.shape[1] <= capacity:
-            # Room for the last token and its drafts; never more than are asked for.
-            k = min(ahead, n - 1, capacity - cache.pos - 1)
-            start, last = cache.pos, idx[:, -1:]
-            tokens, drafted, h, u = propose(model, last, cache, draft, k, pick)
+        while n > 0 and idx.shape[1] < capacity:
+            # Room for the last token and its drafts. One at the least, even if it is one too many:
+            # a compiled verification of a single token would be a graph of its own.
+            k = min(ahead, max(1, n - 1), capacity - cache.pos - 1)
+            start = cache.pos
+            # Not a view: compiled, that would be another graph.
+            last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
+            tokens, drafted, h, u = propose(model, last, cache, draft, k, distribution,
+                                             generator)
             seen = torch.cat([last, tokens], dim=1)
-            logits = verify(model, seen, h, u, cache, draft, recurrence)
-            wanted = [pick(logits[:, i])[1] for i in range(k + 1)]
-            new = accept(tokens, drafted, wanted, generator)
+            cache.pos = start
+            logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
+            new = accept(tokens, drafted, distribution(logits[0]), generator)[:, :n]
             counts["drafted"] += k
             counts["kept"] += new.shape[1] - 1
             counts["loops"] += (k + 1) * draft + recurrence - draft

@@ -228,11 +228,22 @@ class Parcae(nn.Module):
         return self.readout(h, tokens, cache)
 
     def step(self, idx, recurrence, cache):
-        """Logits (B, T, vocab_size) float32 after more tokens idx (B, T) of a cache's sequences.
+        """Logits (B, T, vocab_size) float32 after more tokens idx (B, T) of a cache's sequences."""
+        return self.advance(idx, cache, 0, recurrence if self.config.n_recurrent else 0)[0]
 
-        Generation goes through here: `model.step = torch.compile(model.step, dynamic=True)` makes
-        one graph of all layers and loops, for any position."""
-        return self.lm_head(self.hidden(idx, recurrence, cache)).float()
+    def advance(self, idx, cache, start, stop, h=None, u=None):
+        """The same after loops start, ..., stop - 1; and the state h and u, both (B, T, C), which a
+        later call, for the same tokens and from `stop` on, takes up.
+
+        All generation goes through here: `model.advance = torch.compile(model.advance,
+        dynamic=True)` makes one graph of all layers and loops, for any position."""
+        if start == 0:
+            tokens, u, h = self.begin(idx, cache)
+        else:
+            tokens = self.look_up(idx, cache)
+        for t in range(start, stop):
+            h = self.recurrent_pass(h, u, tokens, cache, t)
+        return self.lm_head(self.readout(h, tokens, cache)).float(), h, u
 
     # ------------------------------------------------------------------------- their parts
 

@@ -402,7 +402,7 @@ def main():
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
     model.to(device, dtype)
     if args.compile:
-        model.step = torch.compile(model.step, dynamic=True)
+        model.advance = torch.compile(model.advance, dynamic=True)
 
     tokenizer = load_tokenizer(args.run)
     prompt = read_prompt(args)

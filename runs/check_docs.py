@@ -407,7 +407,7 @@ def run_all(folder, paths):
             code, output, start = 0, "", time.monotonic()
             if not reasons:
                 code, output = run_command(command, setup, folder)
-            if re.fullmatch(r"\w+=[^\n]*", command.text):
+            if SETS.match(command.text):
                 setup.append(command.text)
             seconds = time.monotonic() - start
             said = f"skipped: {reasons[0]}" if reasons else f"exit code {code}, {seconds:.0f} s"

@@ -3,16 +3,15 @@ import torch
 from conftest import script
 
 from common import UserError
-from draft import accept, draft_stream, propose, verify
+from draft import accept, draft_stream, propose
 from sample import probabilities, stream
 
 
 def greedy(logits):
-    distribution = probabilities(logits, 0)
-    return distribution.argmax(-1, keepdim=True), distribution
+    return probabilities(logits, 0)
 
 
-@pytest.mark.parametrize("draft, ahead", [(1, 1), (2, 4), (3, 7), (1, 0)])
+@pytest.mark.parametrize("draft, ahead", [(1, 1), (2, 4), (3, 7)])
 @pytest.mark.parametrize("length", [1, 5])
 def test_greedy_text_is_that_of_plain_generation(build, tokens, draft, ahead, length):
     model, idx = build().eval(), tokens[:1, :length]
@@ -31,15 +30,29 @@ def test_it_goes_on_where_the_context_is_full(build, tokens):
     assert torch.equal(plain, drafted)
 
 
+@pytest.mark.parametrize("n, ahead", [(11, 3), (12, 3), (1, 4)])
+def test_compiled_drafting_is_two_graphs_for_all_positions(build, tokens, n, ahead):
+    """One drafts a token, one verifies; never a single token is verified, which were another."""
+    model, idx, graphs = build().eval(), tokens[:1, :5], []
+    plain = torch.cat(list(stream(model, idx, n, recurrence=4, temperature=0)))
+    torch._dynamo.reset()
+    model.advance = torch.compile(model.advance, dynamic=True, fullgraph=True,
+                                  backend=lambda graph, _: graphs.append(graph) or graph)
+    drafted = torch.cat(list(draft_stream(model, idx, n, recurrence=4, draft=1, ahead=ahead,
+                                          temperature=0)))
+    assert torch.equal(plain, drafted) and len(graphs) == 2
+
+
 def test_the_drafts_loops_are_the_first_of_the_verification(build, tokens):
     """Logits and cache after drafting and verifying are those of one pass over the same tokens."""
     model, idx = build().eval(), tokens[:1, :8]
     cache = model.new_cache(1, 16, 6)
     with torch.no_grad():
         model.hidden(idx[:, :-1], 6, cache)
-        new, _, h, u = propose(model, idx[:, -1:], cache, 2, 3, greedy)
+        new, _, h, u = propose(model, idx[:, -1:], cache, 2, 3, greedy, None)
         seen = torch.cat([idx[:, -1:], new], dim=1)
-        logits = verify(model, seen, h, u, cache, 2, 6)
+        cache.pos -= 4
+        logits, _, _ = model.advance(seen, cache, 2, 6, h, u)
 
         whole = model.new_cache(1, 16, 6)
         at_once = model.lm_head(model.hidden(torch.cat([idx, new], dim=1), 6, whole)).float()
@@ -71,7 +84,7 @@ def test_what_is_accepted_is_a_draw_from_the_full_model():
     counts = torch.zeros(4)
     for _ in range(20_000):
         token = torch.multinomial(q, 1, generator=generator)
-        counts[accept(token, [q], [p, p], generator)[0, 0]] += 1
+        counts[accept(token, q, p.expand(2, -1), generator)[0, 0]] += 1
     expected = 20_000 * p[0]
     assert counts[3] == 0
     chi_squared = ((counts - expected)[:3] ** 2 / expected[:3]).sum()
@@ -108,6 +121,7 @@ def test_sampled_frequencies_are_those_of_plain_sampling(build, tokens, options)
     ({"draft": 4}, "draft is 4, must be from 1 to 3"),
     ({"draft": 0}, "draft is 0, must be from 1 to 3"),
     ({"draft": 1, "temperature": -1}, "temperature is -1"),
+    ({"draft": 1, "ahead": 0}, "ahead is 0, must be at least 1"),
 ])
 def test_bad_values_get_one_line(build, tokens, options, said):
     with pytest.raises(UserError, match=said):
