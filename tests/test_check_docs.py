@@ -142,7 +142,9 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
     (root / "README.md").write_text(
         "    word=\"made here\"\n    python -c \"print('$word')\" > made.txt\n"
         "    python -c \"raise SystemExit(3)\"\n    torchrun train.py\n"
-        "    python --version  # twice\n    python --version\n\nor `python -c 'print(7)'`\n")
+        "    python --version  # twice\n    python --version\n"
+        "    n=1 python -c \"open('count', 'a').write('x')\"\n    python -c pass\n"
+        "\nor `python -c 'print(7)'`\n")
     (root / "GUIDE.md").write_text("    python -c 'print(7)'\n    python -c \"print('$word')\"\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(root)]
     subprocess.run([*git, "init", "-q"], check=True)
@@ -158,5 +160,6 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
     assert "GUIDE.md:1: exit code 0" in log and "\n    7\n" in log
     assert "GUIDE.md:2: exit code" in log and "unbound variable" in log
     assert log.count("python --version") == 1
+    assert (copy / "count").read_text() == "x"  # a command with a variable is no assignment
     with pytest.raises(check_docs.UserError):
         check_docs.run_all(copy, check_docs.find_documents())
