@@ -1,12 +1,14 @@
-"""How much faster is drafting? Plain and drafted decoding of a trained run, in turns.
+"""How much faster is drafting, and compiling? Decoding of a trained run, every way in turns.
 
-    python -m runs.draft --run out/default --recurrence 8     some minutes; writes results/draft.csv
+    python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes results/draft.csv
+    python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
 
 Nothing else should run meanwhile. Every way of decoding continues the same prompts with the same
 seeds; a round times each once, after one to warm up. The table has medians over rounds.
 """
 
 import statistics
+from collections import namedtuple
 from functools import partial
 
 import torch
@@ -20,53 +22,63 @@ from sample import stream
 from tables import write_csv
 from tokenizer import load_tokenizer
 
-COLUMNS = ["recurrence", "draft", "ahead", "temperature", "tokens_per_second", "slowest",
-           "fastest", "speedup", "kept", "loops_per_token"]
+COLUMNS = ["recurrence", "compiled", "draft", "ahead", "temperature", "tokens_per_second",
+           "slowest", "fastest", "speedup", "kept", "loops_per_token"]
+Way = namedtuple("Way", "recurrence compiled draft ahead")  # draft and ahead 0: nothing is drafted
 
 
-def ways(recurrence, temperature, drafts, aheads):
-    """{(draft, ahead): a function of model, prompt, n and generator that yields tokens}."""
-    common = {"recurrence": recurrence, "temperature": temperature}
-    result = {(0, 0): partial(stream, **common)}
-    for draft in drafts:
-        for ahead in aheads:
-            result[draft, ahead] = partial(draft_stream, draft=draft, ahead=ahead, **common)
-    return result
+def ways_of(args):
+    """All ways of decoding that the flags ask for."""
+    ways = []
+    for recurrence in args.recurrence:
+        for compiled in (False, True)[:1 + args.compile]:
+            ways.append(Way(recurrence, compiled, 0, 0))
+            ways += [Way(recurrence, compiled, draft, ahead) for draft in args.draft
+                     for ahead in args.ahead if draft < recurrence]
+    return ways
 
 
-def measure(model, prompts, n, ways, rounds):
-    """{(draft, ahead): (seconds of each round, counts of one round)}."""
+def measure(model, prompts, n, ways, temperature, rounds):
+    """{way: (seconds of each round, counts of one round)}."""
     counts = {way: {} for way in ways}
+    advance = {False: model.advance, True: torch.compile(model.advance, dynamic=True)}
 
     def decode_all(way):
         counts[way].update(drafted=0, kept=0, loops=0)
+        model.advance = advance[way.compiled]
         for seed, prompt in enumerate(prompts):
-            mine = {"counts": {}} if way[0] else {}
-            generator = torch.Generator().manual_seed(seed)
-            for _ in ways[way](model, prompt, n, generator=generator, **mine):
+            options = {"recurrence": way.recurrence, "temperature": temperature,
+                       "generator": torch.Generator().manual_seed(seed)}
+            tokens, mine = stream(model, prompt, n, **options), {}
+            if way.draft:
+                tokens = draft_stream(model, prompt, n, draft=way.draft, ahead=way.ahead,
+                                      counts=mine, **options)
+            for _ in tokens:
                 pass
-            for name, value in mine.get("counts", {}).items():
+            for name, value in mine.items():
                 counts[way][name] += value
     runs = {way: partial(decode_all, way) for way in ways}
     seconds = alternate(runs, rounds, model.wte.weight.device, "decoding")
+    model.advance = advance[False]
     return {way: (seconds[way], counts[way]) for way in ways}
 
 
-def rows_of(found, recurrence, temperature, tokens):
+def rows_of(found, temperature, tokens):
     """The table's rows. tokens: how many each way makes in a round."""
-    plain = tokens / statistics.median(found[0, 0][0])
     rows = []
-    for (draft, ahead), (seconds, counts) in found.items():
+    for way, (seconds, counts) in found.items():
+        plain = tokens / statistics.median(found[Way(way.recurrence, False, 0, 0)][0])
         rates = [tokens / s for s in seconds]
         rate = statistics.median(rates)
+        drafted = bool(way.draft)
         rows.append({
-            "recurrence": recurrence, "draft": draft or "", "ahead": ahead or "",
-            "temperature": f"{temperature:g}",
+            "recurrence": way.recurrence, "compiled": "yes" if way.compiled else "",
+            "draft": way.draft or "", "ahead": way.ahead or "", "temperature": f"{temperature:g}",
             "tokens_per_second": f"{rate:.1f}",
             "slowest": f"{min(rates):.1f}", "fastest": f"{max(rates):.1f}",
             "speedup": f"{rate / plain:.2f}",
-            "kept": f"{counts['kept'] / counts['drafted']:.3f}" if draft else "",
-            "loops_per_token": f"{counts['loops'] / tokens:.2f}" if draft else str(recurrence),
+            "kept": f"{counts['kept'] / counts['drafted']:.3f}" if drafted else "",
+            "loops_per_token": f"{counts['loops'] / tokens:.2f}" if drafted else way.recurrence,
         })
     return rows
 
@@ -78,11 +90,13 @@ def main():
         help="run directory of train.py (default: %(default)s)")
     add("--data", type=some_path, default="data/stdlib", metavar="DIR",
         help="data directory whose val text prompts are taken from (default: %(default)s)")
-    add("--recurrence", type=LOOPS, default=8, metavar="T", help="(default: %(default)s)")
+    add("--recurrence", type=LOOPS, nargs="+", default=[8], metavar="T",
+        help="loops (default: 8)")
     add("--draft", type=LOOPS, nargs="+", default=[1, 2, 4], metavar="T",
-        help="loops of a draft (default: 1 2 4)")
+        help="loops of a draft, where fewer than --recurrence (default: 1 2 4)")
     add("--ahead", type=COUNT, nargs="+", default=[4, 8], metavar="N",
         help="tokens drafted at a time (default: 4 8)")
+    add("--compile", action="store_true", help="each way compiled, too")
     add("--tokens", type=COUNT, default=100, metavar="N",
         help="new tokens for each of four prompts (default: %(default)s)")
     add("--rounds", type=COUNT, default=5, metavar="N", help="(default: %(default)s)")
@@ -99,9 +113,8 @@ def main():
 
     rows = []
     for temperature in (0.0, 0.7):
-        every = ways(args.recurrence, temperature, args.draft, args.ahead)
-        found = measure(model, prompts, args.tokens, every, args.rounds)
-        rows += rows_of(found, args.recurrence, temperature, args.tokens * len(prompts))
+        found = measure(model, prompts, args.tokens, ways_of(args), temperature, args.rounds)
+        rows += rows_of(found, temperature, args.tokens * len(prompts))
     print("  ".join(COLUMNS))
     for row in rows:
         print("  ".join(f"{value:>{len(name)}}" for name, value in row.items()))

@@ -136,7 +136,7 @@ def test_the_table_of_speeds(run, tmp_path):
                   tmp_path / "d.csv")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "d.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 2 and lines[1].startswith("3,,,0,")
+    assert len(lines) == 1 + 2 * 2 and lines[1].startswith("3,,,,0,")
     kept, loops = map(float, lines[2].split(",")[-2:])
     assert 0 <= kept <= 1 and 1 < loops <= 5
 
