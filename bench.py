@@ -242,7 +242,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, s
     for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
         model = build(c, device, dtype).eval().to(dtype)
         if compiled:
-            model.step = torch.compile(model.step, dynamic=True)
+            model.compile_decoding()
         cache = KVCache(c, 1, context + steps, loops, device, dtype)
         idx = torch.randint(c.vocab_size, (1, context), device=device)
 

@@ -235,8 +235,7 @@ class Parcae(nn.Module):
         """The same after loops start, ..., stop - 1; and the state h and u, both (B, T, C), which a
         later call, for the same tokens and from `stop` on, takes up.
 
-        All generation goes through here: `model.advance = torch.compile(model.advance,
-        dynamic=True)` makes one graph of all layers and loops, for any position."""
+        All generation goes through here; see compile_decoding."""
         if start == 0:
             tokens, u, h = self.begin(idx, cache)
         else:
@@ -349,6 +348,12 @@ class Parcae(nn.Module):
         torch._dynamo.config.recompile_limit = 64
         for block in [*self.prelude, *self.recurrent, *self.coda]:
             block.compile(dynamic=True)
+
+    def compile_decoding(self):
+        """torch.compile `advance`: a graph of all layers and loops, for any position. Other numbers
+        of loops, and several tokens at once, are graphs of their own."""
+        torch._dynamo.config.recompile_limit = 64
+        self.advance = torch.compile(self.advance, dynamic=True)
 
     # ------------------------------------------------------------------------- what it costs
 

@@ -41,7 +41,9 @@ def ways_of(args):
 def measure(model, prompts, n, ways, temperature, rounds):
     """{way: (seconds of each round, counts of one round)}."""
     counts = {way: {} for way in ways}
-    advance = {False: model.advance, True: torch.compile(model.advance, dynamic=True)}
+    advance = {False: model.advance}
+    model.compile_decoding()
+    advance[True] = model.advance
 
     def decode_all(way):
         counts[way].update(drafted=0, kept=0, loops=0)
