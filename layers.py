@@ -8,12 +8,13 @@ import copy
 import math
 import typing
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, nothing_to_run
+from common import UserError, nothing_to_run, read_json
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
@@ -106,6 +107,38 @@ PRESETS = {
 for name, size in [*PRESETS.items()]:
     layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
     PRESETS[name.replace("parcae", "gpt")] = size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
+
+
+def read_config(run_directory):
+    """The ParcaeConfig of a run directory. Raises UserError."""
+    file = Path(run_directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{run_directory} holds no model: {file} does not exist; "
+                        "train one first: python train.py")
+    return parse_config(file, config_of_run)
+
+
+def config_of_run(settings):
+    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
+    if "model" not in settings and "n_embd" in settings:
+        raise UserError("a model in another format; python published.py import makes a run of it")
+    return ParcaeConfig(**settings["model"])
+
+
+def parse_config(file, parse):
+    """parse(the JSON object in a file): a ParcaeConfig. Raises UserError that names the file."""
+    try:
+        settings = read_json(file)
+    except UserError as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+    try:
+        return parse(settings)
+    except KeyError as error:
+        raise UserError(f"{file} has no {error}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
 
 # ------------------------------------------------------------------------------- layers
 

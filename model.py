@@ -43,7 +43,6 @@ from common import (
     fit_weights,
     load_checkpoint,
     nothing_to_run,
-    read_json,
 )
 from layers import (
     INJECTIONS,
@@ -55,6 +54,7 @@ from layers import (
     Linear,
     ParcaeConfig,
     RMSNorm,
+    read_config,
 )
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
@@ -420,38 +420,6 @@ class Parcae(nn.Module):
 def count_parameters(module, dimensions=None):
     """Numbers in the parameters of a module; dimensions: only in those of so many (2: matrices)."""
     return sum(p.numel() for p in module.parameters() if dimensions in (None, p.ndim))
-
-
-def read_config(run_directory):
-    """The ParcaeConfig of a run directory. Raises UserError."""
-    file = Path(run_directory) / "config.json"
-    if not file.exists():
-        raise UserError(f"{run_directory} holds no model: {file} does not exist; "
-                        "train one first: python train.py")
-    return parse_config(file, config_of_run)
-
-
-def config_of_run(settings):
-    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
-    if "model" not in settings and "n_embd" in settings:
-        raise UserError("a model in another format; python published.py import makes a run of it")
-    return ParcaeConfig(**settings["model"])
-
-
-def parse_config(file, parse):
-    """parse(the JSON object in a file): a ParcaeConfig. Raises UserError that names the file."""
-    try:
-        settings = read_json(file)
-    except UserError as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
-    try:
-        return parse(settings)
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from common import (
     write_text,
 )
 from data import check_place
-from model import Parcae, ParcaeConfig, parse_config
+from layers import ParcaeConfig, parse_config
+from model import Parcae
 from tokenizer import checked_encoding, load_tokenizer, save_tokenizer
 
 WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")

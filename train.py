@@ -41,7 +41,8 @@ from common import (
     run_script,
 )
 from data import EVAL_SEED, Loader, other_text, prepare
-from model import PRESETS, Parcae, ParcaeConfig, read_config
+from layers import read_config
+from model import PRESETS, Parcae, ParcaeConfig
 from run import Run, check_free, describe, held, process, remove_leftovers
 from sample import stream
 from settings import DEFAULT_DATA, parse_args
