@@ -132,6 +132,7 @@ def picture(path, runs, loops):
     rows = 2 if len(runs) == 1 else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
                                              layout="constrained")
+    limits = loss_limits(runs)
     titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
     for axes, (key, title) in zip(grid[0], titles.items()):
         for i, run in enumerate(runs):
@@ -145,7 +146,7 @@ def picture(path, runs, loops):
         axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
                  title="Loss" if rows == 2 else f"Loss for {title}",
-                 ylim=loss_limits(runs))
+                 ylim=limits)
     grid[0, 0].set_ylabel("loss (nats per token)")
     at = f" at T = {loops}" if loops else ""
     points = f"\npoint: val loss{at}" if any(run["val"]["loss"] for run in runs) else ""
@@ -159,10 +160,10 @@ def loss_limits(runs):
     """Where the axis of the loss begins and ends: the first steps would take all the height."""
     low, high = [], []
     for run in runs:
-        smooth, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
-        low += [*smooth, *val, *(run["loss"] if len(runs) == 1 else [])]
-        if len(smooth):
-            high.append(np.quantile(smooth, 0.95))
+        line, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
+        low += [*line, *val, *(run["loss"] if len(runs) == 1 else [])]
+        if len(line):
+            high.append(np.quantile(line, 0.95))
         high += val[-1:]
     low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
     if not high:

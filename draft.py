@@ -95,8 +95,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             start = cache.pos
             # Not a view: compiled, that would be another graph.
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
-            tokens, drafted, h, u = propose(model, last, cache, draft, k, distribution,
-                                             generator)
+            tokens, drafted, h, u = propose(model, last, cache, draft, k, distribution, generator)
             seen = torch.cat([last, tokens], dim=1)
             cache.pos = start
             logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
@@ -109,8 +108,10 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
-        yield from stream(model, idx, n, recurrence=recurrence, temperature=temperature,
-                          top_k=top_k, top_p=top_p, generator=generator)
+        for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                            top_k=top_k, top_p=top_p, generator=generator):
+            counts["loops"] += recurrence
+            yield token
     finally:
         model.train(training)
 

@@ -157,8 +157,10 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
     return rows, sum(tokens), size
 
 
-def early_exit(model, batches, tokenizer, most, threshold, rule):
-    """The row of a threshold; its "recurrence" is the mean of the loops used."""
+def early_exit(model, batches, tokenizer, most, threshold, rule, first=None):
+    """The row of a threshold; its "recurrence" is the mean of the loops used. first: see row_of.
+
+    batches: of one sequence each."""
     device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
     nats, tokens, size, loops_used = [], [], 0, []
     for idx, targets in batches:
@@ -168,7 +170,7 @@ def early_exit(model, batches, tokenizer, most, threshold, rule):
         tokens.append(targets.numel())
         size += int(sizes[targets.cpu()].sum())
         loops_used += loops
-    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, size)
+    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, size, first)
     return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
 
 # ------------------------------------------------------------------------------- command line

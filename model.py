@@ -84,9 +84,9 @@ class Parcae(nn.Module):
     """See the head of this file. `compute_dtype` is the dtype of the activations; with None it is
     that of the weights.
 
-    `model(idx, ...)` is for training: each row has a depth of its own. `hidden` and `step` run all
-    rows equally deep, with a KV cache, to generate. `loops` and `states` stop after each loop, to
-    look at it. All are made of begin, recurrent_pass and readout."""
+    `model(idx, ...)` is for training: each row has a depth of its own. `hidden`, `step` and
+    `advance` run all rows equally deep, with a KV cache, to generate. `loops` and `states` stop
+    after each loop, to look at it. All are made of begin, recurrent_pass and readout."""
 
     compute_dtype = None
 
@@ -232,10 +232,11 @@ class Parcae(nn.Module):
         return self.advance(idx, cache, 0, recurrence if self.config.n_recurrent else 0)[0]
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
-        """The same after loops start, ..., stop - 1; and the state h and u, both (B, T, C), which a
-        later call, for the same tokens and from `stop` on, takes up.
+        """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits as of
+        step, and the state h and u, both (B, T, C).
 
-        All generation goes through here; see compile_decoding."""
+        A later call for the same tokens takes up h and u from `stop` on (draft.py). What
+        compile_decoding compiles."""
         if start == 0:
             tokens, u, h = self.begin(idx, cache)
         else:

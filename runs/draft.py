@@ -31,7 +31,7 @@ def ways_of(args):
     """All ways of decoding that the flags ask for."""
     ways = []
     for recurrence in args.recurrence:
-        for compiled in (False, True)[:1 + args.compile]:
+        for compiled in [False, True] if args.compile else [False]:
             ways.append(Way(recurrence, compiled, 0, 0))
             ways += [Way(recurrence, compiled, draft, ahead) for draft in args.draft
                      for ahead in args.ahead if draft < recurrence]

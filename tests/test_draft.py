@@ -64,6 +64,12 @@ def test_the_drafts_loops_are_the_first_of_the_verification(build, tokens):
                 assert torch.allclose(a[:, :, :11], b[:, :, :11], atol=1e-4)
 
 
+def test_tokens_of_a_full_context_are_not_drafted_and_wait_for_every_loop(build, tokens):
+    model, idx, counts = build().eval(), torch.cat([tokens[:1], tokens[:1]], dim=1), {}
+    list(draft_stream(model, idx, 5, recurrence=3, draft=1, counts=counts))
+    assert counts == {"drafted": 0, "kept": 0, "loops": 5 * 3}
+
+
 def test_what_is_thrown_away_leaves_no_trace(build, tokens):
     """A model whose drafts are all refused writes the same text from the same cache."""
     model, idx = build(seed=3).eval(), tokens[:1, :4]

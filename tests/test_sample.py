@@ -257,8 +257,8 @@ def test_compiled_decoding_step_is_one_graph_for_all_positions(build, tokens):
     model, graphs = build(value_embeds=True, block_size=32).eval(), []
     plain = generate(model, tokens, 16, recurrence=3, temperature=0)
     torch._dynamo.reset()
-    model.step = torch.compile(
-        model.step,
+    model.advance = torch.compile(
+        model.advance,
         dynamic=True,
         fullgraph=True,
         backend=lambda graph, _: graphs.append(graph) or graph,
