@@ -34,6 +34,7 @@ from common import (
     write_text,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
+from recording import speed_up
 
 MB = 1e6
 LOOPED = [name for name in PRESETS if name.startswith("parcae")]
@@ -108,7 +109,7 @@ def saved_bytes(model, forward):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that keeps its own graph is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()  # what it returns lives until here, so that no storage is used twice
@@ -234,15 +235,15 @@ def train_speed(config, context, batch, recurrence, rounds, device, dtype, compi
 
 
 @torch.no_grad()
-def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, steps=16):
+def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, recorded,
+                 steps=16):
     """(matmul peak, bandwidth, rows): tokens/s of prefill and of decoding one sequence, beside two
     limits: the matmul peak, and the bandwidth if every weight were read once a loop."""
     peak, width = matmul_peak(device, dtype), bandwidth(device)
     prefill, decode, limits = {}, {}, {}
     for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
         model = build(c, device, dtype).eval().to(dtype)
-        if compiled:
-            model.compile_decoding()
+        speed_up(model, compiled, recorded)
         cache = KVCache(c, 1, context + steps, loops, device, dtype)
         idx = torch.randint(c.vocab_size, (1, context), device=device)
 
@@ -354,7 +355,9 @@ def parse_args():
     add("--rounds", type=COUNT, default=5, metavar="N",
         help="times that everything is measured, in turns (default: %(default)s)")
     add("--compile", action="store_true",
-        help="torch.compile the layers for training, the whole step for decoding (minutes)")
+        help="torch.compile the layers; for decoding on a CPU the whole step (minutes)")
+    add("--eager", action="store_true",
+        help="for decoding on a GPU: launch each operation, instead of replaying a CUDA graph")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the activations (default: auto)")
@@ -397,7 +400,7 @@ def bench_decode(args, config, context, device, dtype):
     if device.type == "cpu" and args.dtype == "auto":
         dtype = torch.float32  # CPUs multiply bfloat16 vectors slowly
     peak, width, rows = decode_speed(config, context, args.recurrence, args.rounds, device, dtype,
-                                     args.compile)
+                                     args.compile, not args.eager)
     show(f"Generation, one sequence at context {context}, {dtype}, peak {peak / 1e9:,.0f} GFLOP/s, "
          f"memory {width / 1e9:,.1f} GB/s", rows,
          LABEL | {"prefill tokens/s": rate("prefill tokens/s"),
@@ -417,7 +420,8 @@ def main():
     keep_freed_memory()
     results = {"preset": args.preset, "model": asdict(config), "machine": machine_name(device),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "context": context,
-               "batch": args.batch, "rounds": args.rounds, "compile": args.compile}
+               "batch": args.batch, "rounds": args.rounds, "compile": args.compile,
+               "eager": args.eager}
     print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
           f"{results['threads']} threads")
     out = Path(args.out)

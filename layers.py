@@ -165,10 +165,12 @@ def rotate(x, rope):
     return x * cos + swapped * sin
 
 
-def attend(q, k, v):
-    """Causal attention of q (B, n_head, T, head_dim) to k and v (B, n_head, S, head_dim), of which
-    the last T are q's own positions."""
+def attend(q, k, v, mask=None):
+    """Attention of q (B, n_head, T, head_dim) to k and v (B, n_head, S, head_dim): causal, the last
+    T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
     T, S = q.shape[2], k.shape[2]
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
         # written out: PyTorch's fused kernel takes twice as long for this case
         mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
@@ -196,7 +198,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, ve=None, cache=None):
         """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); cache: None or
-        (keys, values, position), the first two (B, n_head, capacity, head_dim)."""
+        (keys, values, places, mask): two (B, n_head, capacity, head_dim), and what
+        KVCache.reserve gives."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
         k = self.c_k(x).view(B, T, self.n_head, -1)
@@ -214,14 +217,16 @@ class Attention(nn.Module):
             k = F.rms_norm(k, k.shape[-1:], eps=QK_NORM_EPS)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, n_head, T, head_dim)
 
-        # with a cache: put these keys and values in, take all so far out
+        # with a cache: put these keys and values in, take out all so far, or all and a mask
+        mask = None
         if cache is not None:
-            keys, values, position = cache
-            keys[:, :, position:position + T] = k
-            values[:, :, position:position + T] = v
-            k, v = keys[:, :, :position + T], values[:, :, :position + T]
+            keys, values, places, mask = cache
+            keys[:, :, places] = k
+            values[:, :, places] = v
+            seen = slice(None) if mask is not None else slice(places.stop)
+            k, v = keys[:, :, seen], values[:, :, seen]
 
-        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -338,9 +343,11 @@ class KVCache:
     kind "per-loop": a pair for every layer and every loop, exact. "shared": a loop overwrites the
     pair of the loop before, so that earlier tokens show all loops the keys and values of their last
     one (recurrent-depth models, arXiv 2502.05171): memory does not grow with the loops.
-    capacity: tokens; recurrence: the most loops."""
+    capacity: tokens; recurrence: the most loops. Raises UserError."""
 
     def __init__(self, config, batch_size, capacity, recurrence, device, dtype, kind="per-loop"):
+        if capacity > config.block_size:
+            raise UserError(f"{capacity} tokens do not fit block_size {config.block_size}")
         if kind not in ("per-loop", "shared"):
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
         loops = recurrence if kind == "per-loop" else 1
@@ -349,10 +356,24 @@ class KVCache:
         self.pairs = []
         for layer in range(config.n_layer):
             count = loops if layer in in_loop else 1
-            self.pairs.append([(torch.empty(shape, device=device, dtype=dtype),
-                                torch.empty(shape, device=device, dtype=dtype))
+            # zeros: a mask hides what is not written, but not a NaN that happens to be there
+            self.pairs.append([(torch.zeros(shape, device=device, dtype=dtype),
+                                torch.zeros(shape, device=device, dtype=dtype))
                                for _ in range(count)])
+        self.capacity = capacity
         self.pos = 0  # tokens held
+        self.places = None  # a tensor where shapes are fixed, see recording.py
+
+    def reserve(self, T):
+        """(places of the next T tokens, mask of what each of them sees). Places are a slice, the
+        mask is None: all so far. With fixed shapes: a tensor (T,) and (T, capacity)."""
+        if self.places is not None:
+            everywhere = torch.arange(self.capacity, device=self.places.device)
+            return self.places, everywhere <= self.places[:, None]
+        start, self.pos = self.pos, self.pos + T
+        if self.pos > self.capacity:
+            raise UserError(f"{self.pos} tokens do not fit a cache of {self.capacity}")
+        return slice(start, self.pos), None
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""

@@ -30,7 +30,7 @@ Loops are `recurrence` (asked for), `depths` (of each row) or t (the one that ru
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,12 +68,13 @@ class Tokens:
     x: torch.Tensor  # (B, T, C): their embeddings
     rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
-    position: int  # where the first of them stands in the cache
+    places: slice | torch.Tensor  # theirs in the cache, see KVCache.reserve
+    mask: torch.Tensor | None = None
 
     def each(self, f):
         """The same with f of each tensor that has rows."""
         value_embeds = {layer: f(ve) for layer, ve in self.value_embeds.items()}
-        return Tokens(f(self.x), self.rope, value_embeds, self.position)
+        return replace(self, x=f(self.x), value_embeds=value_embeds)
 
     def rows(self, count):
         """Those of the first rows of the batch."""
@@ -250,20 +251,18 @@ class Parcae(nn.Module):
     def look_up(self, idx, cache=None):
         """The Tokens of idx (B, T); with a cache they take its next T places."""
         T = idx.shape[1]
-        position = 0 if cache is None else cache.pos
-        if position + T > self.config.block_size:
-            raise UserError(f"{position + T} tokens do not fit block_size {self.config.block_size}")
-        if cache is not None:
-            cache.pos += T
+        if cache is None and T > self.config.block_size:
+            raise UserError(f"{T} tokens do not fit block_size {self.config.block_size}")
+        places, mask = (slice(T), None) if cache is None else cache.reserve(T)
         x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
-        cos, sin = self.rope[:, position:position + T].to(self.dtype)
+        cos, sin = self.rope[:, places].to(self.dtype)
         value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
-        return Tokens(x, (cos, sin), value_embeds, position)
+        return Tokens(x, (cos, sin), value_embeds, places, mask)
 
     def run(self, layers, first, x, tokens, cache, t=0):
         """x (B, T, C) after some layers, of which the first has the number `first`, in loop t."""
         for i, block in enumerate(layers, first):
-            pair = None if cache is None else (*cache.pair_of(i, t), tokens.position)
+            pair = None if cache is None else (*cache.pair_of(i, t), tokens.places, tokens.mask)
             x = block(x, tokens.rope, tokens.value_embeds.get(i), pair)
         return x
 

@@ -35,6 +35,7 @@ from common import (
     some_path,
 )
 from model import Parcae
+from recording import speed_up
 from tokenizer import begin_token, decode_stream, encode, load_tokenizer
 from trace_page import write_page
 
@@ -402,8 +403,7 @@ def main():
     exact = args.trace or device.type == "cpu" and args.dtype == "auto"
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
     model.to(device, dtype)
-    if args.compile:
-        model.compile_decoding()
+    speed_up(model, args.compile)
 
     tokenizer = load_tokenizer(args.run)
     prompt = read_prompt(args)

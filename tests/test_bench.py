@@ -1,4 +1,5 @@
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,18 @@ def test_saved_bytes_are_those_that_the_backward_pass_needs():
     assert saved(64, 3) == pytest.approx(saved(9, 3), rel=0.01)
 
 
+def test_measuring_what_is_saved_keeps_nothing():
+    made = []
+
+    def forward():
+        y = torch.randn(7, requires_grad=True).exp()  # keeps its own output
+        made.append(weakref.ref(y))
+        return y
+
+    bench.saved_bytes(torch.nn.Identity(), forward)
+    assert made[0]() is None
+
+
 def test_break_even_is_where_both_take_the_same():
     config = ParcaeConfig(**PRESETS["parcae-140m"])
     double, tokens = (
@@ -102,6 +115,8 @@ def test_tables_and_json(tmp_path):
         "--recurrence",
         1,
         4,
+        "--device",
+        "cpu",
         "--out",
         tmp_path,
     )

@@ -80,7 +80,7 @@ def test_mistakes_get_one_line(run_directory, flags, message):
 
 def test_samples_are_made_together_and_each_is_one_of_its_own(run_directory):
     flags = ["--prompt", "a", "--tokens", "30", "--ignore-eot", "--top-k", "250"]
-    done = sample(run_directory, *flags, "--samples", "3")
+    done = sample(run_directory, *flags, "--samples", "3", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     model, tokenizer = Parcae.from_pretrained(run_directory), load_tokenizer(run_directory)
     idx = torch.tensor([[begin_token(tokenizer), ord("a")]]).expand(3, -1)
