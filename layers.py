@@ -77,6 +77,11 @@ class ParcaeConfig:
             if kind in (int, float):
                 self.need(abs(value) < LARGEST, field.name, f"below {LARGEST:,}")
 
+    def check_length(self, tokens):
+        """Raise UserError for a sequence that is longer than block_size."""
+        if tokens > self.block_size:
+            raise UserError(f"{tokens} tokens do not fit block_size {self.block_size}")
+
     def need(self, ok, name, allowed):
         if not ok:
             raise UserError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
@@ -223,8 +228,9 @@ class Attention(nn.Module):
             keys, values, places, mask = cache
             keys[:, :, places] = k
             values[:, :, places] = v
-            seen = slice(None) if mask is not None else slice(places.stop)
-            k, v = keys[:, :, seen], values[:, :, seen]
+            k, v = keys, values
+            if mask is None:
+                k, v = keys[:, :, :places.stop], values[:, :, :places.stop]
 
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
@@ -346,8 +352,7 @@ class KVCache:
     capacity: tokens; recurrence: the most loops. Raises UserError."""
 
     def __init__(self, config, batch_size, capacity, recurrence, device, dtype, kind="per-loop"):
-        if capacity > config.block_size:
-            raise UserError(f"{capacity} tokens do not fit block_size {config.block_size}")
+        config.check_length(capacity)
         if kind not in ("per-loop", "shared"):
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
         loops = recurrence if kind == "per-loop" else 1

@@ -251,8 +251,7 @@ class Parcae(nn.Module):
     def look_up(self, idx, cache=None):
         """The Tokens of idx (B, T); with a cache they take its next T places."""
         T = idx.shape[1]
-        if cache is None and T > self.config.block_size:
-            raise UserError(f"{T} tokens do not fit block_size {self.config.block_size}")
+        self.config.check_length(T)
         places, mask = (slice(T), None) if cache is None else cache.reserve(T)
         x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
         cos, sin = self.rope[:, places].to(self.dtype)

@@ -24,18 +24,18 @@ class Recording:
     """One call of `advance`: loops start, ..., stop - 1 of as many tokens as idx (B, T) has."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
+        self.advance, self.cache, self.start, self.stop = advance, cache, start, stop
         self.inputs = [None if x is None else x.clone() for x in (idx, h, u)]
         self.places = torch.arange(idx.shape[1], device=idx.device)
         self.outputs, self.graph = None, None
 
-        def call():
-            cache.places = self.places
-            try:
-                idx, h, u = self.inputs
-                return advance(idx, cache, start, stop, h, u)
-            finally:
-                cache.places = None  # a prompt is read as ever
-        self.call = call
+    def call(self):
+        idx, h, u = self.inputs
+        self.cache.places = self.places
+        try:
+            return self.advance(idx, self.cache, self.start, self.stop, h, u)
+        finally:
+            self.cache.places = None  # a prompt is read as ever
 
     def replay(self, position, *inputs):
         """What the call returns for idx, h and u at the places from `position` on."""

@@ -275,8 +275,8 @@ def parse_args():
         help="of weights and activations; auto is float32 on CPUs, where bfloat16 is slower for "
         "small models and faster for large ones (default: auto)")
     add("--compile", action="store_true",
-        help="compile the decoding step: two to three times as fast for small models, after half a "
-        "minute of compiling for each number of loops")
+        help="compile the decoding step: 1.2 to 3 times as fast, most for small models, after half "
+        "a minute of compiling for each number of loops; less on a GPU")
     return parser.parse_args()
 
 

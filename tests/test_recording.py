@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-import recording
 from common import UserError
 from draft import draft_stream
-from recording import Recorder
+from recording import Recorder, speed_up
 from sample import generate
 
 
@@ -75,7 +74,7 @@ def test_a_full_cache_is_refused(build, tokens):
 def test_a_cuda_graph_makes_the_same_text(build, tokens, compiled):
     model, tokens = build(value_embeds=True).eval().cuda(), tokens.cuda()
     plain = generate(model, tokens, 16, recurrence=4, temperature=0)
-    recording.speed_up(model, compiled)
+    speed_up(model, compiled)
     assert torch.equal(generate(model, tokens, 16, recurrence=4, temperature=0), plain)
     assert all(r.graph is not None for r in model.advance.recordings.values())
     drafted = torch.cat([*draft_stream(model, tokens[:1], 16, recurrence=4, draft=1,
