@@ -34,6 +34,7 @@ from common import (
     write_text,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
+from quantize import cast
 from recording import speed_up
 
 MB = 1e6
@@ -73,7 +74,8 @@ def variants(config, recurrence):
     return looped + [(name, c, 1) for name, c in contenders(config).items() if name != "looped"]
 
 
-def build(config, device, dtype):
+def build(config, device, dtype=None):
+    """A model with random weights; dtype: of the activations, see Parcae."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Parcae(config)
@@ -238,13 +240,15 @@ def train_speed(config, context, batch, recurrence, rounds, device, dtype, compi
 def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, recorded,
                  steps=16):
     """(matmul peak, bandwidth, rows): tokens/s of prefill and of decoding one sequence, beside two
-    limits: the matmul peak, and the bandwidth if every weight were read once a loop."""
-    peak, width = matmul_peak(device, dtype), bandwidth(device)
+    limits: the matmul peak, and the bandwidth if every weight were read once a loop. dtype: of the
+    weights, see quantize.cast."""
+    activations = torch.bfloat16 if dtype == torch.int8 else dtype
+    peak, width = matmul_peak(device, activations), bandwidth(device)
     prefill, decode, limits = {}, {}, {}
     for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
-        model = build(c, device, dtype).eval().to(dtype)
+        model = cast(build(c, device).eval(), device, dtype)
         speed_up(model, compiled, recorded)
-        cache = KVCache(c, 1, context + steps, loops, device, dtype)
+        cache = model.new_cache(1, context + steps, loops)
         idx = torch.randint(c.vocab_size, (1, context), device=device)
 
         def fill(model=model, cache=cache, idx=idx, loops=loops):
@@ -259,7 +263,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
         decode[name, loops] = step
         flops = model.flops_per_token(loops, backprop_depth=0, context=context)
         weights = model.flops_per_token(loops, backprop_depth=0, context=1) / 2 * dtype.itemsize
-        read = weights + kv_bytes(c, context, loops, dtype.itemsize)
+        read = weights + kv_bytes(c, context, loops, activations.itemsize)
         limits[name, loops] = {"compute limit": peak / flops, "memory limit": width / read}
     filled = alternate(prefill, rounds, device, "prefill")
     decoded = alternate(decode, rounds, device, "decode")
@@ -359,13 +363,15 @@ def parse_args():
     add("--eager", action="store_true",
         help="for decoding on a GPU: launch each operation, instead of replaying a CUDA graph")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the activations (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
+        help="of the activations; int8, with --only decode: of the weights (default: auto)")
     add("--out", default="results", metavar="DIR",
         help="where the JSON and the figure go (default: %(default)s)")
     args = parser.parse_args()
     if args.preset not in LOOPED:
         parser.error(f"--preset is {args.preset}, must be one of {', '.join(LOOPED)}")
+    if args.dtype == "int8" and args.only != "decode":
+        parser.error("--dtype int8 is for generation: give --only decode")
     return args
 
 

@@ -277,7 +277,7 @@ def parse_args():
     add("--batch-size", type=COUNT, default=32, metavar="N",
         help="options at a time (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="of the activations (default: auto)")
     return parser.parse_args()
 
@@ -288,7 +288,7 @@ def main():
     tasks = core(model, tokenizer, args.folder, recurrence, args.batch_size, args.max_per_task)
     label, mean = show(tasks, recurrence)
     record = {"label": label, "mean": mean, "max_per_task": args.max_per_task,
-              "dtype": str(model.compute_dtype), "tasks": tasks}
+              "dtype": str(model.dtype), "tasks": tasks}
     write_text(Path(args.run) / "core.json", json.dumps(record, indent=1))
 
 

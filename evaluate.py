@@ -33,6 +33,7 @@ from common import (
 )
 from data import EVAL_SEED, Loader
 from model import Parcae
+from quantize import cast
 from sample import EXIT_RULES, settle
 from sources import read_text
 from tokenizer import begin_token, encode, load_tokenizer, same_tokens
@@ -204,8 +205,9 @@ def parse_args():
         "token)")
     add("--exit-rule", choices=EXIT_RULES, default="kl", help="see sample.py (default: kl)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the activations (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
+        help="of the activations; int8: they are bfloat16 and the weights have 8 bits, see "
+        "quantize.py (default: auto)")
     return parser.parse_args()
 
 
@@ -213,8 +215,12 @@ def open_run(args):
     """(model, tokenizer, loops to evaluate at) of the run that args name. Raises UserError."""
     keep_freed_memory()
     device = pick_device(args.device)
+    dtype = pick_dtype(device, args.dtype)
     model = Parcae.from_pretrained(args.run).to(device)
-    model.compute_dtype = pick_dtype(device, args.dtype)
+    if dtype == torch.int8:
+        cast(model, device, dtype)
+    else:
+        model.compute_dtype = dtype
     recurrence = args.recurrence if model.config.n_recurrent else [1]
     return model, load_tokenizer(args.run), recurrence
 
@@ -265,7 +271,8 @@ def main():
     for row in rows:
         print(line_of(row))
     record = {"data": name, "tokens": tokens, "bytes": size, "kv_cache": args.kv_cache,
-              "dtype": str(model.compute_dtype), "results": rows}
+              "dtype": str(model.dtype), "weights": str(model.lm_head.weight.dtype),
+              "results": rows}
 
     most = max(recurrence)
     for threshold in args.exit_threshold or ():

@@ -35,6 +35,7 @@ from common import (
     some_path,
 )
 from model import Parcae
+from quantize import cast
 from recording import speed_up
 from tokenizer import begin_token, decode_stream, encode, load_tokenizer
 from trace_page import write_page
@@ -241,7 +242,7 @@ def parse_args():
     add("--samples", type=COUNT, default=1, metavar="N",
         help="continuations of the prompt, made together: many take little more time than one "
         "(default: %(default)s)")
-    add("--tokens", type=COUNT, default=300, metavar="N",
+    add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, at most; fewer if the text ends (default: %(default)s)")
     add("--ignore-eot", action="store_true",
         help="go on after the end of the text, with another one")
@@ -271,9 +272,10 @@ def parse_args():
         f"page with a slider over loops. Else a PNG, of the last {TRACED} tokens; needs matplotlib")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of weights and activations; auto is float32 on CPUs, where bfloat16 is slower for "
-        "small models and faster for large ones (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
+        help="of weights and activations; int8: weights of 8 bits, activations bfloat16, the "
+        "fastest on a CPU, for a little loss (see quantize.py); auto is float32 on CPUs, where "
+        "bfloat16 is slower for small models and faster for large ones (default: auto)")
     add("--compile", action="store_true",
         help="compile the decoding step: 1.2 to 3 times as fast, most for small models, after half "
         "a minute of compiling for each number of loops; less on a GPU")
@@ -402,7 +404,7 @@ def main():
     # token by token bfloat16 is no faster for small models on a CPU
     exact = args.trace or device.type == "cpu" and args.dtype == "auto"
     dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
-    model.to(device, dtype)
+    cast(model, device, dtype)
     speed_up(model, args.compile)
 
     tokenizer = load_tokenizer(args.run)

@@ -1,10 +1,13 @@
-"""How much faster is drafting, and compiling? Decoding of a trained run, every way in turns.
+"""How much faster is drafting, compiling, weights of 8 bits, stopping early? Decoding of a trained
+run on a CPU, every way in turns.
 
     python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes results/draft.csv
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
+    python -m runs.draft --dtype float32 int8 --exit 0.03         also the ways that are not exact
 
 Nothing else should run meanwhile. Every way of decoding continues the same prompts with the same
-seeds; a round times each once, after one to warm up. The table has medians over rounds.
+seeds; a round times each once, after one to warm up. The table has medians over rounds; "speedup"
+is over the first --dtype, neither compiled nor drafted.
 """
 
 import statistics
@@ -14,73 +17,99 @@ from functools import partial
 import torch
 
 from bench import alternate
-from common import COUNT, LOOPS, Parser, UserError, keep_freed_memory, run_script, some_path
+from common import (
+    COUNT,
+    LOOPS,
+    Parser,
+    UserError,
+    keep_freed_memory,
+    number,
+    run_script,
+    some_path,
+)
 from data import EVAL_SEED, Loader
 from draft import draft_stream
 from model import Parcae
+from quantize import cast
 from sample import stream
 from tables import write_csv
 from tokenizer import load_tokenizer
 
-COLUMNS = ["recurrence", "compiled", "draft", "ahead", "temperature", "tokens_per_second",
-           "slowest", "fastest", "speedup", "kept", "loops_per_token"]
-Way = namedtuple("Way", "recurrence compiled draft ahead")  # draft and ahead 0: nothing is drafted
+COLUMNS = ["recurrence", "dtype", "compiled", "draft", "ahead", "exit", "temperature",
+           "tokens_per_second", "slowest", "fastest", "speedup", "kept", "loops_per_token"]
+# draft and ahead 0: nothing is drafted; exit: a threshold of EXIT_RULE, or None
+Way = namedtuple("Way", "recurrence dtype compiled draft ahead exit", defaults=(False, 0, 0, None))
+EXIT_RULE = "state"
 
 
 def ways_of(args):
     """All ways of decoding that the flags ask for."""
     ways = []
     for recurrence in args.recurrence:
-        for compiled in [False, True] if args.compile else [False]:
-            ways.append(Way(recurrence, compiled, 0, 0))
-            ways += [Way(recurrence, compiled, draft, ahead) for draft in args.draft
-                     for ahead in args.ahead if draft < recurrence]
+        for dtype in args.dtype:
+            for compiled in [False, True] if args.compile else [False]:
+                ways.append(Way(recurrence, dtype, compiled))
+                ways += [Way(recurrence, dtype, compiled, draft, ahead) for draft in args.draft
+                         for ahead in args.ahead if draft < recurrence]
+            # goes loop by loop: not through what is compiled
+            ways += [Way(recurrence, dtype, exit=threshold) for threshold in args.exit]
     return ways
 
 
-def measure(model, prompts, n, ways, temperature, rounds):
-    """{way: (seconds of each round, counts of one round)}."""
-    counts = {way: {} for way in ways}
+def load(run, dtype):
+    """A model of a run, and {compiled: its function `advance`}."""
+    model = cast(Parcae.from_pretrained(run), "cpu", getattr(torch, dtype))
     advance = {False: model.advance}
     model.compile_decoding()
-    advance[True] = model.advance
+    return model, advance | {True: model.advance}
+
+
+def measure(models, prompts, n, ways, temperature, rounds):
+    """{way: (seconds of each round, counts of one round)}; models: {dtype: what `load` gives}."""
+    counts = {way: {} for way in ways}
 
     def decode_all(way):
         counts[way].update(drafted=0, kept=0, loops=0)
+        model, advance = models[way.dtype]
         model.advance = advance[way.compiled]
         for seed, prompt in enumerate(prompts):
             options = {"recurrence": way.recurrence, "temperature": temperature,
                        "generator": torch.Generator().manual_seed(seed)}
-            tokens, mine = stream(model, prompt, n, **options), {}
+            mine, loops_used = {}, []
             if way.draft:
                 tokens = draft_stream(model, prompt, n, draft=way.draft, ahead=way.ahead,
                                       counts=mine, **options)
+            else:
+                tokens = stream(model, prompt, n, exit_threshold=way.exit, exit_rule=EXIT_RULE,
+                                loops_used=loops_used, **options)
             for _ in tokens:
                 pass
+            mine.setdefault("loops", sum(loops_used) or way.recurrence * n)
             for name, value in mine.items():
                 counts[way][name] += value
     runs = {way: partial(decode_all, way) for way in ways}
-    seconds = alternate(runs, rounds, model.wte.weight.device, "decoding")
-    model.advance = advance[False]
+    seconds = alternate(runs, rounds, torch.device("cpu"), "decoding")
     return {way: (seconds[way], counts[way]) for way in ways}
 
 
 def rows_of(found, temperature, tokens):
     """The table's rows. tokens: how many each way makes in a round."""
-    rows = []
+    rows, first = [], next(iter(found)).dtype
     for way, (seconds, counts) in found.items():
-        plain = tokens / statistics.median(found[Way(way.recurrence, False, 0, 0)][0])
+        plain = tokens / statistics.median(found[Way(way.recurrence, first)][0])
         rates = [tokens / s for s in seconds]
         rate = statistics.median(rates)
-        drafted = bool(way.draft)
         rows.append({
-            "recurrence": way.recurrence, "compiled": "yes" if way.compiled else "",
-            "draft": way.draft or "", "ahead": way.ahead or "", "temperature": f"{temperature:g}",
+            "recurrence": way.recurrence, "dtype": way.dtype,
+            "compiled": "yes" if way.compiled else "",
+            "draft": way.draft or "", "ahead": way.ahead or "",
+            "exit": "" if way.exit is None else f"{way.exit:g}",
+            "temperature": f"{temperature:g}",
             "tokens_per_second": f"{rate:.1f}",
             "slowest": f"{min(rates):.1f}", "fastest": f"{max(rates):.1f}",
             "speedup": f"{rate / plain:.2f}",
-            "kept": f"{counts['kept'] / counts['drafted']:.3f}" if drafted else "",
-            "loops_per_token": f"{counts['loops'] / tokens:.2f}" if drafted else way.recurrence,
+            "kept": f"{counts['kept'] / counts['drafted']:.3f}" if way.draft else "",
+            "loops_per_token": f"{counts['loops'] / tokens:.2f}",
         })
     return rows
 
@@ -104,10 +133,14 @@ def main():
     add("--rounds", type=COUNT, default=5, metavar="N", help="(default: %(default)s)")
     add("--out", type=some_path, default="results/draft.csv", metavar="FILE",
         help="the table (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
+        help="of the weights, see sample.py (default: float32)")
+    add("--exit", type=number(float, 0), nargs="*", default=[], metavar="EPS",
+        help=f"thresholds of the rule {EXIT_RULE}, see sample.py (default: none)")
     args = parser.parse_args()
     keep_freed_memory()
-    model = Parcae.from_pretrained(args.run)
-    block_size = model.config.block_size
+    models = {dtype: load(args.run, dtype) for dtype in args.dtype}
+    block_size = models[args.dtype[0]][0].config.block_size
     if args.tokens >= block_size:
         raise UserError(f"--tokens is {args.tokens}, must be below the block size {block_size}")
     loader = Loader(args.data, "val", block_size, load_tokenizer(args.run).n_vocab, EVAL_SEED)
@@ -115,7 +148,7 @@ def main():
 
     rows = []
     for temperature in (0.0, 0.7):
-        found = measure(model, prompts, args.tokens, ways_of(args), temperature, args.rounds)
+        found = measure(models, prompts, args.tokens, ways_of(args), temperature, args.rounds)
         rows += rows_of(found, temperature, args.tokens * len(prompts))
     print("  ".join(COLUMNS))
     for row in rows:

@@ -1,0 +1,54 @@
+"""Weights of 8 bits, to generate: a quarter of the bytes of float32.
+
+    python sample.py --dtype int8       writes with them
+    python evaluate.py --dtype int8     their val loss, to compare with that of --dtype float32
+
+A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. What is multiplied
+with it stays bfloat16; embeddings, norms and the injection do, too. A token on a CPU waits for
+weights more than for arithmetic, so that fewer bytes are less time. Not for training.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import nothing_to_run
+from layers import Linear
+
+FEW = 16  # rows up to which PyTorch's kernel beats a product with weights turned back
+KERNEL_WIDTH = 32  # it reads beyond the end of rows that are no multiple of this
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose weight (n_out, n_in) is int8, times scale (n_out,) bfloat16."""
+
+    def __init__(self, weight):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+        whole = (weight / scale.float().unsqueeze(1)).round().clamp(-127, 127)
+        self.weight = nn.Parameter(whole.to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if x.device.type == "cpu" and rows <= FEW and x.shape[-1] % KERNEL_WIDTH == 0:
+            x_ = x.reshape(rows, -1).contiguous()
+            return torch._weight_int8pack_mm(x_, self.weight, self.scale).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+def cast(model, device, dtype):
+    """Move a model that generates to a device, its weights to a dtype; with torch.int8 its linear
+    layers, the head among them, become Int8Linear and all else bfloat16. Returns it."""
+    if dtype == torch.int8:
+        for module in [*model.modules()]:
+            for name, child in module.named_children():
+                if isinstance(child, Linear):
+                    setattr(module, name, Int8Linear(child.weight))
+        dtype = torch.bfloat16
+    return model.to(device, dtype)
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)
