@@ -290,6 +290,25 @@ def half(path, models):
     save(figure, path)
 
 
+def short(path, models):
+    """Loss against passes over a short text, and against training FLOPs (runs/short.py).
+
+    models: dicts: "label"; "looped"; "passes"; "flops" and "losses" of the seeds, for each."""
+    figure, both = panels(2, 9, 3.8)
+    for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
+        for model, color in zip(models, ("0.4", "C0", RED)):
+            x = np.divide(model[key], unit)
+            axes.plot(x, [np.mean(losses) for losses in model["losses"]], color=color,
+                      label=model["label"])
+            for at, losses in zip(x, model["losses"]):
+                axes.plot([at] * len(losses), losses, ".", color=color, alpha=0.7)
+    both[0].set(xlabel="passes over the text", ylabel="val loss (nats per byte)",
+                title="At equal passes")
+    both[1].set(xlabel="training FLOPs (1e12)", xscale="log", title="At equal FLOPs")
+    both[0].legend(fontsize=8)
+    save(figure, path)
+
+
 LOOKUP = """Find the last time that this symbol
 was there (red); go to what came next.
 

@@ -70,6 +70,8 @@ def make_parser(about):
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always "
         "--mean-recurrence")
+    add("--loop-from", type=number(float, 0, 1), default=0, metavar="F",
+        help="loop once only until this share of the budget is spent (default: %(default)s)")
     add("--muon-lr", type=POSITIVE, default=3e-2, metavar="LR",
         help="peak learning rate of Muon (default: %(default)s)")
     add("--adamw-lr", type=POSITIVE, default=3e-2, metavar="LR",

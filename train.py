@@ -351,6 +351,8 @@ def train(s):
 
             # 1. how often each sequence loops
             depths = draw_depths(model, args.depth_sampling, args.batch_size, step_seed)
+            if progress < args.loop_from:
+                depths = torch.ones_like(depths)
             # 2. forward and backward
             loss = backward(parallel, s.loader, depths, state["samples"], s.micro, step_seed)
             # 3. update the weights, or skip what is not finite

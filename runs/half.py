@@ -120,24 +120,37 @@ def print_table(runs):
               f"{mean:.4f} ({seeds}) | {mean / math.log(2):.3f} |")
 
 
-def pairs(loss, better, worse):
-    """How much lower one model's loss is than another's, (seeds,): of the seeds that both have."""
-    seeds = sorted(loss[better].keys() & loss[worse].keys())
-    return np.array([loss[worse][seed] - loss[better][seed] for seed in seeds])
+def losses_of(rows):
+    """{seed: val loss}"""
+    return {row["seed"]: row["val_loss"] for row in rows}
+
+
+def pairs(better, worse):
+    """How much lower one model's loss is than another's, (seeds,): of the seeds that both have.
+
+    better, worse: {seed: loss}."""
+    seeds = sorted(better.keys() & worse.keys())
+    return np.array([worse[seed] - better[seed] for seed in seeds])
+
+
+def gain_text(gained):
+    """Differences of seeds as text: their mean, its standard error, each."""
+    error = f"{gained.std(ddof=1) / len(gained) ** 0.5:.4f}" if gained[1:].size else "-"
+    return (f"{gained.mean():+.4f} nats (standard error {error}; "
+            f"{', '.join(f'{one:+.4f}' for one in gained)})")
 
 
 def print_comparison(runs):
     """How far looping goes towards larger transformers; shares are ratios of mean differences."""
-    loss = {name: {row["seed"]: row["val_loss"] for row in rows} for name, rows in runs.items()}
+    loss = {name: losses_of(rows) for name, rows in runs.items()}
     for worse in ("plain", "longer"):
         if {"looped", worse} <= loss.keys():
-            gained = pairs(loss, "looped", worse)
-            error = f"{gained.std(ddof=1) / len(gained) ** 0.5:.4f}" if gained[1:].size else "-"
-            print(f"looped, less than {NAMES[worse]}: {gained.mean():+.4f} nats (standard error "
-                  f"{error}; {', '.join(f'{one:+.4f}' for one in gained)})")
+            gained = pairs(loss["looped"], loss[worse])
+            print(f"looped, less than {NAMES[worse]}: {gain_text(gained)}")
     for name in ("deep", "wide"):
         if {"plain", "looped", name} <= loss.keys():
-            gained, gap = pairs(loss, "looped", "plain"), pairs(loss, name, "plain")
+            gained = pairs(loss["looped"], loss["plain"])
+            gap = pairs(loss[name], loss["plain"])
             both = min(len(gained), len(gap))
             by_seed = ", ".join(f"{share:.0%}" for share in gained[:both] / gap[:both])
             print(f"share of the gap to {NAMES[name]} that looping closes: "

@@ -32,6 +32,8 @@ PICTURES = {
                "looped": True},
               {"label": "plain", "parameters": 9e4, "flops": 2e12, "losses": [1.2, 1.3],
                "looped": False}],),
+    "short": ([{"label": "looped", "looped": True, "passes": [4, 8], "flops": [1e12, 2e12],
+                "losses": [[1.3], [1.2, 1.3]]}],),
     "p_hop": (range(3), [1, 2, 4, 8], np.full((3, 4), 0.5), None, [1, 1, 0.9], 4),
     "stability": ([{"rule": "add", "rate": 0.1, "loss": 2.0, "loops": [1, 2], "size": [1, 9],
                     "step": [20, 40], "radius": [1.0, 1.0]},

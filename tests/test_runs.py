@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
+from data import open_shard, prepare
 from model import Parcae
-from runs import guide, p_hop
+from runs import guide, p_hop, short
 from sources import p_hop_docs
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
@@ -49,7 +50,7 @@ def test_experiments_explain_themselves_and_import_without_work(name):
     assert done.returncode == 0 and f"python -m runs.{name}" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["half", "p_hop", "stability"])
+@pytest.mark.parametrize("name", ["half", "p_hop", "short", "stability"])
 def test_no_run_gets_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setattr(p_hop, "read_docs", lambda: None)
     (tmp_path / "runs").mkdir()
@@ -80,6 +81,36 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     (tmp_path / "half.png").unlink()
     again = script("runs/half.py", tmp_path / "half.csv", tmp_path)
     assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half.png")
+
+
+def test_short_compares_the_lowest_losses_of_each_model(build, tmp_path):
+    for name, loss in (("once-8-3e-2-0", {"1": 2.0}), ("once-8-3e-2-1", {"1": 2.1}),
+                       ("once-8-1e-2-0", {"1": 2.2}), ("once-4-3e-2-0", {"1": 2.5}),
+                       ("looped-4-1e-2-0", {"1": 2.5, "4": 1.9}),
+                       ("looped-4-1e-2-1", {"1": 2.5, "4": 1.8})):
+        make_run(tmp_path / "runs" / name, build(), {"kind": "done", "val_loss": loss})
+    done = script("runs/short.py", tmp_path / "runs", tmp_path)
+    assert done.returncode == 0 and png(tmp_path / "short.png"), done.stderr
+    assert "run once, rate 0.03, seed 0, loss after passes: 4: 2.5000, 8: 2.0000" in done.stdout
+    assert ("4 passes, below run once, 8 passes: +0.2000 nats (standard error 0.1000; "
+            "+0.1000, +0.3000)") in done.stdout
+    again = script("runs/short.py", tmp_path / "short.csv", tmp_path)
+    assert again.stdout == done.stdout
+
+
+def test_the_short_text_is_spread_over_the_long_one(tmp_path, monkeypatch):
+    source = tmp_path / "long"
+    prepare("text", source, "bytes", [ROOT / "train.py", ROOT / "model.py"])
+    monkeypatch.setattr(short, "SOURCE", source)
+    monkeypatch.setattr(short, "PIECES", 3)
+    monkeypatch.setattr(short, "PIECE_TOKENS", 50)
+    short.make_text(tmp_path / "short")
+    long, few = (open_shard(path / "train_000000.bin") for path in (source, tmp_path / "short"))
+    assert len(few) == 150
+    assert np.array_equal(few[:50], long[:50]) and np.array_equal(few[100:], long[-50:])
+    assert load_tokenizer(tmp_path / "short").n_vocab == 257
+    val = [(path / "val_000000.bin").read_bytes() for path in (source, tmp_path / "short")]
+    assert val[0] == val[1]
 
 
 @pytest.mark.parametrize("name, table", [("half", "half.csv"), ("p_hop", "p-hop.csv")])
@@ -207,7 +238,7 @@ def test_what_loops_already_is_refused(build, tmp_path):
     assert not (tmp_path / "looped").exists()
 
 
-@pytest.mark.parametrize("name", ["half", "p_hop", "stability"])
+@pytest.mark.parametrize("name", ["half", "p_hop", "short", "stability"])
 def test_an_experiment_asks_for_matplotlib_before_it_trains(name):
     text = (ROOT / "runs" / f"{name}.sh").read_text()
     assert 0 < text.index("run_script(figures.pyplot)") < text.index("train.py --")

@@ -116,6 +116,12 @@ def test_a_run_learns_and_writes_its_directory(train):
     }
 
 
+def test_loops_may_begin_late(train):
+    train("late", "--max-steps", 8, "--loop-from", 0.5)
+    depths = [line["mean_depth"] for line in log(train.out / "late")]
+    assert depths[:4] == [1] * 4 and min(depths[4:]) > 1
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(train):
     whole, parts = train.out / "whole", train.out / "parts"
     train("whole", "--max-steps", 12, "--eval-every", 4)

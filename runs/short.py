@@ -1,0 +1,138 @@
+"""When text, not FLOPs, is short: the text, the table and the picture of runs/short.sh.
+
+    python -m runs.short text data/short             a quarter of a megabyte, and all of val
+    python -m runs.short out/short results           the runs, OUT/short.csv and OUT/short.png
+    python -m runs.short results/short.csv results   the table and picture again, from the table
+
+Runs are named MODEL-PASSES-RATE-SEED. Of several learning rates, each model gets the one at which
+its seed 0 comes lowest, with whatever number of passes over the text.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import data
+import figures
+from common import UserError, run_script, whole_directory
+from data import ShardWriter, open_shard
+from runs.half import gain_text, losses_of, pairs, parse_args, read_table
+from tables import last_line, write_csv
+from tokenizer import load_tokenizer, save_tokenizer
+
+SOURCE = Path("data/stdlib")
+PIECES, PIECE_TOKENS = 64, 4096  # the short text: pieces of the long one, at equal distances
+NAMES = {
+    "once": "run once",
+    "late": "run once, looped in the last third",
+    "looped": "looped, T = 4",
+}
+COLUMNS = {"model": str, "passes": int, "rate": float, "seed": int, "tokens": int, "flops": str,
+           "seconds": int, "val_loss": float}
+
+
+def make_text(out):
+    """Make a data directory whose train text is pieces of SOURCE's and whose val text is all of
+    SOURCE's."""
+    if not SOURCE.exists():
+        data.prepare("stdlib", SOURCE)
+    tokenizer = load_tokenizer(SOURCE)
+    train, val = (open_shard(SOURCE / f"{split}_000000.bin") for split in ("train", "val"))
+    starts = np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int)
+    pieces = {"train": [train[i:i + PIECE_TOKENS] for i in starts], "val": [val]}
+    with whole_directory(out, data.check_replaceable) as directory:
+        for split, parts in pieces.items():
+            writer = ShardWriter(directory, split, next(iter(data.FORMATS)))
+            for part in parts:
+                writer.write(part)
+            writer.close()
+            print(f"{out}: {writer.total:,} {split} tokens")
+        save_tokenizer(tokenizer, directory / "tokenizer.json",
+                       data.fingerprint(directory, "pieces of stdlib", PIECES))
+
+
+def read_row(path):
+    """The row of a finished run; None where it is not finished. Raises UserError."""
+    try:
+        model, passes, rest = path.name.split("-", 2)
+        rate, _, seed = rest.rpartition("-")
+        row = {"model": model, "passes": int(passes), "rate": float(rate), "seed": int(seed)}
+    except ValueError:
+        row = {"model": None}
+    if row["model"] not in NAMES:
+        raise UserError(f"{path} is not named MODEL-PASSES-RATE-SEED, as once-16-3e-2-0")
+    done = last_line(path / "log.jsonl")
+    if done["kind"] != "done":
+        print(f"{path} is not finished and left out")
+        return None
+    loss = done["val_loss"]["1" if model == "once" else "4"]
+    return row | {"tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
+                  "seconds": round(done["seconds"]), "val_loss": round(loss, 5)}
+
+
+def at_best_rate(rows):
+    """{model: {passes: its rows, by seed}} at the rate at which seed 0 comes lowest; prints what
+    was tried."""
+    chosen = {}
+    for name, label in NAMES.items():
+        mine = [row for row in rows if row["model"] == name]
+        first = [row for row in mine if row["seed"] == 0]
+        if not first:
+            continue
+        best = min(first, key=lambda row: row["val_loss"])
+        for rate in sorted({row["rate"] for row in first}):
+            tried = {row["passes"]: row["val_loss"] for row in first if row["rate"] == rate}
+            losses = ", ".join(f"{passes}: {tried[passes]:.4f}" for passes in sorted(tried))
+            print(f"{label}, rate {rate:g}, seed 0, loss after passes: {losses}")
+        rest = [row for row in mine if row["rate"] == best["rate"]]
+        chosen[name] = {passes: sorted((row for row in rest if row["passes"] == passes),
+                                       key=lambda row: row["seed"])
+                        for passes in sorted({row["passes"] for row in rest})}
+    return chosen
+
+
+def print_table(chosen):
+    """The table of results/README.md, and how much lower the best of each model is than the best
+    without a loop."""
+    passes = sorted({n for runs in chosen.values() for n in runs})
+    print("\n| passes | " + " | ".join(map(str, passes)) + " |\n|" + "---|" * (len(passes) + 1))
+    lowest = {}
+    for name, runs in chosen.items():
+        cells = []
+        for n in passes:
+            losses = [*losses_of(runs.get(n, [])).values()]
+            seeds = ", ".join(f"{loss:.4f}" for loss in losses)
+            cells.append(f"{np.mean(losses):.4f} ({seeds})" if losses else "")
+        print(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+        lowest[name] = min(runs, key=lambda n: np.mean([*losses_of(runs[n]).values()]))
+    for name in [name for name in chosen if name != "once" and "once" in chosen]:
+        gained = pairs(losses_of(chosen[name][lowest[name]]),
+                       losses_of(chosen["once"][lowest["once"]]))
+        print(f"{NAMES[name]}, {lowest[name]} passes, below run once, {lowest['once']} passes: "
+              f"{gain_text(gained)}")
+
+
+def main():
+    args = parse_args(__doc__)
+    if str(args.source) == "text":
+        make_text(args.out)
+        return
+    if args.source.is_dir():
+        rows = [row for path in sorted(args.source.iterdir()) if (row := read_row(path))]
+        if rows:
+            write_csv(args.out / "short.csv", rows, COLUMNS)
+    else:
+        rows = read_table(args.source, COLUMNS)
+    if not rows:
+        raise UserError(f"{args.source} holds no finished run")
+    chosen = at_best_rate(rows)
+    print_table(chosen)
+    figures.short(args.out / "short.png", [
+        {"label": NAMES[name], "looped": name == "looped", "passes": [*runs],
+         "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
+         "losses": [[*losses_of(mine).values()] for mine in runs.values()]}
+        for name, runs in chosen.items()])
+
+
+if __name__ == "__main__":
+    run_script(main)
