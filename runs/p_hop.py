@@ -4,7 +4,7 @@
     python -m runs.p_hop results/p-hop.csv results    the table and picture again, from the table
 
 Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings that
-data.py keeps for validation. Runs are named MODEL-SEED; MODEL is looped, once or layers.
+data.py keeps for validation. Runs are named MODEL-SEED; the picture is of looped, once and layers.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A task where depth is everything (p-hop induction, see sources.py): one layer looped, the same layer
-# run once, and eight layers. Nine minutes on two cores for one seed; SEEDS="0 1 2" for the
-# published table.
+# A task where depth is everything (p-hop induction, see sources.py): one layer looped 8 times, and 4
+# times, on average; the same layer run once for as many tokens, and for as many FLOPs as the first
+# one; eight layers. A quarter of an hour on two cores for one seed; SEEDS="0 1 2" for the published
+# table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -10,10 +11,12 @@ python -c "import common, figures; common.run_script(figures.pyplot)"
 for seed in ${SEEDS:-0}; do
     layer="--n-prelude 0 --n-recurrent 1 --n-coda 0"
     eight="--n-prelude 8 --n-recurrent 0 --n-coda 0"
-    [ $seed != 0 ] || echo --seed $seed --out out/p-hop/layers-$seed $eight
-    echo --seed $seed --out out/p-hop/looped-$seed $layer --mean-recurrence 8
-    echo --seed $seed --out out/p-hop/once-$seed $layer --mean-recurrence 1
+    echo --seed $seed --out out/p-hop/layers-$seed $eight --max-steps 2000
+    echo --seed $seed --out out/p-hop/looped-$seed $layer --mean-recurrence 8 --max-steps 2000
+    echo --seed $seed --out out/p-hop/mean4-$seed $layer --mean-recurrence 4 --max-steps 2000
+    echo --seed $seed --out out/p-hop/once-$seed $layer --mean-recurrence 1 --max-steps 2000
+    echo --seed $seed --out out/p-hop/longer-$seed $layer --mean-recurrence 1 --max-flops 3.11e13
 done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --data data/p-hop \
-    --n-embd 64 --n-head 4 --no-value-embeds --block-size 192 --batch-size 32 --max-steps 2000 \
+    --n-embd 64 --n-head 4 --no-value-embeds --block-size 192 --batch-size 32 \
     --muon-lr 3e-2 --adamw-lr 1e-2 --eval-sequences 64
 python -m runs.p_hop out/p-hop results
