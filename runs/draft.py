@@ -135,6 +135,8 @@ def main():
         help="the table (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
         help="of the weights, see sample.py (default: float32)")
+    add("--temperature", type=number(float, 0), nargs="+", default=[0.0, 0.7],
+        help="(default: 0 0.7)")
     add("--exit", type=number(float, 0), nargs="*", default=[], metavar="EPS",
         help=f"thresholds of the rule {EXIT_RULE}, see sample.py (default: none)")
     args = parser.parse_args()
@@ -147,7 +149,7 @@ def main():
     prompts = loader.batch(range(4))[0][:, :block_size - args.tokens].split(1)
 
     rows = []
-    for temperature in (0.0, 0.7):
+    for temperature in args.temperature:
         found = measure(models, prompts, args.tokens, ways_of(args), temperature, args.rounds)
         rows += rows_of(found, temperature, args.tokens * len(prompts))
     print("  ".join(COLUMNS))
