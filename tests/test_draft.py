@@ -139,10 +139,11 @@ def test_bad_values_get_one_line(build, tokens, options, said):
 def test_the_table_of_speeds(run, tmp_path):
     done = script("runs/draft.py", "--run", run, "--data", run.parent / "data", "--recurrence", 3,
                   "--draft", 1, "--ahead", 2, "--tokens", 6, "--rounds", 1, "--out",
-                  tmp_path / "d.csv")
+                  tmp_path / "d.csv", "--dtype", "float32", "int8", "--exit", "0.1")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "d.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 2 and lines[1].startswith("3,,,,0,")
+    # plain, drafted and stopped early, of both dtypes, at both temperatures
+    assert len(lines) == 1 + 3 * 2 * 2 and lines[1].startswith("3,float32,,,,,0,")
     kept, loops = map(float, lines[2].split(",")[-2:])
     assert 0 <= kept <= 1 and 1 < loops <= 5
 
