@@ -290,6 +290,26 @@ def half(path, models):
     save(figure, path)
 
 
+def worth(path, points, f, laws):
+    """How many times its parameters a looped model is worth (runs/worth.py).
+
+    points: dicts: "label"; "f", the share of the parameters that loop; "worth". laws: {phi: worth
+    at each of f}."""
+    figure, [axes] = panels(1, 6.5, 4.2)
+    for i, (phi, line) in enumerate(laws.items()):
+        axes.plot(f, line, color=shade(i, len(laws)), lw=1, label=f"phi = {phi:g}")
+    for p in points:
+        color, marker = (RED, "o") if p["label"].startswith("ours") else ("k", "s")
+        axes.plot(p["f"], p["worth"], marker, color=color)
+        axes.annotate(p["label"], (p["f"], p["worth"]), xytext=(6, -3), va="top", fontsize=8,
+                      textcoords="offset points", color=color)
+    high = max(p["worth"] for p in points)
+    axes.set(xlim=(0, 1), ylim=(0.95, 1.25 * high), xlabel="share of the parameters that loop, f",
+             ylabel="worth, times its parameters", title="What eight loops are worth")
+    axes.legend(fontsize=8, loc="upper left")
+    save(figure, path)
+
+
 def short(path, models):
     """Loss against passes over a short text, and against training FLOPs (runs/short.py).
 

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, save_run, script
 
 from data import open_shard, prepare
-from model import Parcae
-from runs import guide, p_hop, short
+from model import PRESETS, Parcae, ParcaeConfig
+from runs import guide, p_hop, short, worth
 from sources import p_hop_docs
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
@@ -81,6 +81,22 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     (tmp_path / "half.png").unlink()
     again = script("runs/half.py", tmp_path / "half.csv", tmp_path)
     assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half.png")
+
+
+def test_the_worth_of_a_loop_is_what_explains_the_gap_closed(tmp_path):
+    once, core = worth.products(ParcaeConfig(**PRESETS["parcae-140m"]))
+    plain = ParcaeConfig(**PRESETS["gpt-140m"])
+    p = worth.point("a", ParcaeConfig(**PRESETS["parcae-140m"]), plain,
+                    ParcaeConfig(**PRESETS["gpt-370m"]), 0.4)
+    f = core / (once + core)
+    assert p["f"] == f and p["worth"] == pytest.approx(p["times"] ** 0.4)
+    assert 1 - f + f * 8 ** p["phi"] == pytest.approx(p["worth"])
+    for name in worth.TABLES.values():
+        shutil.copy(ROOT / "results" / "half.csv", tmp_path / name)
+    done = script("runs/worth.py", tmp_path)
+    assert done.returncode == 0 and png(tmp_path / "worth.png"), done.stderr
+    assert "| ours, 64 channels | 0.61 | 1.94 times | 66% (67%, 77%, 60%) |" in done.stdout
+    assert "| paper, 370M | 0.27 | 2.14 times | 46% |" in done.stdout
 
 
 def test_short_compares_the_lowest_losses_of_each_model(build, tmp_path):

@@ -1,0 +1,96 @@
+"""How many times its parameters is a looped model worth? Ours and the published ones.
+
+    python -m runs.worth results       from half.csv and half-32.csv there, draws worth.png there
+
+A looped model that goes a share s of the way from the transformer of its own layers to one of r
+times the parameters is worth r^s times its parameters, if loss falls evenly with their logarithm in
+between. How Much Is One Recurrence Worth? (arXiv 2604.21106) has 1 - f + f T^phi for it: f is the
+share of the parameters that loop, T the loops, phi the worth of a loop (0: nothing, 1: that of new
+layers). Parameters are those that multiply a token. The published models are those of Parcae (arXiv
+2604.12946), by their perplexities.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import figures
+from common import Parser, UserError, run_script
+from model import PRESETS, Parcae, ParcaeConfig
+from runs.half import COLUMNS, at_best_rate, losses_of, pairs, read_table
+
+T = 8  # loops of all models here
+TABLES = {64: "half.csv", 32: "half-32.csv"}  # our channels: a table of runs.half
+# size: perplexity of the transformer and of the looped model; the next size is the larger model
+PUBLISHED = {"140m": (21.48, 19.06), "370m": (15.79, 14.49), "770m": (13.08, 12.49),
+             "1.3b": (11.95, 11.42)}
+
+
+def products(config):
+    """(once, core): parameters that multiply a token once, and in every loop."""
+    with torch.device("meta"):
+        return Parcae(config).matmul_params()
+
+
+def point(label, looped, plain, larger, share):
+    """What the table and the picture have of a looped model. looped, plain, larger: ParcaeConfigs;
+    share: of the gap between the two transformers that looping closes."""
+    once, core = products(looped)
+    f = core / (once + core)
+    times = sum(products(larger)) / sum(products(plain))
+    worth = times ** share
+    # beyond what no loop at all explains there is no phi
+    phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
+    return {"label": label, "f": f, "times": times, "share": share, "worth": worth, "phi": phi}
+
+
+def published():
+    """The points of the published models but the largest, which has no larger one beside it."""
+    points = []
+    for size, larger in zip(PUBLISHED, [*PUBLISHED][1:]):
+        loss, looped = map(math.log, PUBLISHED[size])
+        share = (loss - looped) / (loss - math.log(PUBLISHED[larger][0]))
+        configs = [ParcaeConfig(**PRESETS[name])
+                   for name in (f"parcae-{size}", f"gpt-{size}", f"gpt-{larger}")]
+        points.append(point(f"paper, {size.upper()}", *configs, share))
+    return points
+
+
+def ours(channels, path):
+    """The point of a table: 1/4/1 layers beside six and twelve; its seeds' shares. Raises
+    UserError."""
+    loss = {name: losses_of(rows)
+            for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
+    if not {"looped", "plain", "deep"} <= loss.keys():
+        raise UserError(f"{path} needs looped, plain and deep models")
+    config = ParcaeConfig(**PRESETS["parcae-nano"] | {
+        "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
+    plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
+    gained, gap = pairs(loss["looped"], loss["plain"]), pairs(loss["deep"], loss["plain"])
+    return point(f"ours, {channels} channels", config, plain, larger,
+                 gained.mean() / gap.mean()) | {"seeds": gained / gap}
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("results", type=Path, metavar="DIR", help="directory of the tables")
+    args = parser.parse_args()
+    figures.pyplot()
+    points = [ours(channels, args.results / name) for channels, name in TABLES.items()]
+    points += published()
+    print("\n| | looped share of the parameters, f | larger model | of the gap closed | worth, "
+          "times its parameters | phi |\n|" + "---|" * 6)
+    for p in points:
+        seeds = ", ".join(f"{share:.0%}" for share in p.get("seeds", ()))
+        print(f"| {p['label']} | {p['f']:.2f} | {p['times']:.2f} times | {p['share']:.0%}"
+              f"{f' ({seeds})' if seeds else ''} | {p['worth']:.2f} | {p['phi']:.2f} |")
+    f = np.linspace(0, 1, 101)
+    laws = {phi: 1 - f + f * T ** phi for phi in (0, 0.2, 0.3, 0.46, 0.6)}
+    figures.worth(args.results / "worth.png", points, f, laws)
+
+
+if __name__ == "__main__":
+    run_script(main)
