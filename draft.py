@@ -9,9 +9,9 @@ a prompt would, and what the full model would not have said is thrown away (Levi
 
 No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
 it, and nothing of later loops or of the coda. So the draft's loops are the first loops of the
-verification, its cache entries are the final ones, and its states are where the verification goes
-on. This holds for a cache with a pair for every loop; not for a shared one, where a token's keys
-and values are those of its last loop.
+verification, its cache entries of these loops are the final ones, and its states are where the
+verification goes on. This holds for a cache with a pair for every loop; not for a shared one, where
+a token's keys and values are those of its last loop.
 """
 
 import torch
@@ -23,37 +23,37 @@ from sample import check, probabilities, stream
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
     """Draft tokens after `last` (1, 1), with `recurrence` loops each.
 
-    distribution: a function, logits (T, vocab_size) -> what tokens are drawn from, of that shape.
+    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size).
     Returns (tokens (1, ahead), their distributions (ahead, vocab_size), and for `last` and all
     drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
     by ahead + 1."""
-    seen, drafted, states, inputs = [last], [], [], []
+    seen, given, states, inputs = [last], [], [], []
     for i in range(ahead + 1):
         logits, h, u = model.advance(seen[i], cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
         if i < ahead:  # after the last draft comes a token of the full model
-            drafted.append(distribution(logits[:, -1]))
-            seen.append(torch.multinomial(drafted[i], 1, generator=generator))
+            given.append(distribution(logits[:, -1]))
+            seen.append(torch.multinomial(given[i], 1, generator=generator))
     tokens = torch.cat(seen, dim=1)[:, 1:]
-    return tokens, torch.cat(drafted), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
+    return tokens, torch.cat(given), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
 
 
-def accept(tokens, drafted, wanted, generator):
+def accept(tokens, given, wanted, generator):
     """The drafts that stay and one token more, (1, kept + 1).
 
-    tokens: (1, k). drafted: the distributions that they were drawn from, (k, vocab_size); wanted:
-    the full model's, (k + 1, vocab_size). A draft stays with probability wanted / drafted, at most
-    1, and if those before it do. At the first that does not, a token is drawn from what the draft
-    gave too little, max(0, wanted - drafted): together that is a draw from `wanted`. If all stay,
-    the token more is one of the full model."""
+    tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
+    full model's, (k + 1, vocab_size). A draft stays with probability wanted / given, at most 1, and
+    if those before it do. At the first that does not, a token is drawn from what the draft gave too
+    little, max(0, wanted - given): together that is a draw from `wanted`. If all stay, the token
+    more is one of the full model."""
     k = tokens.shape[1]
-    given, due = (p[:k].gather(-1, tokens.T) for p in (drafted, wanted))                   # (k, 1)
+    p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)
-    kept = int((chance * given < due).cumprod(dim=0).sum())
+    kept = int((chance * p_given < p_wanted).cumprod(dim=0).sum())
     p = wanted[kept]
     if kept < k:
-        short = (p - drafted[kept]).clamp(min=0)
+        short = (p - given[kept]).clamp(min=0)
         # Equal distributions reject by rounding alone: then short is nothing.
         p = short if short.sum() > 0 else p
     return torch.cat([tokens[:, :kept], torch.multinomial(p, 1, generator=generator)[None]], dim=1)
@@ -65,7 +65,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
     """Yield n next tokens (1, 1) of idx (1, T), as sample.stream does, but drafted.
 
     draft: loops of a draft, fewer than `recurrence`; ahead: tokens drafted at a time. counts: a
-    dict that gets "drafted" and "kept" tokens, and "loops", those that had to wait for one another.
+    dict that gets "drafted" and "kept" tokens, and "loops", how many ran one after the other.
     Once the context is full the window slides, and nothing is drafted. Raises UserError."""
     check(idx, temperature, top_k, top_p, None)
     mean = model.config.mean_recurrence
@@ -95,13 +95,14 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             start = cache.pos
             # Not a view: compiled, that would be another graph.
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
-            tokens, drafted, h, u = propose(model, last, cache, draft, k, distribution, generator)
+            tokens, given, h, u = propose(model, last, cache, draft, k, distribution, generator)
             seen = torch.cat([last, tokens], dim=1)
             cache.pos = start
             logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
-            new = accept(tokens, drafted, distribution(logits[0]), generator)[:, :n]
+            new = accept(tokens, given, distribution(logits[0]), generator)
             counts["drafted"] += k
             counts["kept"] += new.shape[1] - 1
+            new = new[:, :n]
             counts["loops"] += (k + 1) * draft + recurrence - draft
             # What was thrown away leaves the cache; its places are written anew.
             cache.pos = start + new.shape[1]

@@ -313,7 +313,7 @@ def worth(path, points, f, laws):
 def short(path, models):
     """Loss against passes over a short text, and against training FLOPs (runs/short.py).
 
-    models: dicts: "label"; "looped"; "passes"; "flops" and "losses" of the seeds, for each."""
+    models: dicts: "label"; "passes"; "flops" and "losses" of the seeds, for each of them."""
     figure, both = panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
         for model, color in zip(models, ("0.4", "C0", RED)):

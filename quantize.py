@@ -1,11 +1,11 @@
-"""Weights of 8 bits, to generate: a quarter of the bytes of float32.
+"""Linear layers with weights of 8 bits, to generate: a quarter of the bytes of float32.
 
-    python sample.py --dtype int8       writes with them
-    python evaluate.py --dtype int8     their val loss, to compare with that of --dtype float32
+    python sample.py --run out/parcae-140m --dtype int8
+    python evaluate.py --run out/parcae-140m --dtype int8     the val loss with them
 
 A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. What is multiplied
-with it stays bfloat16; embeddings, norms and the injection do, too. A token on a CPU waits for
-weights more than for arithmetic, so that fewer bytes are less time. Not for training.
+with it stays bfloat16; embeddings, norms and the injection do, too. On a CPU a token of a large
+model waits for weights, not for arithmetic: fewer bytes take less time. Not for training.
 """
 
 import torch
@@ -16,7 +16,9 @@ from common import nothing_to_run
 from layers import Linear
 
 FEW = 16  # rows up to which PyTorch's kernel beats a product with weights turned back
-KERNEL_WIDTH = 32  # it reads beyond the end of rows that are no multiple of this
+# The kernel takes weights 16 at a time and reads beyond the end of rows of other widths. 32 is to
+# be safe.
+WIDTH = 32
 
 
 class Int8Linear(nn.Module):
@@ -31,10 +33,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if x.device.type == "cpu" and rows <= FEW and x.shape[-1] % KERNEL_WIDTH == 0:
-            x_ = x.reshape(rows, -1).contiguous()
-            return torch._weight_int8pack_mm(x_, self.weight, self.scale).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if x.device.type == "cpu" and len(rows) <= FEW and x.shape[-1] % WIDTH == 0:
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
 

@@ -21,7 +21,7 @@ WARM_UP = 3  # calls before a recording: kernels are chosen, graphs compiled
 
 
 class Recording:
-    """One call of `advance`: loops start, ..., stop - 1 of as many tokens as idx (B, T) has."""
+    """One call of `advance`, for T tokens: loops start, ..., stop - 1 of idx (B, T)."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
         self.advance, self.cache, self.start, self.stop = advance, cache, start, stop
@@ -35,7 +35,7 @@ class Recording:
         try:
             return self.advance(idx, self.cache, self.start, self.stop, h, u)
         finally:
-            self.cache.places = None  # a prompt is read as ever
+            self.cache.places = None  # outside a recording, places are slices
 
     def replay(self, position, *inputs):
         """What the call returns for idx, h and u at the places from `position` on."""
@@ -51,7 +51,8 @@ class Recording:
         return [output.clone() for output in self.outputs]  # the next replay overwrites them
 
     def record(self):
-        """Record the call. It writes keys and values where it should, as often as it is made."""
+        """Record the call. Making it several times does no harm: each writes the same keys and
+        values at the same places."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -76,15 +77,16 @@ class Recorder:
         key = (idx.shape, start, stop)
         if key not in self.recordings:
             self.recordings[key] = Recording(self.advance, cache, start, stop, idx, h, u)
-        places, _ = cache.reserve(idx.shape[1])
-        return self.recordings[key].replay(places.start, idx, h, u)
+        position = cache.pos
+        cache.reserve(idx.shape[1])
+        return self.recordings[key].replay(position, idx, h, u)
 
 
 def speed_up(model, compiled, recorded=True):
     """Have `model` generate faster: compiled, if asked for, and on a GPU recorded.
 
     What is recorded has no launches to save, so layers compiled one by one (seconds) do as well as
-    all of `advance` compiled as one (a minute)."""
+    all of `advance` compiled as one (half a minute or more)."""
     recorded = recorded and model.wte.weight.device.type == "cuda"
     if compiled and recorded:
         model.compile_layers()

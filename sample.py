@@ -8,7 +8,7 @@
     python sample.py --prompt "for i in range(10):" --trace trace.html    the same, as a web page
 
 A generator of tokens is `stream`, a whole continuation `generate`. Early exit (`settle`) and the
-trace go loop by loop through `model.loops`, where a loop can be looked at or left.
+trace go loop by loop through `model.states`, where a loop can be looked at or left.
 """
 
 import sys
@@ -42,13 +42,14 @@ from trace_page import write_page
 
 TRACED = 40  # tokens of a prompt that a trace shows
 NO_TOKEN = -1
+GREEDY = 1e-6  # temperatures below take the likeliest token: logits divided by less would overflow
 
 # ------------------------------------------------------------------------------- generation
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """What tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
-    if temperature < 1e-6:  # greedy; logits divided by less would overflow
+    if temperature < GREEDY:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     probs = (logits / temperature).softmax(-1)
     if top_k is None and top_p is None:
@@ -66,14 +67,14 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
 
 def choose(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draw tokens (B, 1) from logits (B, vocab_size)."""
-    if temperature < 1e-6:
+    if temperature < GREEDY:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1,
                              generator=generator)
 
 
-# When has a token looped enough? When the number of a rule falls below a threshold. A rule looks at
-# the state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
+# When has a token looped enough? When what a rule measures falls below a threshold. It looks at the
+# state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
 Look = namedtuple("Look", "h log_probs")
 EXIT_RULES = {
     # how far the prediction moved, KL divergence in nats (recurrent-depth models, arXiv 2502.05171)
@@ -200,7 +201,8 @@ def is_page(path):
 
 @torch.no_grad()
 def draw_page(model, tokenizer, idx, recurrence, path):
-    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop."""
+    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Of a whole
+    context, so that `trace`, which keeps all probabilities, would take much memory."""
     tops = []
     for h, tokens in model.states(idx, recurrence):
         probs = model.lm_head(model.readout(h, tokens))[0].float().softmax(-1)   # (T, vocab_size)
@@ -273,12 +275,12 @@ def parse_args():
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; int8: weights of 8 bits, activations bfloat16, the "
-        "fastest on a CPU, for a little loss (see quantize.py); auto is float32 on CPUs, where "
-        "bfloat16 is slower for small models and faster for large ones (default: auto)")
+        help="of weights and activations; int8: weights of 8 bits, activations bfloat16, next to "
+        "no loss (see quantize.py). On a CPU int8 pays with 256 channels or more, bfloat16 in "
+        "large models; auto is float32 there (default: auto)")
     add("--compile", action="store_true",
-        help="compile the decoding step: 1.2 to 3 times as fast, most for small models, after half "
-        "a minute of compiling for each number of loops; less on a GPU")
+        help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
+        "half a minute for each number of loops; on a GPU the layers, 1.5 times")
     return parser.parse_args()
 
 
@@ -290,6 +292,9 @@ def check_flags(args):
     if args.draft and (args.kv_cache != "per-loop" or args.exit_threshold is not None):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
+    if args.compile and args.exit_threshold is not None:
+        raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
+                        "leave out one of them")
 
 
 def recurrences_of(args, config):
@@ -381,7 +386,8 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             text = "".join(decode_stream(tokenizer, row))
             print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
     count = sum(map(len, rows))
-    notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s"]
+    rate = f"{count / seconds:,.1f} tokens/s"
+    notes = [f"{count} tokens", f"{rate} with compiling" if args.compile else rate]
     ended = sum(len(row) < len(made) for row in rows)
     if ended:
         notes.append(f"{ended} of {len(rows)} texts came to their end")

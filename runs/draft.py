@@ -5,9 +5,9 @@ run on a CPU, every way in turns.
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
     python -m runs.draft --dtype float32 int8 --exit 0.03         also the ways that are not exact
 
-Nothing else should run meanwhile. Every way of decoding continues the same prompts with the same
-seeds; a round times each once, after one to warm up. The table has medians over rounds; "speedup"
-is over the first --dtype, neither compiled nor drafted.
+Nothing else should run meanwhile. Every way of decoding continues the same four prompts with the
+same seeds. After a round to warm up, a round times each way once, reading the prompts included. The
+table has medians over rounds; "speedup" is over the first --dtype, neither compiled nor drafted.
 """
 
 import statistics
@@ -59,9 +59,9 @@ def ways_of(args):
 def load(run, dtype):
     """A model of a run, and {compiled: its function `advance`}."""
     model = cast(Parcae.from_pretrained(run), "cpu", getattr(torch, dtype))
-    advance = {False: model.advance}
+    eager = model.advance
     model.compile_decoding()
-    return model, advance | {True: model.advance}
+    return model, {False: eager, True: model.advance}
 
 
 def measure(models, prompts, n, ways, temperature, rounds):
@@ -84,7 +84,9 @@ def measure(models, prompts, n, ways, temperature, rounds):
                                 loops_used=loops_used, **options)
             for _ in tokens:
                 pass
-            mine.setdefault("loops", sum(loops_used) or way.recurrence * n)
+            # the first token is the prompt's, with all loops; without early exit all are like it
+            whole = way.recurrence * (n - len(loops_used))
+            mine.setdefault("loops", whole + sum(loops_used))
             for name, value in mine.items():
                 counts[way][name] += value
     runs = {way: partial(decode_all, way) for way in ways}

@@ -57,10 +57,10 @@ def read_row(path):
         model, passes, rest = path.name.split("-", 2)
         rate, _, seed = rest.rpartition("-")
         row = {"model": model, "passes": int(passes), "rate": float(rate), "seed": int(seed)}
+        if model not in NAMES:
+            raise ValueError
     except ValueError:
-        row = {"model": None}
-    if row["model"] not in NAMES:
-        raise UserError(f"{path} is not named MODEL-PASSES-RATE-SEED, as once-16-3e-2-0")
+        raise UserError(f"{path} is not named MODEL-PASSES-RATE-SEED, as once-16-3e-2-0") from None
     done = last_line(path / "log.jsonl")
     if done["kind"] != "done":
         print(f"{path} is not finished and left out")
@@ -84,10 +84,10 @@ def at_best_rate(rows):
             tried = {row["passes"]: row["val_loss"] for row in first if row["rate"] == rate}
             losses = ", ".join(f"{passes}: {tried[passes]:.4f}" for passes in sorted(tried))
             print(f"{label}, rate {rate:g}, seed 0, loss after passes: {losses}")
-        rest = [row for row in mine if row["rate"] == best["rate"]]
-        chosen[name] = {passes: sorted((row for row in rest if row["passes"] == passes),
-                                       key=lambda row: row["seed"])
-                        for passes in sorted({row["passes"] for row in rest})}
+        chosen[name] = {}
+        for row in sorted(mine, key=lambda row: (row["passes"], row["seed"])):
+            if row["rate"] == best["rate"]:
+                chosen[name].setdefault(row["passes"], []).append(row)
     return chosen
 
 
@@ -105,7 +105,8 @@ def print_table(chosen):
             cells.append(f"{np.mean(losses):.4f} ({seeds})" if losses else "")
         print(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
         lowest[name] = min(runs, key=lambda n: np.mean([*losses_of(runs[n]).values()]))
-    for name in [name for name in chosen if name != "once" and "once" in chosen]:
+    others = [name for name in chosen if name != "once"]
+    for name in others if "once" in chosen else ():
         gained = pairs(losses_of(chosen[name][lowest[name]]),
                        losses_of(chosen["once"][lowest["once"]]))
         print(f"{NAMES[name]}, {lowest[name]} passes, below run once, {lowest['once']} passes: "
@@ -128,7 +129,7 @@ def main():
     chosen = at_best_rate(rows)
     print_table(chosen)
     figures.short(args.out / "short.png", [
-        {"label": NAMES[name], "looped": name == "looped", "passes": [*runs],
+        {"label": NAMES[name], "passes": [*runs],
          "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
          "losses": [[*losses_of(mine).values()] for mine in runs.values()]}
         for name, runs in chosen.items()])

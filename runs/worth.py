@@ -2,8 +2,8 @@
 
     python -m runs.worth results       from half.csv and half-32.csv there, draws worth.png there
 
-A looped model that goes a share s of the way from the transformer of its own layers to one of r
-times the parameters is worth r^s times its parameters, if loss falls evenly with their logarithm in
+A looped model that goes a share s of the way from the transformer of its own layers to one of k
+times the parameters is worth k^s times its parameters, if loss falls evenly with their logarithm in
 between. How Much Is One Recurrence Worth? (arXiv 2604.21106) has 1 - f + f T^phi for it: f is the
 share of the parameters that loop, T the loops, phi the worth of a loop (0: nothing, 1: that of new
 layers). Parameters are those that multiply a token. The published models are those of Parcae (arXiv
@@ -12,6 +12,7 @@ layers). Parameters are those that multiply a token. The published models are th
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def point(label, looped, plain, larger, share):
     f = core / (once + core)
     times = sum(products(larger)) / sum(products(plain))
     worth = times ** share
-    # beyond what no loop at all explains there is no phi
+    # of a model that is worse than nothing in place of its loop there is no phi
     phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
     return {"label": label, "f": f, "times": times, "share": share, "worth": worth, "phi": phi}
 
@@ -50,7 +51,7 @@ def point(label, looped, plain, larger, share):
 def published():
     """The points of the published models but the largest, which has no larger one beside it."""
     points = []
-    for size, larger in zip(PUBLISHED, [*PUBLISHED][1:]):
+    for size, larger in pairwise(PUBLISHED):
         loss, looped = map(math.log, PUBLISHED[size])
         share = (loss - looped) / (loss - math.log(PUBLISHED[larger][0]))
         configs = [ParcaeConfig(**PRESETS[name])
@@ -66,6 +67,8 @@ def ours(channels, path):
             for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
     if not {"looped", "plain", "deep"} <= loss.keys():
         raise UserError(f"{path} needs looped, plain and deep models")
+    if not loss["looped"].keys() == loss["plain"].keys() == loss["deep"].keys():
+        raise UserError(f"{path} needs the same seeds of looped, plain and deep models")
     config = ParcaeConfig(**PRESETS["parcae-nano"] | {
         "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))

@@ -34,7 +34,7 @@ PICTURES = {
                "looped": False}],),
     "worth": ([{"label": "ours", "f": 0.6, "worth": 1.5}, {"label": "paper", "f": 0.2,
                                                           "worth": 1.4}], X / 8, {0.3: X}),
-    "short": ([{"label": "looped", "looped": True, "passes": [4, 8], "flops": [1e12, 2e12],
+    "short": ([{"label": "looped", "passes": [4, 8], "flops": [1e12, 2e12],
                 "losses": [[1.3], [1.2, 1.3]]}],),
     "p_hop": (range(3), [1, 2, 4, 8], np.full((3, 4), 0.5), None, [1, 1, 0.9], 4),
     "stability": ([{"rule": "add", "rate": 0.1, "loss": 2.0, "loops": [1, 2], "size": [1, 9],

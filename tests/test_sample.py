@@ -70,6 +70,7 @@ def test_prompt_from_file_and_standard_input(run_directory):
         (["--samples", "0"], "--samples is 0"),
         (["--samples", "2", "--draft", "1"], "--samples is 2, must be 1 with --draft"),
         (["--samples", "2", "--exit-threshold", "1"], "--samples is 2, must be 1 with --draft"),
+        (["--compile", "--exit-threshold", "1"], "leave out one of them"),
     ],
 )
 def test_mistakes_get_one_line(run_directory, flags, message):
