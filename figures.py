@@ -324,7 +324,7 @@ def short(path, models):
                 axes.plot([at] * len(losses), losses, ".", color=color, alpha=0.7)
     both[0].set(xlabel="passes over the text", ylabel="val loss (nats per byte)",
                 title="At equal passes")
-    both[1].set(xlabel="training FLOPs (1e12)", xscale="log", title="At equal FLOPs")
+    both[1].set(xlabel="training FLOPs (1e12)", title="At equal FLOPs")
     both[0].legend(fontsize=8)
     save(figure, path)
 

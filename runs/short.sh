@@ -19,9 +19,9 @@ both() {  # rate seed passes ...
     done
 }
 {
-    for seed in 0 1 2; do both 3e-2 $seed 4 6 16; done
-    for seed in 0 1 2 3 4 5; do
-        both 3e-2 $seed 8 10 12
+    for seed in 0 1 2 3 4 5; do both 3e-2 $seed 8 10 12; done
+    for seed in 0 1 2; do
+        both 3e-2 $seed 4 6 16
         for passes in 8 10 12; do run late $passes 3e-2 $seed --loop-from 0.667; done
     done
     if [ -n "${TUNE:-}" ]; then
