@@ -310,6 +310,22 @@ def worth(path, points, f, laws):
     save(figure, path)
 
 
+def rates(path, groups):
+    """Loss against learning rate, above each model's lowest (runs/rates.py).
+
+    groups: {title of a panel: {model: {rate: losses of the seeds}}}."""
+    figure, every = panels(len(groups), 4.5 * len(groups), 3.8)
+    for axes, (title, models) in zip(every, groups.items()):
+        for (name, losses), marker in zip(models.items(), MARKERS):
+            means = np.array([np.mean(some) for some in losses.values()])
+            axes.semilogx([*losses], means - means.min(initial=np.inf), f"{marker}-", label=name,
+                          color=RED if name.startswith("looped") else None)
+        axes.set(xlabel="both learning rates", title=title)
+    every[0].set_ylabel("val loss above the model's lowest (nats)")
+    every[0].legend(fontsize=8)
+    save(figure, path)
+
+
 def short(path, models):
     """Loss against passes over a short text, and against training FLOPs (runs/short.py).
 

@@ -32,6 +32,8 @@ PICTURES = {
                "looped": True},
               {"label": "plain", "parameters": 9e4, "flops": 2e12, "losses": [1.2, 1.3],
                "looped": False}],),
+    "rates": ({"64 channels": {"looped": {1e-2: [2.0], 3e-2: [2.1, 2.3]}, "six layers": {}},
+               "32 channels": {"looped": {1e-2: [2.0]}}},),
     "worth": ([{"label": "ours", "f": 0.6, "worth": 1.5}, {"label": "paper", "f": 0.2,
                                                           "worth": 1.4}], X / 8, {0.3: X}),
     "short": ([{"label": "looped", "passes": [4, 8], "flops": [1e12, 2e12],

@@ -1,0 +1,45 @@
+"""Does the best learning rate carry over, from plain to looped models and from width to width?
+
+    python -m runs.rates results       from half.csv and half-32.csv there, draws rates.png there
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import figures
+from common import Parser, run_script
+from runs.half import COLUMNS, NAMES, losses_of, read_table
+from runs.worth import TABLES
+
+MODELS = ("plain", "deep", "looped")
+
+
+def by_rate(rows, model):
+    """{rate: losses of a model}, by rising rate, of the seeds that every rate has."""
+    mine = [row for row in rows if row["model"] == model]
+    rates = sorted({row["rate"] for row in mine})
+    loss = {rate: losses_of(row for row in mine if row["rate"] == rate) for rate in rates}
+    seeds = set.intersection(*(set(some) for some in loss.values())) if loss else ()
+    return {rate: [loss[rate][seed] for seed in sorted(seeds)] for rate in rates}
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("results", type=Path, metavar="DIR", help="directory of the tables")
+    args = parser.parse_args()
+    figures.pyplot()
+    panels = {}
+    for channels, name in TABLES.items():
+        rows = read_table(args.results / name, COLUMNS)
+        panels[f"{channels} channels"] = {NAMES[model]: by_rate(rows, model) for model in MODELS}
+    for title, models in panels.items():
+        print(f"{title}: val loss (seeds) by learning rate")
+        for name, losses in models.items():
+            print(f"  {name}: " + ", ".join(f"{rate:g}: {np.mean(some):.4f} ({len(some)})"
+                                            for rate, some in losses.items()))
+    figures.rates(args.results / "rates.png", panels)
+
+
+if __name__ == "__main__":
+    run_script(main)
