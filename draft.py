@@ -1,6 +1,6 @@
 """Self-speculative decoding: a looped model drafts with few loops and verifies with all of them.
 
-    python sample.py --recurrence 8 --draft 2 --ahead 4
+    python sample.py --recurrence 8 --draft 1 --ahead 8
 
 A looped model holds a cheap draft of itself: the same weights, fewer loops. `ahead` tokens are
 drafted one by one with `draft` loops. Then all of them go through the remaining loops together, as

@@ -3,7 +3,7 @@
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
     cat prompt.txt | python sample.py --prompt-file -
     python sample.py --prompt "def " --samples 3          three of them, at the model's mean
-    python sample.py --recurrence 8 --draft 2     the same, drafted with two loops: see draft.py
+    python sample.py --recurrence 8 --draft 1 --ahead 8   drafted with one loop: see draft.py
     python sample.py --prompt "for i in range(10):" --trace trace.png     what each loop predicts
     python sample.py --prompt "for i in range(10):" --trace trace.html    the same, as a web page
 
@@ -264,8 +264,8 @@ def parse_args():
         help="kl: nats that the prediction changed by from one loop to the next; entropy: nats "
         "that it is unsure of; state: change of the state, a share (default: %(default)s)")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops and verify them together with --recurrence: faster, and "
-        "exact (see draft.py)")
+        help="draft tokens with T loops and verify them together with --recurrence: exact, and "
+        "faster in small models (see draft.py)")
     add("--ahead", type=COUNT, default=4, metavar="N",
         help="tokens drafted at a time (default: %(default)s)")
     add("--trace", type=some_path, metavar="FILE",
