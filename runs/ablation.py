@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, run_script
-from tables import last_line, write_csv
+from runs.half import finished
+from tables import write_csv
 
 
 def read_row(path):
@@ -18,9 +19,8 @@ def read_row(path):
     variant, _, seed = path.name.rpartition("-")
     if not variant or not seed.isdigit():
         raise UserError(f"{path} is not named VARIANT-SEED, as per-batch-0")
-    done = last_line(path / "log.jsonl")
-    if done["kind"] != "done":
-        print(f"{path} is not finished and left out")
+    done = finished(path)
+    if not done:
         return None
     row = {"variant": variant, "seed": int(seed), "flops": f"{done['flops']:.4g}",
            "seconds": round(done["seconds"])}

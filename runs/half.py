@@ -47,15 +47,23 @@ def read_table(path, columns):
         raise UserError(f"{path} is not this experiment's table, with columns {needed}") from None
 
 
+def finished(path):
+    """The last line of a run's log; None, and says so, where the run is not finished."""
+    done = last_line(path / "log.jsonl")
+    if done["kind"] == "done":
+        return done
+    print(f"{path} is not finished and left out")
+    return None
+
+
 def read_row(path):
     """The row of a finished run; None where it is not finished. Raises UserError."""
     try:
         name, rate, seed = split_name(path.name)
     except ValueError:
         raise UserError(f"{path} is not named MODEL-RATE-SEED, as plain-3e-2-0") from None
-    done = last_line(path / "log.jsonl")
-    if done["kind"] != "done":
-        print(f"{path} is not finished and left out")
+    done = finished(path)
+    if not done:
         return None
     config = read_json(path / "config.json")
     with torch.device("meta"):  # only its cost is asked for

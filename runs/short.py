@@ -16,8 +16,8 @@ import data
 import figures
 from common import UserError, run_script, whole_directory
 from data import ShardWriter, open_shard
-from runs.half import gain_text, losses_of, pairs, parse_args, read_table
-from tables import last_line, write_csv
+from runs.half import finished, gain_text, losses_of, pairs, parse_args, read_table
+from tables import write_csv
 from tokenizer import load_tokenizer, save_tokenizer
 
 SOURCE = Path("data/stdlib")
@@ -61,9 +61,8 @@ def read_row(path):
             raise ValueError
     except ValueError:
         raise UserError(f"{path} is not named MODEL-PASSES-RATE-SEED, as once-16-3e-2-0") from None
-    done = last_line(path / "log.jsonl")
-    if done["kind"] != "done":
-        print(f"{path} is not finished and left out")
+    done = finished(path)
+    if not done:
         return None
     loss = done["val_loss"]["1" if model == "once" else "4"]
     return row | {"tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
