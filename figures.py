@@ -320,6 +320,9 @@ def rates(path, groups):
             means = np.array([np.mean(some) for some in losses.values()])
             axes.semilogx([*losses], means - means.min(initial=np.inf), f"{marker}-", label=name,
                           color=RED if name.startswith("looped") else None)
+        ticks = sorted(set().union(*models.values()))
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.minorticks_off()
         axes.set(xlabel="both learning rates", title=title)
     every[0].set_ylabel("val loss above the model's lowest (nats)")
     every[0].legend(fontsize=8)
