@@ -34,7 +34,7 @@ from common import (
     write_text,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
-from quantize import cast
+from quantize import activations, cast
 from recording import speed_up
 
 MB = 1e6
@@ -242,8 +242,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
     """(matmul peak, bandwidth, rows): tokens/s of prefill and of decoding one sequence, beside two
     limits: the matmul peak, and the bandwidth if every weight were read once a loop. dtype: of the
     weights, see quantize.cast."""
-    activations = torch.bfloat16 if dtype == torch.int8 else dtype
-    peak, width = matmul_peak(device, activations), bandwidth(device)
+    peak, width = matmul_peak(device, activations(dtype)), bandwidth(device)
     prefill, decode, limits = {}, {}, {}
     for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
         model = cast(build(c, device).eval(), device, dtype)
@@ -263,7 +262,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
         decode[name, loops] = step
         flops = model.flops_per_token(loops, backprop_depth=0, context=context)
         weights = model.flops_per_token(loops, backprop_depth=0, context=1) / 2 * dtype.itemsize
-        read = weights + kv_bytes(c, context, loops, activations.itemsize)
+        read = weights + kv_bytes(c, context, loops, model.dtype.itemsize)
         limits[name, loops] = {"compute limit": peak / flops, "memory limit": width / read}
     filled = alternate(prefill, rounds, device, "prefill")
     decoded = alternate(decode, rounds, device, "decode")

@@ -278,7 +278,7 @@ def parse_args():
         help="options at a time (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of the activations (default: auto)")
+        help="of the activations; int8: see evaluate.py (default: auto)")
     return parser.parse_args()
 
 

@@ -33,10 +33,16 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and len(rows) <= FEW and x.shape[-1] % WIDTH == 0:
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+            product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+            return product.view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+def activations(dtype):
+    """The dtype of what is multiplied with weights of a dtype."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def cast(model, device, dtype):
@@ -47,8 +53,7 @@ def cast(model, device, dtype):
             for name, child in module.named_children():
                 if isinstance(child, Linear):
                     setattr(module, name, Int8Linear(child.weight))
-        dtype = torch.bfloat16
-    return model.to(device, dtype)
+    return model.to(device, activations(dtype))
 
 
 if __name__ == "__main__":

@@ -84,9 +84,8 @@ def measure(models, prompts, n, ways, temperature, rounds):
                                 loops_used=loops_used, **options)
             for _ in tokens:
                 pass
-            # the first token is the prompt's, with all loops; without early exit all are like it
-            whole = way.recurrence * (n - len(loops_used))
-            mine.setdefault("loops", whole + sum(loops_used))
+            if not way.draft:  # all loops for each token but those that stopped early
+                mine["loops"] = sum(loops_used) + way.recurrence * (n - len(loops_used))
             for name, value in mine.items():
                 counts[way][name] += value
     runs = {way: partial(decode_all, way) for way in ways}

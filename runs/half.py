@@ -177,18 +177,23 @@ def parse_args(about):
     return args
 
 
-def main():
-    args = parse_args(__doc__)
-    if args.source.is_dir():
-        rows = [read_row(path) for path in sorted(args.source.iterdir())]
-        rows = [row for row in rows if row]
+def collect(args, name, read_row, columns):
+    """The rows of an experiment: from its runs by read_row(path), and then a table of this name, or
+    from its table. Raises UserError."""
+    if not args.source.is_dir():
+        rows = read_table(args.source, columns)
     else:
-        rows = read_table(args.source, COLUMNS)
+        rows = [row for path in sorted(args.source.iterdir()) if (row := read_row(path))]
     if not rows:
         raise UserError(f"{args.source} holds no finished run")
     if args.source.is_dir():
-        write_csv(args.out / "half.csv", rows, COLUMNS)
+        write_csv(args.out / name, rows, columns)
+    return rows
 
+
+def main():
+    args = parse_args(__doc__)
+    rows = collect(args, "half.csv", read_row, COLUMNS)
     runs = at_best_rate(rows)
     print_table(runs)
     print_comparison(runs)

@@ -8,6 +8,7 @@ Runs are named MODEL-PASSES-RATE-SEED. Of several learning rates, each model get
 its seed 0 comes lowest, with whatever number of passes over the text.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ import data
 import figures
 from common import UserError, run_script, whole_directory
 from data import ShardWriter, open_shard
-from runs.half import finished, gain_text, losses_of, pairs, parse_args, read_table
-from tables import write_csv
+from runs.half import collect, finished, gain_text, losses_of, pairs, parse_args
 from tokenizer import load_tokenizer, save_tokenizer
 
 SOURCE = Path("data/stdlib")
@@ -37,16 +37,14 @@ def make_text(out):
     if not SOURCE.exists():
         data.prepare("stdlib", SOURCE)
     tokenizer = load_tokenizer(SOURCE)
-    train, val = (open_shard(SOURCE / f"{split}_000000.bin") for split in ("train", "val"))
-    starts = np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int)
-    pieces = {"train": [train[i:i + PIECE_TOKENS] for i in starts], "val": [val]}
+    train = open_shard(SOURCE / "train_000000.bin")
     with whole_directory(out, data.check_replaceable) as directory:
-        for split, parts in pieces.items():
-            writer = ShardWriter(directory, split, next(iter(data.FORMATS)))
-            for part in parts:
-                writer.write(part)
-            writer.close()
-            print(f"{out}: {writer.total:,} {split} tokens")
+        writer = ShardWriter(directory, "train", next(iter(data.FORMATS)))
+        for start in np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int):
+            writer.write(train[start:start + PIECE_TOKENS])
+        writer.close()
+        shutil.copyfile(SOURCE / "val_000000.bin", directory / "val_000000.bin")
+        print(f"{out}: {writer.total:,} train tokens")
         save_tokenizer(tokenizer, directory / "tokenizer.json",
                        data.fingerprint(directory, "pieces of stdlib", PIECES))
 
@@ -99,11 +97,11 @@ def print_table(chosen):
     for name, runs in chosen.items():
         cells = []
         for n in passes:
-            losses = [*losses_of(runs.get(n, [])).values()]
+            losses = [row["val_loss"] for row in runs.get(n, [])]
             seeds = ", ".join(f"{loss:.4f}" for loss in losses)
             cells.append(f"{np.mean(losses):.4f} ({seeds})" if losses else "")
         print(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
-        lowest[name] = min(runs, key=lambda n: np.mean([*losses_of(runs[n]).values()]))
+        lowest[name] = min(runs, key=lambda n: np.mean([row["val_loss"] for row in runs[n]]))
     others = [name for name in chosen if name != "once"]
     for name in others if "once" in chosen else ():
         gained = pairs(losses_of(chosen[name][lowest[name]]),
@@ -117,20 +115,12 @@ def main():
     if str(args.source) == "text":
         make_text(args.out)
         return
-    if args.source.is_dir():
-        rows = [row for path in sorted(args.source.iterdir()) if (row := read_row(path))]
-        if rows:
-            write_csv(args.out / "short.csv", rows, COLUMNS)
-    else:
-        rows = read_table(args.source, COLUMNS)
-    if not rows:
-        raise UserError(f"{args.source} holds no finished run")
-    chosen = at_best_rate(rows)
+    chosen = at_best_rate(collect(args, "short.csv", read_row, COLUMNS))
     print_table(chosen)
     figures.short(args.out / "short.png", [
         {"label": NAMES[name], "passes": [*runs],
          "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
-         "losses": [[*losses_of(mine).values()] for mine in runs.values()]}
+         "losses": [[row["val_loss"] for row in mine] for mine in runs.values()]}
         for name, runs in chosen.items()])
 
 
