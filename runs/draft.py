@@ -1,5 +1,5 @@
 """How much faster is drafting, compiling, weights of 8 bits, stopping early? Decoding of a trained
-run on a CPU, every way in turns.
+run, every way in turns; on a GPU all but stopping early is replayed, see recording.py.
 
     python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes results/draft.csv
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
@@ -12,7 +12,7 @@ table has medians over rounds; "speedup" is over the first --dtype, neither comp
 
 import statistics
 from collections import namedtuple
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -24,6 +24,7 @@ from common import (
     UserError,
     keep_freed_memory,
     number,
+    pick_device,
     run_script,
     some_path,
 )
@@ -31,6 +32,7 @@ from data import EVAL_SEED, Loader
 from draft import draft_stream
 from model import Parcae
 from quantize import cast
+from recording import speed_up
 from sample import stream
 from tables import write_csv
 from tokenizer import load_tokenizer
@@ -56,25 +58,25 @@ def ways_of(args):
     return ways
 
 
-def load(run, dtype):
-    """A model of a run, and {compiled: its function `advance`}."""
-    model = cast(Parcae.from_pretrained(run), "cpu", getattr(torch, dtype))
-    eager = model.advance
-    model.compile_decoding()
-    return model, {False: eager, True: model.advance}
+@cache
+def load(run, device, dtype, compiled=False, recorded=True):
+    """The model of a run for one way of decoding."""
+    model = cast(Parcae.from_pretrained(run), device, getattr(torch, dtype))
+    speed_up(model, compiled, recorded)
+    return model
 
 
-def measure(models, prompts, n, ways, temperature, rounds):
-    """{way: (seconds of each round, counts of one round)}; models: {dtype: what `load` gives}."""
-    counts = {way: {} for way in ways}
+def measure(run, prompts, n, ways, temperature, rounds):
+    """{way: (seconds of each round, counts of one round)}."""
+    device, counts = prompts[0].device, {way: {} for way in ways}
 
     def decode_all(way):
         counts[way].update(drafted=0, kept=0, loops=0)
-        model, advance = models[way.dtype]
-        model.advance = advance[way.compiled]
+        # what stops early goes loop by loop: not recorded
+        model = load(run, device, way.dtype, way.compiled, way.exit is None)
         for seed, prompt in enumerate(prompts):
             options = {"recurrence": way.recurrence, "temperature": temperature,
-                       "generator": torch.Generator().manual_seed(seed)}
+                       "generator": torch.Generator(device).manual_seed(seed)}
             mine, loops_used = {}, []
             if way.draft:
                 tokens = draft_stream(model, prompt, n, draft=way.draft, ahead=way.ahead,
@@ -89,7 +91,7 @@ def measure(models, prompts, n, ways, temperature, rounds):
             for name, value in mine.items():
                 counts[way][name] += value
     runs = {way: partial(decode_all, way) for way in ways}
-    seconds = alternate(runs, rounds, torch.device("cpu"), "decoding")
+    seconds = alternate(runs, rounds, device, "decoding")
     return {way: (seconds[way], counts[way]) for way in ways}
 
 
@@ -140,18 +142,19 @@ def main():
         help="(default: 0 0.7)")
     add("--exit", type=number(float, 0), nargs="*", default=[], metavar="EPS",
         help=f"thresholds of the rule {EXIT_RULE}, see sample.py (default: none)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     keep_freed_memory()
-    models = {dtype: load(args.run, dtype) for dtype in args.dtype}
-    block_size = models[args.dtype[0]][0].config.block_size
+    device, ways = pick_device(args.device), ways_of(args)
+    block_size = load(args.run, device, args.dtype[0]).config.block_size
     if args.tokens >= block_size:
         raise UserError(f"--tokens is {args.tokens}, must be below the block size {block_size}")
     loader = Loader(args.data, "val", block_size, load_tokenizer(args.run).n_vocab, EVAL_SEED)
-    prompts = loader.batch(range(4))[0][:, :block_size - args.tokens].split(1)
+    prompts = loader.batch(range(4))[0][:, :block_size - args.tokens].to(device).split(1)
 
     rows = []
     for temperature in args.temperature:
-        found = measure(models, prompts, args.tokens, ways_of(args), temperature, args.rounds)
+        found = measure(args.run, prompts, args.tokens, ways, temperature, args.rounds)
         rows += rows_of(found, temperature, args.tokens * len(prompts))
     print("  ".join(COLUMNS))
     for row in rows:

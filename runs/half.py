@@ -1,6 +1,6 @@
 """Half the parameters? The table and the picture of runs/half.sh.
 
-    python -m runs.half out/half results            the runs, OUT/half.csv and OUT/half.png
+    python -m runs.half out/half results            of these runs: results/half.csv and half.png
     python -m runs.half results/half.csv results    the same table and picture again, from the table
 
 Runs are named MODEL-RATE-SEED. Of several learning rates, each model gets the one at which its
@@ -22,11 +22,16 @@ from tables import last_line, write_csv
 
 NAMES = {
     "looped": "looped, T = 8",
+    "fixed": "always 8 loops in training",
+    "full": "gradient through all loops",
+    "mean4": "mean of 4 loops, T = 4",
+    "mean16": "mean of 16 loops, T = 16",
     "plain": "six layers, no loop",
     "longer": "six layers, as many FLOPs",
     "deep": "twelve layers",
     "wide": "six layers, 1.4 times as wide",
 }
+LOOPED = ("looped", "fixed", "full", "mean4", "mean16")
 LOOPS = ("1", "2", "4", "8", "16")  # at test time
 COLUMNS = {
     "model": str, "rate": float, "seed": int, "parameters": int, "tokens": int,
@@ -193,21 +198,22 @@ def collect(args, name, read_row, columns):
 
 def main():
     args = parse_args(__doc__)
-    rows = collect(args, "half.csv", read_row, COLUMNS)
+    name = args.source.stem
+    rows = collect(args, f"{name}.csv", read_row, COLUMNS)
     runs = at_best_rate(rows)
     print_table(runs)
     print_comparison(runs)
     models = []
-    for name, mine in runs.items():
+    for model, mine in runs.items():
         models.append({
-            "label": NAMES[name],
-            "looped": name == "looped",
+            "label": NAMES[model],
+            "looped": model in LOOPED,
             "parameters": mine[0]["parameters"],
             "flops": float(mine[0]["training_flops"]),
             "losses": [row["val_loss"] for row in mine],
         })
     if models:
-        figures.half(args.out / "half.png", models)
+        figures.half(args.out / f"{name}.png", models)
 
 
 if __name__ == "__main__":

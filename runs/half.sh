@@ -1,39 +1,66 @@
 #!/usr/bin/env bash
-# Half the parameters? Does a looped model reach a transformer of twice its size on the same tokens
-# (20M)? 64 channels: 1/4/1 layers, the middle four looped 8 times on average, against six and
-# twelve layers without a loop, six layers 1.4 times as wide, and six layers trained for as many
-# FLOPs as the looped ones. Value embeddings would double with the layers: none. Three seeds, each
-# model at the best of its rates for seed 0: about 6 hours of one core (a looped run 27 minutes);
-# TUNE=1 tries the other rates, too (another 4 hours). The order is that of what matters.
+# Half the parameters? Does a looped model reach a transformer of twice its size on the same tokens?
+# 1/4/1 layers, the middle four looped 8 times on average, against six and twelve layers without a
+# loop, six layers 1.4 times as wide, and six layers trained for as many FLOPs as the looped ones.
+# Value embeddings would double with the layers: none. Three seeds, each model at the best of its
+# rates for seed 0, in the order of what matters.
+#
+#   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours of one core
+#   TUNE="5e-3 4e-2" bash runs/half.sh   seed 0 at other rates, too
+#   CHANNELS=32 MODELS="looped plain deep fixed full mean4 mean16" bash runs/half.sh
+#                                        4.1M tokens: 80 minutes of one core
+#   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
+#                                        20M tokens, minutes on a GPU (there with JOBS=14)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 python -c "import common, figures; common.run_script(figures.pyplot)"
 
-run() {  # model rate seed flags
-    echo "${*:4} --muon-lr $2 --adamw-lr $2 --seed $3 --out out/half/$1-$2-$3"
+channels=${CHANNELS:-64}
+models=${MODELS:-looped plain deep wide longer}
+case $channels in  # longer: what the looped model costs
+    32) out=out/half-32 tokens=4.096e6 longer=1.197e13 size="--block-size 128 --batch-size 32" ;;
+    64) out=out/half tokens=2e7 longer=2.313e14 size="" ;;
+    128) out=out/half-128 tokens=2e7 longer=7.38e14 size="--n-head 4 --batch-size 64" ;;
+    256) out=out/half-256 tokens=2e7 longer=2.578e15 size="--n-head 8 --batch-size 64" ;;
+    *) echo "half.sh: CHANNELS is $channels, must be 32, 64, 128 or 256" >&2; exit 2 ;;
+esac
+rate_of() {  # model
+    case $channels-$1 in
+        32-*) echo 3e-2 ;;
+        64-deep) echo 5e-3 ;;
+        64-plain | 64-longer) echo 2e-2 ;;
+        64-*) echo 1e-2 ;;
+        *) echo 2e-2 ;;
+    esac
 }
+loop="--n-recurrent 4 --mean-recurrence"
 six="--preset gpt-nano --n-prelude 6"
-looped() { run looped $1 $2 --n-recurrent 4 --mean-recurrence 8 --max-tokens 2e7; }
-plain() { run plain $1 $2 $six --max-tokens 2e7; }
-longer() { run longer $1 $2 $six --max-flops 2.313e14; }
-deep() { run deep $1 $2 --preset gpt-nano --n-prelude 12 --max-tokens 2e7; }
-wide() { run wide $1 $2 $six --n-embd 92 --max-tokens 2e7; }
+run() {  # model rate seed
+    budget="--max-tokens $tokens"
+    case $1 in
+        looped) flags="$loop 8" ;;
+        fixed) flags="$loop 8 --depth-sampling fixed" ;;
+        full) flags="$loop 8 --backprop-depth 64" ;;
+        mean4) flags="$loop 4" ;;
+        mean16) flags="$loop 16" ;;
+        plain) flags=$six ;;
+        longer) flags=$six budget="--max-flops $longer" ;;
+        deep) flags="--preset gpt-nano --n-prelude 12" ;;
+        wide) flags="$six --n-embd $((channels * 23 / 16))" ;;
+    esac
+    echo "--n-embd $channels $size $flags $budget --muon-lr $2 --adamw-lr $2 --seed $3" \
+        "--out $out/$1-$2-$3"
+}
 {
     for seed in 0 1 2; do
-        looped 1e-2 $seed
-        plain 2e-2 $seed
-        deep 5e-3 $seed
-        wide 1e-2 $seed
-        longer 2e-2 $seed
+        for model in $models; do run $model $(rate_of $model) $seed; done
     done
-    if [ -n "${TUNE:-}" ]; then
-        for rate in 5e-3 2e-2 4e-2; do looped $rate 0; done
-        for rate in 1e-2 4e-2; do plain $rate 0; done
-        for rate in 1e-2 2e-2 4e-2; do deep $rate 0; done
-        for rate in 5e-3 2e-2; do wide $rate 0; done
-        longer 1e-2 0
-    fi
+    for rate in ${TUNE:-}; do
+        for model in $models; do
+            [ $rate = $(rate_of $model) ] || run $model $rate 0
+        done
+    done
 } | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --no-value-embeds \
     --eval-every 1000 --eval-sequences 236
-python -m runs.half out/half results
+python -m runs.half $out results

@@ -67,20 +67,20 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
                               ("looped-1e-2-0", looped, {"1": 3.0, "4": 2.5}),
                               ("plain-3e-2-0", plain, {"1": 2.6}),
                               ("deep-3e-2-0", plain, {"1": 2.2})):
-        make_run(tmp_path / "runs" / name, model, {"kind": "done", "val_loss": loss})
-    make_run(tmp_path / "runs" / "plain-3e-2-1", plain, {"kind": "eval", "val_loss": {"1": 2.6}})
-    first = script("runs/half.py", tmp_path / "runs", tmp_path)
-    assert first.returncode == 0 and png(tmp_path / "half.png"), first.stderr
+        make_run(tmp_path / "half-8" / name, model, {"kind": "done", "val_loss": loss})
+    make_run(tmp_path / "half-8" / "plain-3e-2-1", plain, {"kind": "eval", "val_loss": {"1": 2.6}})
+    first = script("runs/half.py", tmp_path / "half-8", tmp_path)
+    assert first.returncode == 0 and png(tmp_path / "half-8.png"), first.stderr
     assert "plain-3e-2-1 is not finished and left out" in first.stdout
     assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
     assert "gap to twelve layers that looping closes: 50% (50% by seed)" in first.stdout
-    rows = read_csv(tmp_path / "half.csv")
+    rows = read_csv(tmp_path / "half-8.csv")
     assert len(rows) == 4 and rows[0]["training_flops"] == "1.23e+09"
     assert float(rows[1]["inference_flops_per_token"]) > float(rows[-1]["cache_bytes_per_token"])
 
-    (tmp_path / "half.png").unlink()
-    again = script("runs/half.py", tmp_path / "half.csv", tmp_path)
-    assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half.png")
+    (tmp_path / "half-8.png").unlink()
+    again = script("runs/half.py", tmp_path / "half-8.csv", tmp_path)
+    assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half-8.png")
 
 
 def test_the_worth_of_a_loop_is_what_explains_the_gap_closed(tmp_path):
@@ -258,7 +258,7 @@ def test_what_loops_already_is_refused(build, tmp_path):
 def test_an_experiment_asks_for_matplotlib_before_it_trains(name):
     text = (ROOT / "runs" / f"{name}.sh").read_text()
     assert 0 < text.index("run_script(figures.pyplot)") < text.index("train.py --")
-    assert shutil.which("bash") and f"python -m runs.{name} out/" in text
+    assert shutil.which("bash") and f"python -m runs.{name} " in text
 
 
 def test_guide_measures_what_the_diagonal_rule_alone_says(build):
