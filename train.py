@@ -171,14 +171,16 @@ def spent(args, state):
     return min(1, max(state[kind] / limit for kind, limit in budget.items() if limit))
 
 
-def draw_depths(model, how, batch_size, step_seed):
-    """Loops (batch_size,) of a training batch, see --depth-sampling."""
-    generator = torch.Generator().manual_seed(step_seed)
-    if how == "fixed":
-        return torch.full((batch_size,), model.config.mean_recurrence)
-    if how == "per-batch":
-        return model.sample_depths(1, generator).repeat(batch_size)
-    return model.sample_depths(batch_size, generator)
+def draw_depths(model, args, progress, step_seed):
+    """Loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
+    size, generator = args.batch_size, torch.Generator().manual_seed(step_seed)
+    if progress < args.loop_from:
+        return torch.ones(size, dtype=torch.int64)
+    if args.depth_sampling == "fixed":
+        return torch.full((size,), model.config.mean_recurrence)
+    if args.depth_sampling == "per-batch":
+        return model.sample_depths(1, generator).repeat(size)
+    return model.sample_depths(size, generator)
 
 
 def backward(model, loader, depths, first_sample, micro, step_seed):
@@ -350,9 +352,7 @@ def train(s):
             step_seed = args.seed * 1_000_003 + state["step"]
 
             # 1. how often each sequence loops
-            depths = draw_depths(model, args.depth_sampling, args.batch_size, step_seed)
-            if progress < args.loop_from:
-                depths = torch.ones_like(depths)
+            depths = draw_depths(model, args, progress, step_seed)
             # 2. forward and backward
             loss = backward(parallel, s.loader, depths, state["samples"], s.micro, step_seed)
             # 3. update the weights, or skip what is not finite
