@@ -293,13 +293,13 @@ def half(path, models):
 def worth(path, points, f, laws):
     """How many times its parameters a looped model is worth (runs/worth.py).
 
-    points: dicts: "label"; "f", the share of the parameters that loop; "worth". laws: {phi: worth
-    at each of f}."""
+    points: dicts: "label"; "f", the share of the parameters that loop; "worth"; "ours". laws: {phi:
+    worth at each of f}."""
     figure, [axes] = panels(1, 6.5, 4.2)
     for i, (phi, line) in enumerate(laws.items()):
         axes.plot(f, line, color=shade(i, len(laws)), lw=1, label=f"phi = {phi:g}")
     for p in points:
-        color, marker = (RED, "o") if p["label"].startswith("ours") else ("k", "s")
+        color, marker = (RED, "o") if p["ours"] else ("k", "s")
         axes.plot(p["f"], p["worth"], marker, color=color)
         axes.annotate(p["label"], (p["f"], p["worth"]), xytext=(6, -3), va="top", fontsize=8,
                       textcoords="offset points", color=color)
@@ -310,16 +310,16 @@ def worth(path, points, f, laws):
     save(figure, path)
 
 
-def rates(path, groups):
+def rates(path, groups, looped):
     """Loss against learning rate, above each model's lowest (runs/rates.py).
 
-    groups: {title of a panel: {model: {rate: losses of the seeds}}}."""
+    groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
     figure, every = panels(len(groups), 4.5 * len(groups), 3.8)
     for axes, (title, models) in zip(every, groups.items()):
         for (name, losses), marker in zip(models.items(), MARKERS):
             means = np.array([np.mean(some) for some in losses.values()])
             axes.semilogx([*losses], means - means.min(initial=np.inf), f"{marker}-", label=name,
-                          color=RED if name.startswith("looped") else None)
+                          color=RED if name == looped else None)
         ticks = sorted(set().union(*models.values()))
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.minorticks_off()

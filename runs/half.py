@@ -156,10 +156,10 @@ def gain_text(gained):
 def print_comparison(runs):
     """How far looping goes towards larger transformers; shares are ratios of mean differences."""
     loss = {name: losses_of(rows) for name, rows in runs.items()}
-    for worse in ("plain", "longer"):
-        if {"looped", worse} <= loss.keys():
-            gained = pairs(loss["looped"], loss[worse])
-            print(f"looped, less than {NAMES[worse]}: {gain_text(gained)}")
+    for name in ("plain", "longer", *LOOPED[1:]):
+        if {"looped", name} <= loss.keys():
+            gained = pairs(loss["looped"], loss[name])
+            print(f"looped, less than {NAMES[name]}: {gain_text(gained)}")
     for name in ("deep", "wide"):
         if {"plain", "looped", name} <= loss.keys():
             gained = pairs(loss["looped"], loss["plain"])

@@ -38,7 +38,7 @@ def main():
         for name, losses in models.items():
             print(f"  {name}: " + ", ".join(f"{rate:g}: {np.mean(some):.4f} ({len(some)})"
                                             for rate, some in losses.items()))
-    figures.rates(args.results / "rates.png", panels)
+    figures.rates(args.results / "rates.png", panels, NAMES["looped"])
 
 
 if __name__ == "__main__":

@@ -36,16 +36,18 @@ def products(config):
         return Parcae(config).matmul_params()
 
 
-def point(label, looped, plain, larger, share):
+def point(label, looped, plain, larger, share, ours=False):
     """What the table and the picture have of a looped model. looped, plain, larger: ParcaeConfigs;
-    share: of the gap between the two transformers that looping closes."""
+    share: of the gap between the two transformers that looping closes; ours: whether we trained
+    it."""
     once, core = products(looped)
     f = core / (once + core)
     times = sum(products(larger)) / sum(products(plain))
     worth = times ** share
     # of a model that is worse than nothing in place of its loop there is no phi
     phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
-    return {"label": label, "f": f, "times": times, "share": share, "worth": worth, "phi": phi}
+    return {"label": label, "ours": ours, "f": f, "times": times, "share": share, "worth": worth,
+            "phi": phi}
 
 
 def published():
@@ -74,7 +76,7 @@ def ours(channels, path):
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
     gained, gap = pairs(loss["looped"], loss["plain"]), pairs(loss["deep"], loss["plain"])
     return point(f"ours, {channels} channels", config, plain, larger,
-                 gained.mean() / gap.mean()) | {"seeds": gained / gap}
+                 gained.mean() / gap.mean(), ours=True) | {"seeds": gained / gap}
 
 
 def main():
