@@ -26,7 +26,9 @@ RESAMPLES = 1000  # a parabola costs nothing
 
 
 def budgets_of(rows):
-    """[(C, {mu_rec: {seed: log loss}})], by rising budget and recurrence; rows at T = mu_rec."""
+    """[(C, {mu_rec: {seed: log loss}})], by rising budget and recurrence; rows at T = mu_rec.
+
+    Of runs that differ in something else, as mu_bwd, one counts; `isoflop` notes it."""
     budgets = []
     for row in sorted(rows, key=lambda row: (row["flops"], row["mu_rec"])):
         if not budgets or row["flops"] > SAME_BUDGET * budgets[-1][0]:
@@ -96,7 +98,8 @@ def noise_of(budgets):
 
 
 def lack_of_fit(budget, parabola, near, noise, rng):
-    """How often chance alone, the noise of seeds, leaves a parabola so far off (an F-test).
+    """How often chance alone, the noise of seeds, leaves a parabola so far off: the tail of an
+    F-test, by draws (numpy has no F distribution but those).
 
     None where there is nothing to test."""
     if len(near) < 4 or noise is None or noise["source"] != "seeds":
@@ -107,8 +110,9 @@ def lack_of_fit(budget, parabola, near, noise, rng):
     return float(np.mean(rng.f(freedom, noise["freedom"], 20_000) >= ratio))
 
 
-def resample(budgets, noise, resamples, rng):
-    """log mu* (resamples, budgets) of the data with as much noise added as there is in them."""
+def noisy_optima(budgets, noise, resamples, rng):
+    """log mu* (resamples, budgets) of the mean losses with the noise of their seeds added once
+    more (a parametric bootstrap)."""
     log_mu = np.empty((resamples, len(budgets)))
     for i in range(resamples):
         # How large the noise is, is not known either: chi-squared over its degrees of freedom.
@@ -150,7 +154,9 @@ def line_through(x, y, low, high):
     """(slope, intercept) of the least squares line through values some of which are but bounds.
 
     y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
-    contradicts it. NaN where fewer than two points are values."""
+    contradicts it. Which those are is tried again until it stays (an active set). All count alike:
+    how far an optimum is off depends on its parabola more than on its budget. NaN where fewer than
+    two points are values."""
     known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
@@ -176,7 +182,7 @@ def power_law(x, y, samples, low, high):
     slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
     defined = np.isfinite(slopes).sum() / max(1, len(slopes))
     return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
-            "ci": interval(slopes, slope) if defined >= 0.95 else [None, None]}
+            "ci": interval(slopes, slope)}
 
 
 def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
@@ -184,7 +190,8 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
 
     cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost). Budgets with fewer
     than three recurrences are left out. Returns (optima, power laws, noise, notes)."""
-    budgets = [Budget(c, cells) for c, cells in budgets_of(trained_depth(rows))]
+    rows = trained_depth(rows)
+    budgets = [Budget(c, cells) for c, cells in budgets_of(rows)]
     noise = noise_of(budgets)
     usable = [budget for budget in budgets if len(budget.mu) >= 3]
     if distinct(rows, "mu_rec") < 3 or not usable:
@@ -193,11 +200,15 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
     rng = np.random.default_rng(seed)
     samples = np.empty((0, len(usable)))
     if noise and resamples:
-        samples = resample(usable, noise, resamples, rng)
+        samples = noisy_optima(usable, noise, resamples, rng)
     optima = [optimum_of(budget, samples[:, j], cost, noise, rng)
               for j, budget in enumerate(usable)]
 
     notes = []
+    alike = len(rows) - sum(budget.seeds.sum() for budget in budgets)
+    if alike:
+        notes.append(f"isoFLOP: {alike} runs have the budget, recurrence and seed of another, and "
+                     "are left out")
     if noise is None:
         notes.append("isoFLOP: one seed and three recurrences a budget say nothing of the noise: "
                      "no intervals")
@@ -230,21 +241,33 @@ def power_laws(budgets, samples, cost):
 
 
 def gains(rows):
-    """What looping gains over mu_rec = 1 at each budget: seeds as pairs.
+    """What looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
 
-    By the recurrence that gains most on average: mean difference of the val loss between runs of
-    the same seed, and its standard error (None of one pair)."""
+    Of several recurrences the best by chance looks better than it is. So each seed's pair is that
+    of the recurrence that the other seeds gain most by: the mean of these is not biased. Of a
+    single seed it is the largest gain, "of" so many recurrences, and biased upwards."""
     result = []
     for flops, cells in budgets_of(rows):
-        once, best = cells.pop(1, {}), None
-        for mu, seeds in cells.items():
-            pairs = [math.exp(once[s]) - math.exp(loss) for s, loss in seeds.items() if s in once]
-            if pairs and (best is None or np.mean(pairs) > best["gain"]):
-                error = float(np.std(pairs, ddof=1) / math.sqrt(len(pairs))) if pairs[1:] else None
-                best = {"flops": flops, "mu_rec": mu, "gain": float(np.mean(pairs)),
-                        "standard_error": error, "by_seed": pairs}
-        if best:
-            result.append(best)
+        unlooped = {seed: math.exp(loss) for seed, loss in cells.pop(1, {}).items()}
+        gained = {mu: {seed: unlooped[seed] - math.exp(loss)
+                       for seed, loss in seeds.items() if seed in unlooped}
+                  for mu, seeds in cells.items()}  # {mu_rec: {seed: gain}}
+        chosen = {}  # {seed: (mean gain of the other seeds, mu_rec)}
+        for seed in unlooped:
+            others = [(np.mean([one for s, one in pairs.items() if s != seed]), mu)
+                      for mu, pairs in gained.items() if seed in pairs and len(pairs) > 1]
+            if others:
+                chosen[seed] = max(others)
+        if chosen:
+            by_seed = [gained[mu][seed] for seed, (_, mu) in chosen.items()]
+            error = float(np.std(by_seed, ddof=1) / math.sqrt(len(by_seed)))
+            result.append({"flops": flops, "mu_rec": sorted({mu for _, mu in chosen.values()}),
+                           "gain": float(np.mean(by_seed)), "standard_error": error,
+                           "by_seed": by_seed, "of": None})
+        elif singles := [(one, mu) for mu, pairs in gained.items() for one in pairs.values()]:
+            gain, mu = max(singles)
+            result.append({"flops": flops, "mu_rec": [mu], "gain": gain, "standard_error": None,
+                           "by_seed": [gain], "of": len(singles)})
     return result
 
 

@@ -27,24 +27,21 @@ RESAMPLES = 200  # of the bootstrap
 
 # A parameter of a law. Fits start between low and high, in units of `scale`: the lowest loss, the
 # span of the losses, or 1. `domain`: "log" is above 0 and fitted as its logarithm, "from 0" may
-# reach 0, "any" may be anything. `per`: the unit and power it belongs to; X in X N^-x is per N^x.
+# reach 0, "any" may be anything. `per`: the unit and the power that it belongs to; X in X N^-x has
+# ("N", "x"), since it is so many nats per parameter^-x.
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
 POWER = Parameter(0.1, 1.5, "one")
 RATE = Parameter(0.2, 3, "one")
-WORTH = Parameter(0, 1, "one", "any")
-
-
-def term(per=None):
-    return Parameter(0.05, 1, "span", "log", per)
+TERM = Parameter(0.05, 1, "span")
 
 
 # What a law predicts, from its parameters p and the runs r: see runs_of.
 
-def training(p, r):
-    """L(mu, D) = E + X N(mu)^-x + Y D^-y."""
-    return p.E + p.X * (r.once + r.mu * r.core) ** -p.x + p.Y * r.D ** -p.y
+def training(p, r, phi=1):
+    """L(mu, D) = E + X N^-x + Y D^-y, N = N_noncore + mu^phi N_core; phi 1: a loop is a layer."""
+    return p.E + p.X * (r.noncore + r.mu ** phi * r.core) ** -p.x + p.Y * r.D ** -p.y
 
 
 def unified(p, r):
@@ -58,19 +55,19 @@ def test_time(p, r):
 
 
 def worth(p, r):
-    """L(mu, D) = E + A (N_noncore + mu^phi N_core)^-alpha + B D^-beta."""
-    return p.E + p.A * (r.once + r.mu ** p.phi * r.core) ** -p.alpha + p.B * r.D ** -p.beta
+    """The training law with a phi to be found (arXiv 2604.21106, with A, alpha, B, beta there)."""
+    return training(p, r, p.phi)
 
 
 Law = namedtuple("Law", "name predict parameters")
-POWERS = {"E": ASYMPTOTE, "X": term("N x"), "x": POWER, "Y": term("D y"), "y": POWER}
+POWERS = {"E": ASYMPTOTE, "X": TERM._replace(per=("N", "x")), "x": POWER,
+          "Y": TERM._replace(per=("D", "y")), "y": POWER}
 
 LAWS = {law.name: law for law in (
     Law("training", training, POWERS),
-    Law("unified", unified, POWERS | {"Z": term(), "z": RATE}),
-    Law("test time", test_time, {"L_inf": ASYMPTOTE, "Z": term(), "z": RATE}),
-    Law("worth", worth, {"E": ASYMPTOTE, "A": term("N alpha"), "alpha": POWER,
-                         "B": term("D beta"), "beta": POWER, "phi": WORTH}),
+    Law("unified", unified, POWERS | {"Z": TERM, "z": RATE}),
+    Law("test time", test_time, {"L_inf": ASYMPTOTE, "Z": TERM, "z": RATE}),
+    Law("worth", worth, POWERS | {"phi": Parameter(0, 1, "one", "any")}),
 )}
 
 # ----------------------------------------------------------------------------- fitting
@@ -90,7 +87,7 @@ def runs_of(rows, units):
     def tensor(name):
         return torch.tensor(column(rows, name), dtype=torch.float64)
     return SimpleNamespace(
-        once=tensor("params_noncore") / units["N"],
+        noncore=tensor("params_noncore") / units["N"],
         core=tensor("params_core") / units["N"],
         D=tensor("tokens") / units["D"],
         mu=tensor("mu_rec"),
@@ -117,12 +114,13 @@ def start_ranges(law, losses):
     return torch.tensor(ends, dtype=torch.float64).T
 
 
-def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
-    """Levenberg-Marquardt on the Huber loss, many independent fits at once.
+def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
+    """Levenberg-Marquardt on the Huber loss, hundreds of independent fits at once (scipy makes one
+    at a time).
 
     theta: (fits, parameters), where to start. log_loss and weights (how often a row counts): each
-    (rows,) or (fits, rows). held: names of parameters that stay. Returns (theta, objective
-    (fits,)); the objective is in units of 1e-6."""
+    (rows,) or (fits, rows). Returns (theta, objective (fits,)); the objective is in units of
+    1e-6."""
     def predict(one):
         return law.predict(named(law, one), runs).log()
     predict_all = torch.func.vmap(predict)
@@ -133,7 +131,6 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
     weights = torch.ones(1).double().expand(fits, rows) if weights is None else weights
     bounds = {"log": -40.0, "from 0": 0.0, "any": -math.inf}
     lowest = torch.tensor([bounds[p.domain] for p in law.parameters.values()]).double()
-    free = torch.tensor([name not in held for name in law.parameters]).double()
 
     def objective(some, i):
         error = (predict_all(some) - log_loss[i]).abs()
@@ -149,8 +146,7 @@ def minimise(law, runs, log_loss, theta, weights=None, held=(), steps=2000):
     for _ in range(steps):
         old = theta[todo]
         error = predict_all(old) - log_loss[todo]  # (fits, rows)
-        jacobian = jacobian_of(old) * free  # (fits, rows, parameters)
-        step = damped_step(error, jacobian, weights[todo], damping[todo], old <= lowest)
+        step = damped_step(error, jacobian_of(old), weights[todo], damping[todo], old <= lowest)
         new = torch.maximum(old - step, lowest)
 
         value = objective(new, todo)
@@ -206,7 +202,7 @@ class Fit:
         values = {name: value.numpy() for name, value in vars(named(self.law, theta)).items()}
         for name, parameter in self.law.parameters.items():
             if parameter.per:
-                unit, power = parameter.per.split()
+                unit, power = parameter.per
                 with np.errstate(over="ignore"):  # infinite where the data say nothing of it
                     values[name] = values[name] * self.units[unit] ** values[power]
         return values
@@ -229,20 +225,21 @@ class Fit:
 
 
 def interval(samples, point):
-    """The central 95 % of what is finite, and the point itself; [None, None] of too few samples."""
+    """The central 95 % of samples, and the point itself. [None, None] where more than 5 % of them
+    are not finite, or the point, or where they are fewer than 20."""
     samples = np.asarray(samples, dtype=float)
-    samples = samples[np.isfinite(samples)]
-    if len(samples) < 20:
+    finite = samples[np.isfinite(samples)]
+    if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
         return [None, None]
-    low, high = np.percentile(samples, [2.5, 97.5])
+    low, high = np.percentile(finite, [2.5, 97.5])
     return [float(min(low, point)), float(max(high, point))]
 
 
-def fit_law(law, rows, starts=64, resamples=RESAMPLES, held=None, seed=0):
+def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     """The best of many fits, and fits to resamples of the runs, each until it has converged.
 
-    law: a name. held: {parameter that stays: its value}; for phi."""
-    law, held = LAWS[law], held or {}
+    law: a name."""
+    law = LAWS[law]
     units = units_of(rows)
     runs = runs_of(rows, units)
     losses = column(rows, "val_loss")
@@ -252,18 +249,17 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, held=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(starts, len(low), generator=generator, dtype=torch.float64)
     theta = low + (high - low) * share
-    for name, value in held.items():
-        theta[:, list(law.parameters).index(name)] = value
     # A short fit of every start, then the best of them to the end.
-    theta, objective = minimise(law, runs, log_loss, theta, held=held, steps=50)
+    theta, objective = minimise(law, runs, log_loss, theta, steps=50)
     theta = theta[objective.argsort()[:8]]
-    theta, objective = minimise(law, runs, log_loss, theta, held=held)
+    theta, objective = minimise(law, runs, log_loss, theta)
     best = theta[objective.argmin()]
 
+    # Fits to resamples start from the best: from all eight they would take eight times as long.
     samples = torch.empty(0, len(best), dtype=torch.float64)
     if resamples:
         weights = resample(rows, resamples, seed)
-        samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights, held)
+        samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights)
     return Fit(law, units, (low, high), best, samples, objective.min().item())
 
 
@@ -273,10 +269,10 @@ def fits_of_noisy(fit, rows, log_loss):
     return refit(fit.law, runs_of(rows, fit.units), log_loss, theta)
 
 
-def refit(law, runs, log_loss, theta, weights=None, held=()):
+def refit(law, runs, log_loss, theta, weights=None):
     """theta as of minimise, twice: from the end with large steps again, some leave a small dip."""
     for _ in range(2):
-        theta, _ = minimise(law, runs, log_loss, theta, weights, held)
+        theta, _ = minimise(law, runs, log_loss, theta, weights)
     return theta
 
 
@@ -321,11 +317,13 @@ def frontier(fit, size, cost, flops, theta=None):
     """mu*, D* and the loss of lowest predicted loss at a budget, each (fits,).
 
     size: a row with the parameters of the model. cost: see cost_between. theta: other fits than the
-    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond."""
+    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond. It
+    stays for a while where the cost has a kink, as at 2: an interval without width is such a
+    kink."""
     theta = fit.theta[None] if theta is None else theta
     tokens = flops / cost(MU)
     runs = SimpleNamespace(
-        once=torch.tensor(size["params_noncore"] / fit.units["N"], dtype=torch.float64),
+        noncore=torch.tensor(size["params_noncore"] / fit.units["N"], dtype=torch.float64),
         core=torch.tensor(size["params_core"] / fit.units["N"], dtype=torch.float64),
         D=torch.tensor(tokens / fit.units["D"]), mu=torch.tensor(MU), loops=torch.tensor(MU))
     loss = fit.law.predict(named(fit.law, theta[:, None, :]), runs).numpy()  # (fits, MU)
@@ -334,10 +332,12 @@ def frontier(fit, size, cost, flops, theta=None):
 
 
 def frontier_exponents(fit, size, cost, low, high, theta=None):
-    """Exponents of mu* and D* along the frontier from `low` to `high` FLOPs, each (fits,).
+    """Mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, each (fits,).
 
-    Of the budgets where mu* is above 1, on a line through logarithms; NaN where those span less
-    than a factor of two. D* = C / cost(mu*): the second follows from the first."""
+    The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
+    exponent of `limit` far above. So this is the mean slope, of a line through logarithms, over the
+    budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
+    C / cost(mu*): the second follows from the first."""
     flops = np.geomspace(low, high, 25)
     every = [frontier(fit, size, cost, c, theta)[:2] for c in flops]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
@@ -347,6 +347,20 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
             for j, values in enumerate((log_mu[i], log_tokens[i])):
                 exponents[j, i] = np.polyfit(np.log(flops[inside]), values[inside], 1)[0]
     return exponents
+
+
+def limit(fit):
+    """Exponents of N* and D*, the best size and token count, C^(y / (x + y)) and C^(x / (x + y)),
+    each (value, interval).
+
+    By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
+    grows like it once the loops are most of the model."""
+    result = {}
+    for name, above in (("params", "y"), ("tokens", "x")):
+        point, samples = (p[above] / (p["x"] + p["y"])
+                          for p in map(fit.values, (fit.theta, fit.samples)))
+        result[name] = {"exponent": float(point), "ci": interval(samples, point)}
+    return result
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is my evening enough? What a sweep would find of a known law, before anybody trains it.
 
-    python scaling.py design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 3
+    python scaling.py design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 0 1 2
 
 The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
 the noise of real runs, and both methods, laws.py and isoflop.py, are let loose on them. The spread
@@ -20,11 +20,11 @@ from tables import column
 
 
 def grid(size, cost, budgets, recurrences, seeds):
-    """The rows of a sweep, val_loss still unknown; size: a row of the model."""
+    """The rows of a sweep, val_loss still unknown; size: a row of the model; seeds: a list."""
     rows = []
     for flops in sorted(budgets):
         for mu in sorted(recurrences):
-            for seed in range(seeds):
+            for seed in seeds:
                 rows.append(size | {
                     "flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
                     "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed})

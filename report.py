@@ -106,14 +106,18 @@ def report_optima(out):
         if optimum["flops"] in law_at:
             by_law = loops_text(*(law_at[optimum["flops"]][key] for key in ("mu_rec", "ci")))
         if optimum["flops"] in gain_at:
-            gain = gain_at[optimum["flops"]]
-            error = gain["standard_error"]
-            gained = (f"{gain['gain']:+.4f} ({'one pair' if error is None else f'{error:.4f}'}) "
-                      f"by mu_rec {gain['mu_rec']:g}")
+            gained = gain_text(gain_at[optimum["flops"]])
         print(f"{optimum['flops']:10.3g}   {best:24s} {by_law:24s} {gained}")
         if optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
             print(f"             not a parabola: noise leaves so much over in "
                   f"{optimum['lack_of_fit']:.1%} of cases")
+
+
+def gain_text(gain):
+    mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
+    if gain["of"]:
+        return f"{gain['gain']:+.4f} (one pair, the largest of {gain['of']}) by mu_rec {mu}"
+    return f"{gain['gain']:+.4f} ({gain['standard_error']:.4f}) by mu_rec {mu}"
 
 
 def report_exponents(out):
@@ -135,7 +139,11 @@ def report_exponents(out):
         for law, method, missing in lines:
             said = missing if law["ci"][0] is None else span(law["ci"])
             print(f"    C^{law['exponent']:.2f} {said}, by {method}")
-    print("    (D* = C / cost of a token at mu*: the second follows from the first)\n")
+    if "limit" in training:
+        size = training["limit"]["params"]
+        print("    By the law these are mean slopes where mu* > 1 at these budgets: it is no power "
+              f"law. Far above,\n    mu* nears C^{size['exponent']:.2f} {span(size['ci'])}.")
+    print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
 
 
 def report_law(key, label, law):

@@ -3,7 +3,7 @@
     python scaling.py                               fit the tables in results/
     python scaling.py fit out/sweep --json f.json   a directory of runs, or CSV files from anywhere
     python scaling.py predict --flops 1e14          the best recurrence and tokens for a budget
-    python scaling.py design --budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 3
+    python scaling.py design --budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2
                                                     what would such a sweep find, and cost?
 
 With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import figures
-from common import COUNT, LOOPS, POSITIVE, Parser, UserError, number, run_script, write_text
+from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script, write_text
 from isoflop import budgets_of, gains, isoflop
 from laws import (
     LAWS,
@@ -32,12 +32,13 @@ from laws import (
     frontier,
     frontier_exponents,
     interval,
+    limit,
     token_cost,
 )
 from model import PRESETS, Parcae, ParcaeConfig
 from plan import design
 from report import draw, loops_text, report, value_text
-from tables import column, distinct, read_tables, run_key, trained_depth
+from tables import column, distinct, largest_budget, read_tables, run_key, trained_depth
 
 HERE = Path(__file__).parent
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
@@ -75,20 +76,17 @@ def reasons_against(law, rows):
     return reasons
 
 
-def held_out(law, rows):
-    """(a fit to all but the largest budget, the rows of that), or None where too few are left."""
-    top = column(rows, "flops").max() / 1.1
-    seen = [row for row in rows if row["flops"] < top]
-    if reasons_against(law, seen):
-        return None
-    return fit_law(law, seen, resamples=0), [row for row in rows if row["flops"] >= top]
-
-
 def fit_apart(law, rows, resamples):
-    """(what --json writes of a law, the fit)."""
+    """(what --json writes of a law, the fit, (a fit to all but the largest budget, the rows of
+    that)); None in place of the last where too few rows are left."""
     fit = fit_law(law, rows, resamples=resamples)
-    apart = held_out(law, rows)
-    return fit.summary() | {"held_out_error": apart and apart[0].error(apart[1])}, fit
+    result, apart = fit.summary() | {"held_out_error": None}, None
+    unseen = largest_budget(rows)
+    seen = [row for row in rows if row not in unseen]
+    if not reasons_against(law, seen):
+        apart = fit_law(law, seen, resamples=0), unseen
+        result["held_out_error"] = apart[0].error(unseen)
+    return result, fit, apart
 
 
 def fit_unified(rows, resamples):
@@ -96,12 +94,10 @@ def fit_unified(rows, resamples):
 
     Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
     measured."""
-    result = fit_law("unified", rows, resamples=resamples).summary()
-    result |= {"held_out_error": None, "held_out_error_given_loss": None}
-    apart = held_out("unified", rows)
+    result, _, apart = fit_apart("unified", rows, resamples)
+    result["held_out_error_given_loss"] = None
     if apart:
         fit, unseen = apart
-        result["held_out_error"] = fit.error(unseen)
         measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
         unseen = [row for row in unseen if run_key(row) in measured]
         if unseen:
@@ -116,19 +112,19 @@ def fit_worth(rows, resamples):
     """phi, and how much worse the law fits where a loop is worth nothing (0) or a layer (1)."""
     fit = fit_law("worth", rows, resamples=resamples)
     law = fit.summary()
-    objective = {"free": fit.objective}
-    for phi in (0.0, 1.0):
-        held = fit_law("worth", rows, resamples=0, held={"phi": phi})
-        objective[f"phi = {phi:g}"] = held.objective
+    unlooped = [row | {"mu_rec": 1} for row in rows]
+    objective = {"free": fit.objective,
+                 "phi = 0": fit_law("training", unlooped, resamples=0).objective,
+                 "phi = 1": fit_law("training", rows, resamples=0).objective}
     return {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": objective,
             "sizes": sizes(rows)}
 
 
 def fit_test_time(rows):
     """[(run's rows, fit, what --json writes)] of a run of each recurrence at the largest budget."""
-    top, shown = column(rows, "flops").max() / 1.1, {}
-    for row in rows:
-        if row["flops"] >= top and row["mu_rec"] > 1:
+    shown = {}
+    for row in largest_budget(rows):
+        if row["mu_rec"] > 1:
             shown.setdefault(row["mu_rec"], run_key(row))
     result = []
     for _, run in sorted(shown.items()):
@@ -147,21 +143,8 @@ def exponents_of(fit, size, cost, flops):
     sampled = frontier_exponents(fit, size, cost, low, high, fit.samples)
     result = {}
     for name, value, samples in zip(("mu_rec", "tokens"), point, sampled):
-        known = np.isfinite(value) and np.isfinite(samples).sum() >= 0.95 * len(samples)
         result[name] = {"exponent": float(value) if np.isfinite(value) else None,
-                        "ci": interval(samples, value) if known else [None, None]}
-    return result
-
-
-def compute_optimal(fit):
-    """Exponents of the best size, C^(y / (x + y)), and of the best token count, by Chinchilla."""
-    result = {}
-    for name, above in (("params", "y"), ("tokens", "x")):
-        shares = []
-        for theta in (fit.theta, fit.samples):
-            p = fit.values(theta)
-            shares.append(p[above] / (p["x"] + p["y"]))
-        result[name] = {"exponent": float(shares[0]), "ci": interval(shares[1], shares[0])}
+                        "ci": interval(samples, value)}
     return result
 
 
@@ -185,15 +168,16 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
         out["gain"] = gains(own)
 
     if can_fit("training", own, out["notes"]):
-        law, kept["fit"] = fit_apart("training", own, resamples)
+        law, kept["fit"], _ = fit_apart("training", own, resamples)
         out["training_law"] = law
         if not loops:
-            law["compute_optimal"] = compute_optimal(kept["fit"])
+            law["compute_optimal"] = limit(kept["fit"])
         elif sizes(own) > 1:
             out["notes"].append("the law's optimum at equal FLOPs: not computed, the runs called "
                                 f"{out['model']} have {sizes(own)} sizes")
         else:
             law["frontier"], law["other_accounting"] = frontiers(every_row, out, kept)
+            law["limit"] = limit(kept["fit"])
     return out, kept
 
 
@@ -279,7 +263,8 @@ def predict(args):
     """Print the best recurrence, tokens and loss for a budget, by the training law."""
     out, kept = fitted(args)
     rows, fit = kept["rows"], kept["fit"]
-    flops, low, top = args.flops, *(end(column(rows, "flops")) for end in (np.min, np.max))
+    flops = args.flops
+    low, top = column(rows, "flops").min(), column(rows, "flops").max()
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
 
@@ -363,7 +348,7 @@ def parse_args(words):
     add = designs.add_argument
     add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
     add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU")
-    add("--seeds", type=COUNT, default=1, metavar="N", help="how many (default: 1)")
+    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="(default: 0)")
     add("--noise", type=POSITIVE, metavar="SD",
         help="of a run's loss, relative (default: the tables')")
     add("--speed", type=POSITIVE, default=2.8e10, metavar="F",
@@ -371,8 +356,6 @@ def parse_args(words):
     add("--repeats", type=COUNT, default=100, metavar="N",
         help="made-up sweeps (default: %(default)s)")
 
-    if words[:1] == ["sweep"]:
-        raise UserError("sweeps have a script of their own: python sweep.py")
     return parser.parse_args(words or ["fit"])
 
 

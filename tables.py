@@ -15,19 +15,17 @@ import numpy as np
 
 from common import UserError, lock, nothing_to_run, read_json, whole_file
 
-# The columns of a table. mu_rec: mean recurrence in training; mu_bwd: loops with gradient;
-# recurrence: loops at evaluation; val_loss: nats per token.
 COLUMNS = {
-    "model": str,
-    "params_core": float,
-    "params_noncore": float,
-    "flops": float,
-    "accounting": str,
-    "mu_rec": float,
-    "mu_bwd": float,
-    "tokens": float,
-    "recurrence": float,
-    "val_loss": float,
+    "model": str,  # prelude/recurrent/coda x channels
+    "params_core": float,  # parameters that multiply a token in each loop, as `accounting` counts
+    "params_noncore": float,  # ... once
+    "flops": float,  # of the whole training
+    "accounting": str,  # how they are counted: exact or paper, see model.py
+    "mu_rec": float,  # mean recurrence in training
+    "mu_bwd": float,  # loops with gradient
+    "tokens": float,  # of the whole training
+    "recurrence": float,  # T, loops at evaluation
+    "val_loss": float,  # nats per token
     "seed": int,
 }
 
@@ -156,7 +154,7 @@ def identity(row):
     return tuple(as_written({name: kind(row[name]) for name, kind in COLUMNS.items()}).values())
 
 
-def once(rows):
+def without_repeats(rows):
     """The rows without repetitions: a table may be given twice, or beside its own directory."""
     kept = {identity(row): row for row in rows}
     if len(kept) < len(rows):
@@ -181,7 +179,7 @@ def read_tables(paths, accounting=None):
             rows += read_csv(path)
     if not rows:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
-    rows = once(rows)
+    rows = without_repeats(rows)
 
     there = sorted({row["accounting"] for row in rows})
     if accounting and accounting not in there:
@@ -234,6 +232,12 @@ Run = namedtuple("Run", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"]
 def run_key(row):
     """The Run that a row belongs to: rows of one run differ in the loops at evaluation alone."""
     return Run(*(row[name] for name in Run._fields))
+
+
+def largest_budget(rows):
+    """The rows within a tenth of the most FLOPs."""
+    top = column(rows, "flops").max() / 1.1
+    return [row for row in rows if row["flops"] >= top]
 
 
 def distinct(rows, name):

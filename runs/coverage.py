@@ -29,7 +29,7 @@ def parabola_truth():
     """(rows, losses, cost, true mu*, true exponent): the optimum is 4 (C / 4e12)^0.4."""
     def cost(mu):
         return 1e5 * (2 + np.asarray(mu))
-    rows = grid(SIZE, cost, BUDGETS, RECURRENCES, 1)
+    rows = grid(SIZE, cost, BUDGETS, RECURRENCES, [0])
     best = {c: 4 * (c / 4e12) ** 0.4 for c in BUDGETS}
     losses = []
     for row in rows:
@@ -40,10 +40,10 @@ def parabola_truth():
 
 
 def law_truth():
-    """The same of the training law of the tables in results/, at the budgets of BUDGETS."""
+    """The same of the training law of the tables in results/, for the runs there."""
     _, kept = fit_optima(*read_tables(default_tables()), resamples=0)
-    fit, cost, size = kept["fit"], kept["cost"], kept["rows"][0]
-    rows = grid(size, cost, BUDGETS, RECURRENCES, 1)
+    fit, cost, rows = kept["fit"], kept["cost"], kept["rows"]
+    size = rows[0]
     best = {c: frontier(fit, size, cost, c)[0][0] for c in BUDGETS}
     exponent = frontier_exponents(fit, size, cost, BUDGETS[0], BUDGETS[-1])[0, 0]
     return rows, fit.predict(rows), cost, best, exponent
@@ -104,8 +104,9 @@ def main():
     methods = {"parabolas": by_parabola, "training law": by_law}
     if args.truth == "parabola":
         del methods["training law"]  # it is not of that form
-    print("true mu*: " + ", ".join(f"{mu:.2f}" for mu in truth[3].values())
-          + f"; exponent {truth[4]:.2f}")
+    *_, best, exponent = truth
+    print("true mu*: " + ", ".join(f"{mu:.2f}" for mu in best.values())
+          + f"; exponent {exponent:.2f}")
     for noise in args.noise:
         for name, counts in coverage(truth, args.repeats, noise, methods).items():
             said = []

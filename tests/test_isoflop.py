@@ -100,5 +100,24 @@ def test_seeds_are_pairs():
         row["val_loss"] = (1.9 if row["mu_rec"] == 4 else 2.0) + row["seed"]
     rows = [row for row in rows if (row["mu_rec"], row["seed"]) != (1, 2)]
     for gain in gains(rows):
-        assert gain["by_seed"] == pytest.approx([0.1, 0.1]) and gain["mu_rec"] == 4
+        assert gain["by_seed"] == pytest.approx([0.1, 0.1]) and gain["mu_rec"] == [4]
         assert gain["standard_error"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_largest_of_several_gains_by_nothing_is_no_gain(seeds):
+    found = []
+    for number in range(40):
+        found += gains(sweep(lambda row: 2.0, 0.004, seeds=seeds, seed=number))
+    mean = np.mean([gain["gain"] for gain in found])
+    if seeds == 1:  # six recurrences, one pair each: said to be the largest
+        assert mean > 0.005 and all(gain["of"] == 6 for gain in found)
+    else:
+        error = np.std([gain["gain"] for gain in found]) / len(found) ** 0.5
+        assert abs(mean) < 3 * error and all(gain["of"] is None for gain in found)
+
+
+def test_runs_that_differ_in_something_else_are_noted():
+    rows = sweep(parabolic)
+    _, _, _, notes = isoflop(rows + [rows[3] | {"mu_bwd": 9}], cost, 0)
+    assert "1 runs have the budget, recurrence and seed of another" in notes[0]

@@ -35,7 +35,7 @@ def test_phi_of_the_published_minima():
     assert law["phi"] == pytest.approx(0.469, abs=0.002)
     assert law["ci"]["phi"][0] > 0.25 and law["ci"]["phi"][1] < 0.6
     # What these minima do not determine is said to be so.
-    assert {"E", "A", "alpha"} <= set(law["undetermined"])
+    assert {"E", "X", "x"} <= set(law["undetermined"])
 
 
 def test_exponents_of_the_published_over_training_runs():
@@ -97,7 +97,7 @@ def test_what_the_data_do_not_determine_is_said_to_be_so():
 def test_a_law_of_ones_own(monkeypatch, capsys):
     def power(p, r):
         return p.A * r.D ** -p.a
-    own = Law("power", power, {"A": Parameter(0.5, 2, "lowest", "log", "D a"), "a": POWER})
+    own = Law("power", power, {"A": Parameter(0.5, 2, "lowest", "log", ("D", "a")), "a": POWER})
     monkeypatch.setitem(laws.LAWS, "power", own)
     rows = sweep(lambda row: 30 * row["tokens"] ** -0.15)
     out, _ = scaling.fit_table(rows, "exact", resamples=30)
