@@ -256,12 +256,13 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
 
         def step(model=model, cache=cache, idx=idx, loops=loops):
             cache.pos = context
-            for i in range(steps):
-                model.step(idx[:, i:i + 1], loops, cache)
+            for _ in range(steps):
+                model.step(idx[:, :1], loops, cache)
         prefill[name, loops] = fill
         decode[name, loops] = step
         flops = model.flops_per_token(loops, backprop_depth=0, context=context)
-        weights = model.flops_per_token(loops, backprop_depth=0, context=1) / 2 * dtype.itemsize
+        once, core = model.matmul_params()
+        weights = (once + loops * core) * dtype.itemsize
         read = weights + kv_bytes(c, context, loops, model.dtype.itemsize)
         limits[name, loops] = {"compute limit": peak / flops, "memory limit": width / read}
     filled = alternate(prefill, rounds, device, "prefill")

@@ -18,7 +18,7 @@ from common import UserError, nothing_to_run, read_json
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 A0 = math.sqrt(1 / 5)  # A_bar's initial value
-LARGEST = 2 ** 24  # of any size: beyond it is a slip of the finger
+LARGEST = 2 ** 24  # of any size: more is a typing error
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
 # ------------------------------------------------------------------------------- configuration
@@ -46,11 +46,11 @@ class ParcaeConfig:
     norm_eps: float = 1e-5  # of the RMSNorms
 
     def __post_init__(self):
-        if self.mlp_width is None and type(self.n_embd) is int:
-            self.mlp_width = 4 * self.n_embd
-        if self.backprop_depth is None and type(self.mean_recurrence) is int:
-            self.backprop_depth = -(-self.mean_recurrence // 2)
         self.check_types()
+        if self.mlp_width is None:
+            self.mlp_width = 4 * self.n_embd
+        if self.backprop_depth is None:
+            self.backprop_depth = math.ceil(self.mean_recurrence / 2)
 
         self.need(self.norm_eps > 0, "norm_eps", "above 0")
         self.need(self.rope_base >= 1, "rope_base", "at least 1")
@@ -69,12 +69,12 @@ class ParcaeConfig:
         """Raise TypeError for a value of another type than its field's, as files may hold."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         for field in fields(self):
-            kind = (typing.get_args(field.type) or (field.type,))[0]  # int of int | None
+            kinds = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
             value = getattr(self, field.name)
-            allowed = (int, float) if kind is float else (kind,)
+            allowed = (int, float) if kinds == (float,) else kinds
             if type(value) not in allowed:  # bool is an int to isinstance
-                raise TypeError(f"{field.name} is {value!r}, must be {words[kind]}")
-            if kind in (int, float):
+                raise TypeError(f"{field.name} is {value!r}, must be {words[kinds[0]]}")
+            if type(value) in (int, float):
                 self.need(abs(value) < LARGEST, field.name, f"below {LARGEST:,}")
 
     def check_length(self, tokens):
@@ -174,19 +174,22 @@ def attend(q, k, v, mask=None):
     """Attention of q (B, n_head, T, head_dim) to k and v (B, n_head, S, head_dim): causal, the last
     T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
     T, S = q.shape[2], k.shape[2]
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
-        # written out: PyTorch's fused kernel takes twice as long for this case
-        mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
-        heads = [z.flatten(0, 1) for z in (q, k, v)]                    # (B * n_head, T, head_dim)
-        scale = q.shape[-1] ** -0.5
-        scores = torch.baddbmm(mask, heads[0], heads[1].transpose(1, 2), alpha=scale)
-        return (scores.softmax(-1) @ heads[2]).view_as(q)
-    if 1 < T < S:
+    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
+        return attend_written_out(q, k, v)
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def attend_written_out(q, k, v):
+    """Causal attention as of attend, on CPUs in bfloat16: PyTorch's fused kernel takes twice as
+    long."""
+    T, S = q.shape[2], k.shape[2]
+    mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
+    q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
+    scores = torch.baddbmm(mask, q_, k_.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return (scores.softmax(-1) @ v_).view_as(q)
 
 
 class Attention(nn.Module):
@@ -286,6 +289,13 @@ class Add(nn.Module):
         return torch.ones(())
 
 
+class Replace(Add):
+    """e itself, of a plain transformer: there is no loop, and so no state."""
+
+    def forward(self, h, u):
+        return u
+
+
 class Diagonal(nn.Module):
     """A_bar * h + dt * (B e), the rule of Parcae (eq. 3): stable whatever is learned.
 
@@ -375,15 +385,16 @@ class KVCache:
         if self.places is not None:
             everywhere = torch.arange(self.capacity, device=self.places.device)
             return self.places, everywhere <= self.places[:, None]
-        start, self.pos = self.pos, self.pos + T
-        if self.pos > self.capacity:
-            raise UserError(f"{self.pos} tokens do not fit a cache of {self.capacity}")
-        return slice(start, self.pos), None
+        stop = self.pos + T
+        if stop > self.capacity:
+            raise UserError(f"{stop} tokens do not fit a cache of {self.capacity}")
+        start, self.pos = self.pos, stop
+        return slice(start, stop), None
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
         pairs = self.pairs[layer]
-        return pairs[t % len(pairs)]  # where there is one, it is that of every loop
+        return pairs[0] if len(pairs) == 1 else pairs[t]  # a single one is that of every loop
 
     @property
     def nbytes(self):

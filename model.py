@@ -47,12 +47,12 @@ from common import (
 from layers import (
     INJECTIONS,
     PRESETS,
-    Add,
     Block,
     HeadLoss,
     KVCache,
     Linear,
     ParcaeConfig,
+    Replace,
     RMSNorm,
     read_config,
 )
@@ -86,8 +86,8 @@ class Parcae(nn.Module):
     that of the weights.
 
     `model(idx, ...)` is for training: each row has a depth of its own. `hidden`, `step` and
-    `advance` run all rows equally deep, with a KV cache, to generate. `loops` and `states` stop
-    after each loop, to look at it. All are made of begin, recurrent_pass and readout."""
+    `advance` run all rows equally deep, with a KV cache, to generate. `states` stops after each
+    loop, to look at it. All are made of begin, recurrent_pass and readout."""
 
     compute_dtype = None
 
@@ -96,7 +96,7 @@ class Parcae(nn.Module):
         self.config = config
         P, R, d = config.n_prelude, config.n_recurrent, config.n_embd
 
-        # value embeddings in every second layer, counted so that the last one has them
+        # value embeddings in layers 1, 3, 5, ... and in the last one
         last = config.n_layer - 1
         has_ve = [config.value_embeds and (i % 2 == 1 or i == last) for i in range(config.n_layer)]
         blocks = [Block(config, has_ve[i]) for i in range(config.n_layer)]
@@ -107,10 +107,10 @@ class Parcae(nn.Module):
         self.prelude = nn.ModuleList(blocks[:P])
         self.recurrent = nn.ModuleList(blocks[P:P + R])
         self.coda = nn.ModuleList(blocks[P + R:])
-        # a plain transformer has none of the next three
+        # a plain transformer has none of the next three: its loop hands on what the prelude made
         normed = R and config.prelude_norm
         self.norm_prelude = RMSNorm(d, eps=config.norm_eps) if normed else nn.Identity()
-        self.injection = INJECTIONS[config.injection](d) if R else Add(d)
+        self.injection = INJECTIONS[config.injection](d) if R else Replace(d)
         self.C_proj = Linear(d, d) if R else nn.Identity()
         self.norm_f = RMSNorm(d, eps=config.norm_eps)
         self.lm_head = Linear(d, config.vocab_size)
@@ -173,22 +173,19 @@ class Parcae(nn.Module):
         tokens, u, h = self.begin(idx[order])
 
         # the loop: first without gradient, then each row's last backprop_depth loops with it
-        # depths [9, 5, 2] and backprop_depth 4: without up to [5, 1, 0], with from there on
-        with_gradient = self.config.backprop_depth if self.training else max(depths)
-        middle = [max(0, n - with_gradient) for n in depths]
+        last = self.config.backprop_depth if self.training else max(depths)
+        without = [max(0, n - last) for n in depths]  # depths [9, 5, 2], the last 4: [5, 1, 0]
+        with_gradient = [min(n, last) for n in depths]  # [4, 4, 2]
         with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
-            h = self.loop(h, u.detach(), tokens.each(torch.detach), [0] * len(depths), middle)
-        h = self.loop(h, u, tokens, middle, depths)
+            h = self.loop(h, u.detach(), tokens.each(torch.detach), without)
+        h = self.loop(h, u, tokens, with_gradient)
 
         # the coda, once; the rows in their own order again
         x = self.readout(h, tokens)[order.argsort()]
         return self.head(x, targets)
 
-    def loop(self, h, u, tokens, start, stop):
-        """The state (B, T, C) after loops start[i], ..., stop[i] - 1 of each row i.
-
-        stop[i] - start[i] never rises from one row to the next."""
-        rounds = [b - a for a, b in zip(start, stop)]
+    def loop(self, h, u, tokens, rounds):
+        """The state (B, T, C) after rounds[i] more loops of each row i, the most of the first."""
         for t in range(rounds[0]):
             live = sum(n > t for n in rounds)  # the first rows: those that still loop
             new = self.recurrent_pass(h[:live], u[:live], tokens.rows(live))
@@ -199,38 +196,28 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def states(self, idx, most, cache=None):
-        """Yield (state (B, T, C), tokens for `readout`) after each loop 1, ..., most.
+        """Yield (state (B, T, C), tokens) after each loop 1, ..., most. For idx (B, T) int64:
 
-        A plain transformer yields once, what its layers have made."""
+            for h, tokens in model.states(idx, 8):
+                logits = model.lm_head(model.readout(h, tokens))
+
+        are the logits as if that loop were the last. Early exit is a `break`: a cache has moved on
+        by T tokens already."""
         tokens, u, h = self.begin(idx, cache)
-        if not self.config.n_recurrent:
-            yield h, tokens
-            return
         for t in range(most):
             h = self.recurrent_pass(h, u, tokens, cache, t)
             yield h, tokens
 
-    @torch.no_grad()
-    def loops(self, idx, most, cache=None):
-        """Yield what the head would read if a loop were the last, (B, T, C): after 1, ..., most.
-
-        Early exit is a `break`: a cache has moved on by T tokens already. For idx (B, T) int64:
-
-            for x in model.loops(idx, 8):
-                logits = model.lm_head(x)"""
-        for h, tokens in self.states(idx, most, cache):
-            yield self.readout(h, tokens, cache)
-
     def hidden(self, idx, recurrence, cache=None):
         """What the head reads, (B, T, C), after `recurrence` loops of every row."""
         tokens, u, h = self.begin(idx, cache)
-        for t in range(recurrence if self.config.n_recurrent else 0):
+        for t in range(recurrence):
             h = self.recurrent_pass(h, u, tokens, cache, t)
         return self.readout(h, tokens, cache)
 
     def step(self, idx, recurrence, cache):
         """Logits (B, T, vocab_size) float32 after more tokens idx (B, T) of a cache's sequences."""
-        return self.advance(idx, cache, 0, recurrence if self.config.n_recurrent else 0)[0]
+        return self.advance(idx, cache, 0, recurrence)[0]
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
         """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits as of
@@ -274,8 +261,6 @@ class Parcae(nn.Module):
 
     def start_state(self, e):
         """h_0 (B, T, C): noise in training, the same for all rows; else zero."""
-        if not self.config.n_recurrent:
-            return e  # nothing loops: the coda reads the prelude
         h = torch.zeros_like(e[:1])
         if self.training and self.config.state_init == "normal":
             h = torch.randn_like(h) * self.init_std
@@ -336,7 +321,7 @@ class Parcae(nn.Module):
             depths = depths.tolist()
         if min(depths) < 1:
             raise UserError(f"recurrence is {min(depths)}, must be at least 1")
-        return depths if self.config.n_recurrent else [0] * batch_size
+        return depths
 
     # ------------------------------------------------------------------------- compiling
 

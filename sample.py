@@ -123,7 +123,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     try:
         for _ in range(n):
             if idx.shape[1] > capacity:  # the window slides: no cache
-                logits, _ = model(idx[:, -capacity:], recurrence=max(1, recurrence))
+                logits, _ = model(idx[:, -capacity:], recurrence=recurrence)
             elif cache.pos == 0:  # prefill: the prompt, all at once
                 logits = model.lm_head(model.hidden(idx, recurrence, cache)[:, -1:]).float()
             elif exit_threshold is not None:

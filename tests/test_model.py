@@ -360,13 +360,17 @@ def test_spectral_radius_is_the_growth_of_the_state_alone():
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_every_loop_reads_as_if_it_were_the_last(build, tokens, injection):
     model = build(value_embeds=True, injection=injection).eval()
-    read = [model.lm_head(x) for x in model.loops(tokens, 5)]
-    assert len(read) == 5 and not next(model.loops(tokens, 1)).requires_grad
+    read = [model.lm_head(model.readout(*state)) for state in model.states(tokens, 5)]
+    assert len(read) == 5 and not next(model.states(tokens, 1))[0].requires_grad
     for loops, logits in enumerate(read, start=1):
         torch.testing.assert_close(logits, model(tokens, recurrence=loops)[0])
-    plain = build(n_recurrent=0).eval()
-    (x,) = plain.loops(tokens, 5)
-    torch.testing.assert_close(plain.lm_head(x), plain(tokens)[0])
+
+
+def test_a_plain_transformer_is_the_same_after_any_number_of_loops(build, tokens):
+    model = build(n_recurrent=0, n_prelude=3)
+    losses = [model(tokens, tokens, recurrence=loops)[1] for loops in (1, 5)]
+    gradients = [torch.autograd.grad(loss, model.prelude[0].mlp.fc.weight)[0] for loss in losses]
+    assert torch.equal(*losses) and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("kind, pairs", [("per-loop", [1, 5, 5, 1]), ("shared", [1, 1, 1, 1])])
@@ -378,6 +382,12 @@ def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs
     first, last = (cache.pair_of(1, t)[0] for t in (0, 4))
     assert last.shape == (6, 2, 16, 16)
     assert (first.data_ptr() == last.data_ptr()) == (kind == "shared")
+    with pytest.raises(UserError, match="20 tokens do not fit a cache of 16"):
+        cache.reserve(20)
+    assert cache.pos == 0
+    if kind == "per-loop":  # a sixth loop would overwrite another's
+        with pytest.raises(IndexError):
+            model.hidden(tokens, 6, KVCache(model.config, 6, 16, 5, "cpu", torch.float32))
     with torch.no_grad():
         model.hidden(tokens, 5, cache)
     assert cache.pos == 16 and cache.rows(torch.tensor([2, 2, 0])).pair_of(0)[0].shape[0] == 3
@@ -388,8 +398,9 @@ def test_a_loop_can_be_left_at_any_time(build, tokens):
     """What the cache then holds is that of a model with so many loops."""
     model = build(value_embeds=True).eval()
     caches = [KVCache(model.config, 6, 16, n, "cpu", torch.float32) for n in (5, 2)]
-    for loops, _ in enumerate(model.loops(tokens[:, :9], 5, caches[0]), start=1):
+    for loops, state in enumerate(model.states(tokens[:, :9], 5, caches[0]), start=1):
         if loops == 2:
+            model.readout(*state, caches[0])
             break
     model.step(tokens[:, :9], 2, caches[1])
     a, b = (model.step(tokens[:, 9:], 2, cache) for cache in caches)
