@@ -291,10 +291,10 @@ def main():
     add("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
     add("--out", type=some_path, metavar="DIR",
         help="data directory to make (default: data/SOURCE)")
-    add("--tokenizer", default="bytes", metavar="NAME",
+    add("--tokenizer", metavar="NAME",
         help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a "
              "directory with a tokenizer.json")
-    add("--shards", type=int, default=1, metavar="N",
+    add("--shards", type=int, metavar="N",
         help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
     args = parser.parse_args()
     function = SOURCES.get(args.source, fetch_fineweb)
@@ -303,9 +303,16 @@ def main():
         parser.error(f"SOURCE {args.source} needs files: python data.py {args.source} FILE...")
     if args.files and not takes_files:
         parser.error(f"SOURCE {args.source} takes no files, got {args.files[0]}")
-    if not 1 <= args.shards <= FINEWEB_SHARDS:
-        parser.error(f"--shards is {args.shards}, must be 1 to {FINEWEB_SHARDS}")
-    prepare(args.source, args.out, args.tokenizer, args.files, args.shards)
+    if args.source == "fineweb-edu":
+        if args.tokenizer not in (None, "gpt2"):
+            parser.error(f"--tokenizer is {args.tokenizer}, must be gpt2 (or left out): "
+                         "fineweb-edu comes in its tokens")
+    elif args.shards is not None:
+        parser.error(f"--shards is for SOURCE fineweb-edu: {args.source} has as many as it needs")
+    shards = 1 if args.shards is None else args.shards
+    if not 1 <= shards <= FINEWEB_SHARDS:
+        parser.error(f"--shards is {shards}, must be 1 to {FINEWEB_SHARDS}")
+    prepare(args.source, args.out, args.tokenizer or "bytes", args.files, shards)
 
 
 if __name__ == "__main__":

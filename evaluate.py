@@ -9,6 +9,7 @@ Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes
 In brackets: the standard error over the sequences read. Writes eval.json in the run directory.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -55,6 +56,15 @@ def text_windows(file, tokenizer, block_size, most):
         raise UserError(f"--text {file} is empty")
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     return list(zip(inputs.split(block_size, dim=1), targets.split(block_size, dim=1)))
+
+
+def batches_of(windows, batch_size):
+    """Yield (idx, targets), (B, T) each, of windows (1, T) that are equally long."""
+    for _, alike in itertools.groupby(windows, key=lambda window: window[0].shape):
+        alike = list(alike)
+        for start in range(0, len(alike), batch_size):
+            idx, targets = zip(*alike[start:start + batch_size])
+            yield torch.cat(idx), torch.cat(targets)
 
 
 def data_windows(loader, sequences, batch_size):
@@ -230,7 +240,7 @@ def open_text(args, model, tokenizer):
     block_size = model.config.block_size
     if args.text:
         windows = text_windows(args.text, tokenizer, block_size, args.sequences)
-        return args.text, lambda batch_size: windows
+        return args.text, lambda batch_size: batches_of(windows, batch_size)
     config = Path(args.run) / "config.json"
     data = args.data or read_json(config).get("data")
     if data is None:

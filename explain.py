@@ -21,13 +21,18 @@ def model_text(config):
             f"{layers(config.n_coda)}; {channels}")
 
 
-def loop_text(config):
-    """How often the loop runs in training."""
+def loop_text(config, settings):
+    """How often the loop runs in training. settings: those of the run, a dict."""
     mean, depth = config.mean_recurrence, config.backprop_depth
     if mean == 1:
         return "runs once (mean recurrence 1)"
-    return (f"runs {mean} times on average (mean recurrence {mean}), another number for each "
-            f"sequence; the last {min(mean, depth)} with gradient")
+    often = {"per-sequence": " on average, another number for each sequence",
+             "per-batch": " on average, another number for each batch",
+             "fixed": ""}[settings["depth_sampling"]]
+    late = settings["loop_from"]
+    begins = f"; once only in the first {late:.0%}" if late else ""
+    return (f"runs {mean} times{often} (mean recurrence {mean}); the last {min(mean, depth)} with "
+            f"gradient{begins}")
 
 
 def single_token_entropy(loader):
@@ -43,7 +48,7 @@ def beginning(out, data, config, loader, record, dtype):
     lines = [f"{out}: {record['parameters']:,} parameters",
              f"  model    {model_text(config)}"]
     if config.n_recurrent:
-        lines.append(f"  loop     {loop_text(config)}")
+        lines.append(f"  loop     {loop_text(config, record['settings'])}")
     lines += [
         f"  data     {data}: {len(loader) * config.block_size:,} train tokens",
         f"  machine  {record['ranks']} x {record['device']}, {str(dtype).removeprefix('torch.')}; "
@@ -68,8 +73,8 @@ def ending(out, config, losses):
     lines.append(f'  python sample.py --run {out} --prompt "def "{loops}')
     lines.append(f"  python curves.py {out} --out curves.png     how its loss fell (matplotlib)")
     if loops:
-        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     the same layers "
-                     "trained to run once: is the loop worth its time?")
+        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     and your other "
+                     "flags: the same layers trained to run once; is the loop worth its time?")
     return "\n".join(lines)
 
 

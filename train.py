@@ -115,21 +115,23 @@ def config_of(args, tokenizer):
     given = {field.name: getattr(args, field.name) for field in fields(ParcaeConfig)[1:]
              if getattr(args, field.name) is not None}
     if args.resume:
-        config = read_config(args.out)
         if not same_tokens(load_tokenizer(args.out), tokenizer):
             raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was "
                             "trained on")
-        mean = args.mean_recurrence or config.mean_recurrence
-        depth = config.backprop_depth if mean == config.mean_recurrence else None
-        depth = args.backprop_depth or depth
-        return replace(config, mean_recurrence=mean, backprop_depth=depth), None
+        return changed(read_config(args.out), given), None
     if args.init_from:
         start = read_start(args.init_from, tokenizer, args.data)
-        if "mean_recurrence" in given:
-            given = {"backprop_depth": None} | given  # half of the new mean, unless given
-        return replace(start.config, **given), start.state_dict()
+        return changed(start.config, given), start.state_dict()
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
     return ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size}), None
+
+
+def changed(config, given):
+    """The config with other values. Half of another mean recurrence gets a gradient, unless the
+    backprop_depth is given, too."""
+    if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
+        given = {"backprop_depth": None} | given
+    return replace(config, **given)
 
 
 def read_start(source, tokenizer, data):
@@ -228,17 +230,19 @@ def update(model, optimizers, args, loss, progress):
 
 
 def count(state, args, model, depths, seconds):
-    """Add a step to what is spent; returns the step's tokens and FLOPs."""
+    """Add a step to what is spent; returns its tokens and its exact FLOPs, whatever --accounting
+    says."""
     config = model.config
     tokens = args.batch_size * config.block_size
     loops = depths.double().mean().item()
     with_gradient = depths.clamp(max=config.backprop_depth).double().mean().item()
-    flops = tokens * model.flops_per_token(loops, with_gradient, accounting=args.accounting)
-    step = {"step": 1, "samples": args.batch_size, "tokens": tokens, "flops": flops,
-            "seconds": seconds}
+    flops = {name: tokens * model.flops_per_token(loops, with_gradient, accounting=name)
+             for name in ("exact", args.accounting)}
+    step = {"step": 1, "samples": args.batch_size, "tokens": tokens,
+            "flops": flops[args.accounting], "seconds": seconds}
     for kind, amount in step.items():
         state[kind] += amount
-    return tokens, flops
+    return tokens, flops["exact"]
 
 
 @torch.no_grad()

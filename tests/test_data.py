@@ -336,6 +336,8 @@ def test_shakespeare_is_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["text"], "SOURCE text needs files"), (["stdlib", "x.txt"], "takes no files, got x.txt"),
+    (["fineweb-edu", "--tokenizer", "bytes"], "--tokenizer is bytes, must be gpt2"),
+    (["stdlib", "--shards", "2"], "--shards is for SOURCE fineweb-edu"),
     (["fineweb-edu", "x.txt"], "takes no files, got x.txt"), (["moon"], "invalid choice: 'moon'"),
     (["fineweb-edu", "--shards", "0"], "--shards is 0, must be 1 to 99"),
     (["text", "none.txt"], "none.txt: No such file"),
