@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from common import UserError, nothing_to_run, read_json
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
-A0 = math.sqrt(1 / 5)  # A_bar's initial value
+A0 = math.sqrt(1 / 5)  # A_bar's initial value (published code)
 LARGEST = 2 ** 24  # of any size: more is a typing error
+IGNORED = -100  # a target that does not count
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
 # ------------------------------------------------------------------------------- configuration
@@ -311,14 +312,18 @@ class Diagonal(nn.Module):
         self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / a0 - 1)))
         self.B = nn.Parameter(torch.eye(d))
 
+    def dt(self):
+        """(C,) float32 step sizes."""
+        return F.softplus(self.dt_bias.float())
+
     def A_bar(self):
         """(C,) float32 factors by which the state shrinks in each loop."""
-        A_bar = torch.exp(-F.softplus(self.dt_bias.float()) * self.log_A.float().exp())
+        A_bar = torch.exp(-self.dt() * self.log_A.float().exp())
         # float32 would round the ends to 0 and 1
         return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)
 
     def input(self, e):
-        return F.linear(e, self.B.to(e.dtype)) * F.softplus(self.dt_bias).to(e.dtype)
+        return F.linear(e, self.B.to(e.dtype)) * self.dt().to(e.dtype)
 
     def forward(self, h, u):
         return (self.A_bar() * h + u).to(u.dtype)
@@ -422,15 +427,17 @@ class HeadLoss(torch.autograd.Function):
         w = weight.to(x.dtype)
         d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
         loss = x.new_zeros((), dtype=torch.float32)
-        count = (targets != -100).sum()
-        for x_, t, d in zip(x.split(chunk), targets.split(chunk), d_x.split(chunk)):
+        count = (targets != IGNORED).sum()
+        for x_, target, d_x_ in zip(x.split(chunk), targets.split(chunk), d_x.split(chunk)):
             log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (chunk, vocab)
-            loss += F.nll_loss(log_probs, t, ignore_index=-100, reduction="sum")
+            loss += F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
             # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
-            d_logits = log_probs.exp_()
-            d_logits[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
-            d_logits = (d_logits * ((t != -100) / count).unsqueeze(-1)).to(x.dtype)
-            torch.matmul(d_logits, w, out=d)
+            d_logits = log_probs.exp_()  # in the same memory: the largest tensor here
+            row = torch.arange(len(target), device=target.device)
+            d_logits[row, target.clamp(min=0)] -= 1
+            share = (target != IGNORED) / count
+            d_logits = (d_logits * share.unsqueeze(-1)).to(x.dtype)
+            torch.matmul(d_logits, w, out=d_x_)
             d_weight += d_logits.T @ x_
         ctx.save_for_backward(d_x, d_weight)
         return loss / count

@@ -45,6 +45,7 @@ from common import (
     nothing_to_run,
 )
 from layers import (
+    IGNORED,
     INJECTIONS,
     PRESETS,
     Block,
@@ -138,6 +139,7 @@ class Parcae(nn.Module):
 
     @property
     def init_std(self):
+        """Of the embeddings, and sigma of the state the loop starts from (published code)."""
         return math.sqrt(2 / (5 * self.config.n_embd))
 
     @torch.no_grad()
@@ -149,6 +151,7 @@ class Parcae(nn.Module):
             elif name.endswith(("attn.c_proj", "mlp.proj")):
                 nn.init.zeros_(module.weight)
             elif isinstance(module, Linear) and module.weight is not self.wte.weight:
+                # an orthogonal matrix has entries of size 1 / sqrt(its longer side)
                 gain = self.init_std * math.sqrt(max(module.weight.shape))
                 nn.init.orthogonal_(module.weight, gain=gain)
 
@@ -284,7 +287,8 @@ class Parcae(nn.Module):
         logits = self.lm_head(x).float()
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return logits, loss
 
     # ------------------------------------------------------------------------- depths
 

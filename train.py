@@ -68,7 +68,7 @@ class Setup:
 
 
 def setup(args):
-    """Check the settings, then make data, model and optimisers; writes data alone."""
+    """Check the settings, then make data, model and optimisers. Writes nothing but missing data."""
     rank, world = process()
     micro = args.micro_batch or max(1, args.batch_size // world)
     if args.batch_size % (world * micro):
@@ -83,8 +83,8 @@ def setup(args):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     config, weights = config_of(args, tokenizer)
-    loaders = [Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
-               for split, seed in (("train", args.seed), ("val", EVAL_SEED))]
+    loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
+                          for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
 
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
@@ -93,7 +93,7 @@ def setup(args):
                     f"--init-from {args.init_from} does not fit these flags of the model")
     model.compute_dtype = pick_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
-    return Setup(args, model, *loaders, tokenizer, run, describe(args, model), micro)
+    return Setup(args, model, loader, val_loader, tokenizer, run, describe(args, model), micro)
 
 
 def setup_device(args, world):
@@ -353,7 +353,7 @@ def train(s):
     with caught_signals() as received:
         while spent(args, state) < 1 and not received and skipped < MAX_SKIPPED:
             start, progress = time.perf_counter(), spent(args, state)
-            step_seed = args.seed * 1_000_003 + state["step"]
+            step_seed = args.seed * 1_000_003 + state["step"]  # a million steps till seeds meet
 
             # 1. how often each sequence loops
             depths = draw_depths(model, args, progress, step_seed)
