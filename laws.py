@@ -255,7 +255,8 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     theta, objective = minimise(law, runs, log_loss, theta)
     best = theta[objective.argmin()]
 
-    # Fits to resamples start from the best: from all eight they would take eight times as long.
+    # Fits to resamples start from the best. Of our table 24 other starts end lower in one resample
+    # of 200, and move no interval.
     samples = torch.empty(0, len(best), dtype=torch.float64)
     if resamples:
         weights = resample(rows, resamples, seed)

@@ -99,6 +99,12 @@ def published_size(layers, channels, heads):
                 n_head=heads, value_embeds=True)
 
 
+def without_loop(size):
+    """The plain transformer of a preset: the same layers without loop, injection and C_proj."""
+    layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
+    return size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
+
+
 PRESETS = {
     "parcae-140m": published_size(2, 768, 6),
     "parcae-370m": published_size(4, 1024, 8),
@@ -109,26 +115,7 @@ PRESETS = {
     "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4,
                          value_embeds=True, block_size=256, vocab_size=4096),
 }
-# The plain transformer of each size: the same layers without loop, injection and C_proj.
-for name, size in [*PRESETS.items()]:
-    layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
-    PRESETS[name.replace("parcae", "gpt")] = size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
-
-
-def read_config(run_directory):
-    """The ParcaeConfig of a run directory. Raises UserError."""
-    file = Path(run_directory) / "config.json"
-    if not file.exists():
-        raise UserError(f"{run_directory} holds no model: {file} does not exist; "
-                        "train one first: python train.py")
-    return parse_config(file, config_of_run)
-
-
-def config_of_run(settings):
-    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
-    if "model" not in settings and "n_embd" in settings:
-        raise UserError("a model in another format; python published.py import makes a run of it")
-    return ParcaeConfig(**settings["model"])
+PRESETS |= {name.replace("parcae", "gpt"): without_loop(size) for name, size in PRESETS.items()}
 
 
 def parse_config(file, parse):
@@ -145,6 +132,22 @@ def parse_config(file, parse):
         raise UserError(f"{file}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not the JSON of a model: {error}") from None
+
+
+def config_of_run(settings):
+    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
+    if "model" not in settings and "n_embd" in settings:
+        raise UserError("a model in another format; python published.py import makes a run of it")
+    return ParcaeConfig(**settings["model"])
+
+
+def read_config(run_directory):
+    """The ParcaeConfig of a run directory. Raises UserError."""
+    file = Path(run_directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{run_directory} holds no model: {file} does not exist; "
+                        "train one first: python train.py")
+    return parse_config(file, config_of_run)
 
 # ------------------------------------------------------------------------------- layers
 
