@@ -108,6 +108,8 @@ def at_best_rate(rows):
     runs = {}
     for name in NAMES:
         mine = [row for row in rows if row["model"] == name]
+        if not mine:
+            continue
         first = sorted((row for row in mine if row["seed"] == 0), key=lambda row: row["rate"])
         if not first:
             print(f"{NAMES[name]}: no run of seed 0, left out")
