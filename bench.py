@@ -160,9 +160,9 @@ def memory(config, context, batch, recurrence, device, dtype):
             row["activations"]["peak"] = peak_bytes(lambda: forward().backward())  # noqa: B023
         row["optimizer"] = {"predicted": optimizer_bytes(model),
                             "measured": optimizer_state_bytes(model)}
-        cast = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16)
         row["weights"] = {"predicted": 2 * parameters(c),
-                          "measured": sum(p.nbytes for p in cast.parameters())}
+                          "measured": sum(p.nbytes for p in model.parameters())}
         cache = KVCache(c, 1, context, loops, device, torch.bfloat16)
         row["kv_cache"] = {"predicted": kv_bytes(c, context, loops), "measured": cache.nbytes}
         cache = KVCache(c, 1, context, loops, device, torch.bfloat16, "shared")
@@ -242,7 +242,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
     """(matmul peak, bandwidth, rows): tokens/s of prefill and of decoding one sequence, beside two
     limits: the matmul peak, and the bandwidth if every weight were read once a loop. dtype: of the
     weights, see quantize.cast."""
-    peak, width = matmul_peak(device, activations(dtype)), bandwidth(device)
+    peak, bytes_per_s = matmul_peak(device, activations(dtype)), bandwidth(device)
     prefill, decode, limits = {}, {}, {}
     for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
         model = cast(build(c, device).eval(), device, dtype)
@@ -264,7 +264,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
         once, core = model.matmul_params()
         weights = (once + loops * core) * dtype.itemsize
         read = weights + kv_bytes(c, context, loops, model.dtype.itemsize)
-        limits[name, loops] = {"compute limit": peak / flops, "memory limit": width / read}
+        limits[name, loops] = {"compute limit": peak / flops, "memory limit": bytes_per_s / read}
     filled = alternate(prefill, rounds, device, "prefill")
     decoded = alternate(decode, rounds, device, "decode")
     rows = []
@@ -273,7 +273,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
         row["prefill tokens/s"] = context / statistics.median(filled[case])
         row["share of limit"] = row["tokens/s"] / min(limit.values())
         rows.append(row)
-    return peak, width, rows
+    return peak, bytes_per_s, rows
 
 # ------------------------------------------------------------------------------- what is shown
 
@@ -405,15 +405,16 @@ def bench_train(args, config, context, device, dtype):
 def bench_decode(args, config, context, device, dtype):
     if device.type == "cpu" and args.dtype == "auto":
         dtype = torch.float32  # CPUs multiply bfloat16 vectors slowly
-    peak, width, rows = decode_speed(config, context, args.recurrence, args.rounds, device, dtype,
-                                     args.compile, not args.eager)
+    peak, bytes_per_s, rows = decode_speed(config, context, args.recurrence, args.rounds, device,
+                                           dtype, args.compile, not args.eager)
     show(f"Generation, one sequence at context {context}, {dtype}, peak {peak / 1e9:,.0f} GFLOP/s, "
-         f"memory {width / 1e9:,.1f} GB/s", rows,
+         f"memory {bytes_per_s / 1e9:,.1f} GB/s", rows,
          LABEL | {"prefill tokens/s": rate("prefill tokens/s"),
                   "decode tokens/s": rate("tokens/s")} | RANGE
          | {"compute limit": rate("compute limit"), "memory limit": rate("memory limit"),
             "share": lambda row: f"{row['share of limit']:.0%}"})
-    return {"decode": {"dtype": str(dtype), "matmul_peak": peak, "bandwidth": width, "rows": rows}}
+    return {"decode": {"dtype": str(dtype), "matmul_peak": peak, "bandwidth": bytes_per_s,
+                       "rows": rows}}
 
 
 def main():

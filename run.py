@@ -38,9 +38,14 @@ from tokenizer import save_tokenizer
 FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")
 
 
-def process():
-    """(rank, number of ranks), as torchrun tells."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def rank():
+    """The number of this process, 0 for the only or the first one, as torchrun tells."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world():
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_is_run(path):
@@ -67,7 +72,7 @@ def check_free(args):
 def held(path):
     """Make a run directory where it is missing and hold its lock, on rank 0."""
     path = Path(path)
-    if process()[0] > 0:
+    if rank() > 0:
         yield
         return
     path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ def describe(args, model):
     """What config.json holds: every setting, and what else the numbers of a run depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                          cwd=Path(__file__).parent)
-    device, dtype, world = model.wte.weight.device, model.compute_dtype, process()[1]
+    device, dtype = model.wte.weight.device, model.compute_dtype
     cost = {}
     for accounting in ("exact", "paper"):
         once, core = model.matmul_params(accounting)
@@ -103,9 +108,9 @@ def describe(args, model):
             "device": str(device),
             "dtype": str(dtype),
             "machine": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-            "ranks": world,
+            "ranks": world(),
             "threads": torch.get_num_threads(),
-            "peak_flops": matmul_peak(device, dtype) * world,
+            "peak_flops": matmul_peak(device, dtype) * world(),
             "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
@@ -127,7 +132,7 @@ class Run:
 
     def start(self, record, tokenizer):
         """Begin a new run; record: what config.json holds."""
-        if process()[0] > 0:
+        if rank() > 0:
             return
         if (self.path / "ckpt.pt").exists():  # it replaces another one
             self.folder = self.path / ".new"
@@ -139,7 +144,7 @@ class Run:
     def go_on(self, record, lines):
         """Write what is in force now and the log so far, in which an earlier "done" was only an
         evaluation on the way."""
-        if process()[0] > 0:
+        if rank() > 0:
             return
         lines = [line | {"kind": "eval"} if line["kind"] == "done" else line for line in lines]
         write_text(self.path / "config.json", json.dumps(record, indent=1))
@@ -147,14 +152,14 @@ class Run:
 
     def log(self, kind, **values):
         """Add a line to the log, with the state."""
-        if process()[0] == 0:
+        if rank() == 0:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps({"kind": kind, **self.state, **values}) + "\n")
 
     def save(self):
         """Write the checkpoint; the first one of a run that replaces another moves it in."""
         self.saved = self.state["step"]
-        if process()[0] > 0:
+        if rank() > 0:
             return
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         with whole_file(self.folder / "ckpt.pt", "wb") as file:
@@ -200,14 +205,14 @@ class Run:
         said."""
         file = self.path / "log.jsonl"
         if not file.exists():
-            if process()[0] == 0:
+            if rank() == 0:
                 print(f"{file} is missing, a new one begins")
             return []
         lines, bad = read_json_lines(file)
         whole = [line for line in lines
                  if line.get("kind") and isinstance(line.get("step"), int)]
         bad += len(lines) - len(whole)
-        if bad and process()[0] == 0:
+        if bad and rank() == 0:
             print(f"{file}: {bad} unreadable line(s) left out")
         return [line for line in whole if line["step"] <= self.state["step"]]
 

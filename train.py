@@ -43,7 +43,7 @@ from common import (
 from data import EVAL_SEED, Loader, other_text, prepare
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
-from run import Run, check_free, describe, held, process, remove_leftovers
+from run import Run, check_free, describe, held, rank, remove_leftovers, world
 from sample import stream
 from settings import DEFAULT_DATA, parse_args
 from tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
@@ -69,17 +69,16 @@ class Setup:
 
 def setup(args):
     """Check the settings, then make data, model and optimisers. Writes nothing but missing data."""
-    rank, world = process()
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size % (world * micro):
+    micro = args.micro_batch or max(1, args.batch_size // world())
+    if args.batch_size % (world() * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * "
-                        f"--micro-batch ({world} * {micro})")
+                        f"--micro-batch ({world()} * {micro})")
     check_free(args)
-    device = setup_device(args, world)
+    device = setup_device(args)
 
-    if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank == 0:
+    if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
         prepare("stdlib", args.data)
-    if world > 1:
+    if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     config, weights = config_of(args, tokenizer)
@@ -96,7 +95,7 @@ def setup(args):
     return Setup(args, model, loader, val_loader, tokenizer, run, describe(args, model), micro)
 
 
-def setup_device(args, world):
+def setup_device(args):
     """The device of this rank."""
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -104,7 +103,7 @@ def setup_device(args, world):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    if world > 1:
+    if world() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -190,8 +189,7 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
     tensor.
 
     Rows are dealt to ranks and micro-batches like cards, deepest first: each gets equal work."""
-    rank, world = process()
-    mine = depths.argsort(descending=True, stable=True)[rank::world]
+    mine = depths.argsort(descending=True, stable=True)[rank()::world()]
     count = len(mine) // micro
     parts = [mine[i::count] for i in range(count)]
     device = next(model.parameters()).device
@@ -200,12 +198,12 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
         idx, targets = (t.to(device, non_blocking=True) for t in loader.batch(first_sample + part))
         torch.manual_seed(step_seed)  # the noise in which the loop starts is the same on every rank
         # ranks add up their gradients once, after the last part
-        wait = world > 1 and part is not parts[-1]
+        wait = world() > 1 and part is not parts[-1]
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(idx, targets, depths=depths[part])[1] / len(parts)
             loss.backward()
-        total += loss.detach() / world
-    if world > 1:
+        total += loss.detach() / world()
+    if world() > 1:
         dist.all_reduce(total)
     return total
 
@@ -250,16 +248,15 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     """What the log has of an evaluation: {metric: {loops: mean}}, and the spectral radius.
 
     Every rank reads its share of the sequences. A plain transformer has one entry, for 1 loop."""
-    rank, world = process()
     device = model.wte.weight.device
     looped = model.config.n_recurrent > 0
     recurrence = recurrence if looped else [1]
-    mine = range(rank, max(world, min(sequences, len(loader))), world)  # one at least
+    mine = range(rank(), max(world(), min(sequences, len(loader))), world())  # one at least
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
     read = torch.zeros((), device=device)
     model.eval()
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluating", delay=1, leave=False,
-                      disable=rank > 0 or None):
+                      disable=rank() > 0 or None):  # None: where no terminal is
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         read += len(idx)
         for loops, (h, tokens) in enumerate(model.states(idx, max(recurrence)), start=1):
@@ -271,7 +268,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     model.train()
 
     total = torch.stack([read, *sums.values()])
-    if world > 1:
+    if world() > 1:
         dist.all_reduce(total)
     values = defaultdict(dict)
     for (metric, loops), mean in zip(sums, (total[1:] / total[0]).tolist()):
@@ -288,7 +285,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 def begin(s):
     """Start the run or load its checkpoint; says what is trained. False where it is finished."""
     args, run, record = s.args, s.run, s.record
-    say = print if process()[0] == 0 else lambda *words: None
+    say = print if rank() == 0 else lambda *words: None
     if args.resume:
         before = read_json(run.path / "config.json")
         run.resume(before["settings"].get("batch_size", args.batch_size))
@@ -330,7 +327,7 @@ def caught_signals():
 
 def share_signals(received, device):
     """A signal to one rank stops all."""
-    if process()[1] > 1:
+    if world() > 1:
         any_rank = torch.tensor(len(received), device=device)
         dist.all_reduce(any_rank)
         if any_rank > 0:
@@ -344,9 +341,9 @@ def train(s):
     if args.compile:
         model.compile_layers()
     parallel = model
-    if process()[1] > 1:
+    if world() > 1:
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    bar = tqdm(total=100, initial=100 * spent(args, state), disable=process()[0] > 0 or None,
+    bar = tqdm(total=100, initial=100 * spent(args, state), disable=rank() > 0 or None,
                bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
     skipped = 0  # steps in a row
 
@@ -397,7 +394,7 @@ def evaluate_and_save(s, train_loss):
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
     s.run.save()
-    if process()[0] == 0:
+    if rank() == 0:
         (loops, val_loss), = values["val_loss"].items()
         rate = state["tokens"] / state["seconds"]
         tqdm.write(f"step {state['step']}, {spent(s.args, state):.0%}: train loss "
@@ -411,7 +408,7 @@ def report(s):
     values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro,
                       args.eval_recurrence)
     s.run.log("done", **values)
-    if process()[0] > 0:
+    if rank() > 0:
         return
     print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs "
           f"({args.accounting}), {state['seconds']:.0f} s, {state['skipped']} steps skipped\n\n"
@@ -437,16 +434,16 @@ def main():
         return
     with held(args.out):
         check_free(args)  # once more, now that nobody else can write there
-        if process()[0] == 0:
+        if rank() == 0:
             remove_leftovers(args.out)
         if begin(s):
             if train(s):
                 report(s)
-            elif process()[0] == 0:
+            elif rank() == 0:
                 saved = "nothing was saved" if s.run.saved is None else f"saved at {s.run.saved}"
                 print(f"stopped at step {s.run.state['step']}, {saved}; "
                       f"go on with: python train.py --resume --out {args.out}")
-    if process()[1] > 1:
+    if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
         dist.destroy_process_group()
 
