@@ -152,7 +152,9 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     """Optima at equal FLOPs by both methods: isoFLOP, and the training law's frontier.
 
     every_row: of all accountings; another one than `accounting` is another cost of a token under
-    the same law. Returns (a dict for --json, what figures, predictions and plans need)."""
+    the same law. Returns (a dict for --json, what figures, predictions and plans need: "main", the
+    rows of the main model; "rows", those of them at T = mu_rec; "cost", FLOPs of a token by mu_rec;
+    "budgets"; "test_time"; and "fit", the training law's, where it could be fitted)."""
     rows = [row for row in every_row if row["accounting"] == accounting]
     main = main_model(rows)
     own = trained_depth(main)
