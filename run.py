@@ -174,18 +174,14 @@ class Run:
 
     # ------------------------------------------------------------------------- resuming
 
-    def resume(self, batch_size):
-        """Load the checkpoint. Raises UserError that names what is damaged.
-
-        batch_size: sequences of its steps so far, for checkpoints that do not count them."""
+    def resume(self):
+        """Load the checkpoint. Raises UserError that names what is damaged."""
         file = self.path / "ckpt.pt"
         checkpoint = load_checkpoint(file)
         for name in ("model", "optimizers", "state"):
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
                 raise UserError(f"{file} is damaged: it has no {name}")
         state = checkpoint["state"]
-        if "samples" not in state and isinstance(state.get("step"), int):
-            state["samples"] = state["step"] * batch_size
         for name, value in self.state.items():
             found = state.get(name)
             if type(found) not in {int, type(value)} or not 0 <= found < math.inf:

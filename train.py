@@ -282,26 +282,34 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 # ------------------------------------------------------------------------------- the run
 
 
+def inexact(before, record):
+    """Lines that say why a run goes on otherwise than without the interruption. before, record:
+    what config.json said and says."""
+    lines = []
+    for name, meaning in (("dtype", "not bit for bit"), ("threads", "not bit for bit"),
+                          ("ranks", "up to rounding")):
+        if before.get(name, record[name]) != record[name]:
+            lines.append(f"goes on {meaning}: {name} was {before[name]}, is {record[name]}")
+    if before["settings"].get("micro_batch") != record["settings"]["micro_batch"]:
+        lines.append("goes on up to rounding: another --micro-batch")
+    return lines
+
+
 def begin(s):
     """Start the run or load its checkpoint; says what is trained. False where it is finished."""
     args, run, record = s.args, s.run, s.record
     say = print if rank() == 0 else lambda *words: None
     if args.resume:
         before = read_json(run.path / "config.json")
-        run.resume(before["settings"].get("batch_size", args.batch_size))
+        run.resume()
         lines = run.read_log()
         if spent(args, run.state) == 1 and lines and lines[-1]["kind"] == "done":
             say(f"{args.out} is finished: to go on, give a larger --max-steps, --max-tokens or "
                 "--max-flops")
             return False
         run.go_on(record, lines)
-        inexact = {"dtype": "not bit for bit", "threads": "not bit for bit",
-                   "ranks": "up to rounding"}
-        for name, meaning in inexact.items():
-            if before.get(name, record[name]) != record[name]:
-                say(f"goes on {meaning}: {name} was {before[name]}, is {record[name]}")
-        if before["settings"].get("micro_batch") != args.micro_batch:
-            say("goes on up to rounding: another --micro-batch")
+        for line in inexact(before, record):
+            say(line)
     else:
         run.start(record, s.tokenizer)
     difference = other_text(args.data)
