@@ -5,9 +5,9 @@
     python curves.py out/default --watch                    again and again while it trains
 
 Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
-train loss, a mean over a fiftieth of the run. Points are the val loss, at the largest number of
-loops T that all the runs were evaluated at. One run alone has a second row: learning rate, norm of
-the gradient, size of the state. A run may still be training. Needs matplotlib.
+train loss, a mean over a fiftieth of the run. Points are the val loss, at T loops: the mean of the
+run's training. One run alone has a second row: learning rate, norm of the gradient, size of the
+state. A run may still be training. Needs matplotlib.
 
 With --watch, look at the picture in a viewer that follows its file (an editor's image tab, eog,
 feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
@@ -31,8 +31,9 @@ KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
 def read_run(path):
     """What the log of a run directory says, a dict. Raises UserError.
 
-    "label"; "looped"; "done", whether it has ended; of each step an array (steps,) for each of
-    KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}."""
+    "label"; "T", its mean recurrence; "done", whether it has ended; of each step an array (steps,)
+    for each of KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}.
+    """
     path = Path(path)
     folder = path
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
@@ -51,8 +52,8 @@ def read_run(path):
         raise UserError(f"{file} is not the log of a run of train.py") from None
     config = read_json(folder / "config.json")
     try:
-        run["looped"] = config["model"]["n_recurrent"] > 0
-    except (TypeError, KeyError):
+        run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
+    except (TypeError, KeyError, ValueError):
         raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
     return run | {"label": path.resolve().name}
 
@@ -61,7 +62,7 @@ def evaluation(line):
     """What is drawn of a line of the log that holds an evaluation."""
     values = {key: float(line[key]) for key in AXES}
     for name in ("val_loss", "state_rms"):  # a plain transformer has no state
-        values[name] = {str(int(T)): float(value) for T, value in line.get(name, {}).items()}
+        values[name] = {int(T): float(value) for T, value in line.get(name, {}).items()}
     return values
 
 
@@ -75,15 +76,6 @@ def read_runs(paths):
     return runs
 
 # ----------------------------------------------------------------------------- what is drawn
-
-
-def common_loops(runs):
-    """The largest T, as text, of all evaluations of all runs that loop, else of their last ones."""
-    for part in (slice(None), slice(-1, None)):
-        loops = [set(e["val_loss"]) for r in runs if r["looped"] for e in r["evaluations"][part]]
-        if loops and set.intersection(*loops):
-            return max(set.intersection(*loops), key=int)
-    return None
 
 
 def smooth(values):
@@ -100,35 +92,33 @@ def smooth(values):
         return (sums[beyond] - sums[first]) / (counts[beyond] - counts[first])
 
 
-def curve(run, loops):
-    """What `picture` draws of a run; loops: T of the val losses, as text."""
-    # A plain transformer has one val loss, whatever T.
-    points = [e for e in run["evaluations"] if not run["looped"] or loops in e["val_loss"]]
+def curve(run):
+    """What `picture` draws of a run."""
+    points = [e for e in run["evaluations"] if run["T"] in e["val_loss"]]
     val = {key: [e[key] for e in points] for key in AXES}
-    val["loss"] = [e["val_loss"].get(loops, [*e["val_loss"].values()][0]) for e in points]
+    val["loss"] = [e["val_loss"][run["T"]] for e in points]
     sizes = {}  # of the state after T loops: tokens and sizes
     for e in run["evaluations"]:
         for T, size in e["state_rms"].items():
-            sizes.setdefault(int(T), []).append((e["tokens"], size))
-    return {"label": run["label"], **{key: run[key] for key in KEYS},
+            sizes.setdefault(T, []).append((e["tokens"], size))
+    return {"label": f"{run['label']}, T = {run['T']}", **{key: run[key] for key in KEYS},
             "smooth_loss": smooth(run["loss"]), "smooth_norm": smooth(run["grad_norm"]),
             "val": val, "sizes": dict(sorted(sizes.items()))}
 
 
 def draw(path, runs):
     """Write the picture of runs as read_runs gives them."""
-    loops = common_loops(runs)
-    picture(path, [curve(run, loops) for run in runs], loops)
+    picture(path, [curve(run) for run in runs])
 
 # ----------------------------------------------------------------------------- the picture
 
 
-def picture(path, runs, loops):
+def picture(path, runs):
     """Training curves; of one run alone also what steers it, a second row.
 
     runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
     "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
-    {T: [(tokens, size of the state)]}; "label". loops: T of the val losses, None without a loop."""
+    {T: [(tokens, size of the state)]}; "label"."""
     rows = 2 if len(runs) == 1 else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
                                              layout="constrained")
@@ -148,8 +138,7 @@ def picture(path, runs, loops):
                  title="Loss" if rows == 2 else f"Loss for {title}",
                  ylim=limits)
     grid[0, 0].set_ylabel("loss (nats per token)")
-    at = f" at T = {loops}" if loops else ""
-    points = f"\npoint: val loss{at}" if any(run["val"]["loss"] for run in runs) else ""
+    points = "\npoint: val loss at T loops" if any(run["val"]["loss"] for run in runs) else ""
     grid[0, 0].legend(title=f"line: train loss{points}", fontsize=8)
     if rows == 2:
         steering(grid[1], runs[0])

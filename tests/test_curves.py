@@ -13,12 +13,13 @@ import curves
 import figures
 
 
-def make_run(path, evaluations, looped=True, steps=60, **change):
+def make_run(path, evaluations, looped=True, steps=60, mean=4, **change):
     """A run directory with a log: {step: {T: val loss}}, the last one of the end of training.
 
     change: other values of each step, functions of it."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model": {"n_recurrent": 2 if looped else 0}}))
+    model = {"n_recurrent": 2 if looped else 0, "mean_recurrence": mean}
+    (path / "config.json").write_text(json.dumps({"model": model}))
     lines = []
     for step in range(1, steps + 1):
         state = {"step": step, "tokens": 512 * step, "flops": 1e6 * step, "seconds": 0.5 * step}
@@ -65,7 +66,7 @@ def test_curves_of_runs_side_by_side(tmp_path, drawn):
         np.testing.assert_allclose(plain_val.get_ydata(), [3.3, 3.2])
         low, high = panel.get_ylim()
         assert low < 5 / 60 ** 0.2 and 3.2 < high < 5  # all but the first steps
-    assert axes[0].get_legend().get_title().get_text().endswith("val loss at T = 4")
+    assert axes[0].get_legend().get_title().get_text().endswith("val loss at T loops")
 
 
 def test_one_run_alone_shows_what_steers_it(tmp_path, drawn):
@@ -88,8 +89,8 @@ def test_runs_with_little_in_them_are_drawn(tmp_path, change):
     assert draw(tmp_path, one) and draw(tmp_path, one, two)
 
 
-def test_runs_without_a_common_loop_are_drawn_without_val_losses(tmp_path, drawn):
-    runs = [make_run(tmp_path / T, {60: {T: 3.0}}) for T in "48"]
+def test_runs_not_evaluated_at_their_mean_are_drawn_without_val_losses(tmp_path, drawn):
+    runs = [make_run(tmp_path / T, {60: {T: 3.0}}) for T in "28"]
     assert draw(tmp_path, *runs)
     assert drawn[0].axes[0].get_legend().get_title().get_text() == "line: train loss"
 
@@ -107,15 +108,13 @@ def test_the_mean_is_centred_and_has_no_hook_at_its_ends():
     assert means[410 - 1] == 399 and curves.smooth(np.array([3.0])).tolist() == [3]
 
 
-def test_val_losses_are_those_of_a_recurrence_that_all_looped_runs_have(tmp_path):
-    four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"4": 3.0, "8": 3.0, "16": 3.0}})
-    also_four = make_run(tmp_path / "b", {60: {"2": 3.3, "4": 3.0, "16": 3.0}})
-    eight = make_run(tmp_path / "c", {30: {"8": 3.1}, 60: {"4": 3.0, "8": 3.0}})
-    plain = make_run(tmp_path / "d", {60: {"1": 3.0}}, looped=False)
-    four, also_four, eight, plain = map(curves.read_run, (four, also_four, eight, plain))
-    assert curves.common_loops([four, also_four, plain]) == "4"  # of every evaluation
-    assert curves.common_loops([four, eight]) == "8"  # of the last ones: on the way they differ
-    assert curves.common_loops([plain]) is None
+def test_val_losses_are_at_the_mean_recurrence_of_each_run(tmp_path):
+    four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0, "16": 2.9}})
+    once = make_run(tmp_path / "b", {30: {"1": 3.2}, 60: {"1": 3.1, "4": 3.3}}, mean=1)
+    plain = make_run(tmp_path / "c", {60: {"1": 3.3}}, looped=False)
+    four, once, plain = (curves.curve(curves.read_run(path)) for path in (four, once, plain))
+    assert four["val"]["loss"] == [3.1, 3.0] and four["label"] == "a, T = 4"
+    assert once["val"]["loss"] == [3.2, 3.1] and plain["val"]["loss"] == [3.3]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -135,7 +134,7 @@ LINE = json.dumps({"kind": "train", "step": 1, "tokens": 1, "flops": 1, "seconds
     (LINE + '\n{"kind": "eval", "val_loss": 3}\n', "is not the log"),
     (LINE.replace("3", '"x"') + "\n", "is not the log")])
 def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
-    (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1}}')
+    (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1, "mean_recurrence": 4}}')
     if log is not None:
         (tmp_path / "log.jsonl").write_text(log)
     done = script("curves.py", tmp_path, "--out", tmp_path / "curves.png")
