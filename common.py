@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows a script's docstring as it is and raises UserError."""
 
     def __init__(self, **options):
-        super().__init__(usage=argparse.SUPPRESS,
+        super().__init__(usage=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
@@ -141,8 +141,11 @@ LOOPS = number(int, 1, 65536)
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """Open a file that takes path's place when the block ends well; else nothing is left behind."""
+    """Open a file that takes path's place when the block ends well; else nothing is left behind.
+
+    Its directory is made where there is none: what took hours to compute is not lost for that."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
                                          dir=path.parent)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}

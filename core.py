@@ -86,7 +86,7 @@ def read_task(file, kind):
 
 
 def check_item(item, kind):
-    """Raise TypeError or ValueError where an item's options or its right one are none."""
+    """Raise TypeError or ValueError where an option is no text, or gold the number of none."""
     pairs, gold = options(item, kind, "")
     for pair in pairs:
         if not all(isinstance(text, str) for text in pair):
@@ -131,12 +131,12 @@ class Item:
             context = encode((before + pairs[0][0]).strip())
             starts = [common_prefix([context, rows[0]])]
 
-        # a long context loses its beginning, the same for all options; one token at least counts
-        cut = max(0, max(map(len, rows)) - block_size - 1)
-        self.rows = [row[cut:] for row in rows]
-        self.starts = [max(1, min(start, len(row) - 1) - cut) for start, row in zip(starts, rows)]
-        same = common_prefix(self.rows) if len(rows) > 1 else len(rows[0])
-        self.prefix = min(same, *(start - 1 for start in self.starts))
+        # a row that is too long loses its beginning; one token at least counts
+        cuts = [max(0, len(row) - block_size - 1) for row in rows]
+        self.rows = [row[cut:] for row, cut in zip(rows, cuts)]
+        self.starts = [max(1, min(start, len(row) - 1) - cut)
+                       for start, row, cut in zip(starts, rows, cuts)]
+        self.prefix = min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
 
 def common_prefix(rows):

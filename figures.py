@@ -332,10 +332,12 @@ def rates(path, groups, looped):
 def short(path, models):
     """Loss against passes over a short text, and against training FLOPs (runs/short.py).
 
-    models: dicts: "label"; "passes"; "flops" and "losses" of the seeds, for each of them."""
+    models: dicts: "label"; "color"; "passes"; "flops" and "losses" of the seeds, for each of
+    them."""
     figure, both = panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
-        for model, color in zip(models, ("0.4", "C0", RED)):
+        for model in models:
+            color = model["color"]
             x = np.divide(model[key], unit)
             axes.plot(x, [np.mean(losses) for losses in model["losses"]], color=color,
                       label=model["label"])

@@ -121,6 +121,10 @@ def settings_of(config):
         "recurrent_embedding_dimension": config.n_embd,
         "recurrent_intermediation_embedding_dimension": config.mlp_width,
         "state_init": "zero" if config.state_init == "zero" else "like-init"}
+    if not config.n_recurrent:  # a GPT has one stack
+        for part in ("prelude", "recurrent_block", "coda"):
+            del settings[f"n_layers_in_{part}"]
+        settings["n_layer"] = config.n_layer
     settings["rope_settings"] = {"use_rope": settings.pop("rope_settings.use_rope"),
                                  "rope_condense_ratio": 1,
                                  "rope_base": settings.pop("rope_settings.rope_base")}
@@ -164,8 +168,12 @@ def our_name(name):
     return name
 
 
-def their_name(name):
+def their_name(name, config):
     """The published format's name for a tensor of ours: see our_name."""
+    part, number, *rest = name.split(".")
+    if not config.n_recurrent and part in ("prelude", "coda"):  # a GPT has one stack
+        number = int(number) + (config.n_prelude if part == "coda" else 0)
+        return ".".join(["transformer.h", str(number), *rest])
     for theirs, ours in RENAMED:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -231,7 +239,8 @@ def export_model(model, directory):
     """Write a model to a directory in the published format, float32."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {their_name(name): w.float().cpu() for name, w in model.state_dict().items()}
+    weights = {their_name(name, model.config): w.float().cpu()
+               for name, w in model.state_dict().items()}
     with whole_file(directory / "pytorch_model.bin", "wb") as file:
         torch.save(weights, file)
     write_text(directory / "config.json", json.dumps(settings_of(model.config), indent=1))

@@ -41,7 +41,8 @@ from tables import add_rows, last_line, model_columns, read_csv, read_run
 from train import setup
 
 TRAIN = Path(__file__).parent / "train.py"
-MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")  # runs of a cell
+# settings in which a run that is there may differ from a plan: plans are of any budget and seed
+MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")
 OWN_FLAGS = ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", "--overwrite")
 
 
@@ -118,7 +119,8 @@ def make_cells(args, flags):
     plans = {}
     for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None):
         plans[mu] = dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)  # of any budget and seed
-    grid = itertools.product(sorted(args.budgets), args.recurrences, args.seeds)
+    grid = itertools.product(sorted({*args.budgets}), sorted({*args.recurrences}),
+                             sorted({*args.seeds}))
     return [Cell(folder, flops, mu, seed, flags, plans[mu]) for flops, mu, seed in grid]
 
 
@@ -231,7 +233,7 @@ def sweep(args, flags):
 
 def sweep_args():
     """(the sweep's settings, the flags for train.py)."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
     add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",

@@ -79,9 +79,9 @@ def main():
     rows = measure(model, windows, tokenizer, args.most)
     tokens = sum(targets.numel() for _, targets in windows)
     print(f"{args.run} on {tokens:,} tokens of {name}, at most {args.most} loops")
-    print("  ".join(COLUMNS))
+    print("  ".join(f"{column:>7}" for column in COLUMNS))
     for row in rows:
-        print("  ".join(f"{value:>{len(column)}}" for column, value in row.items()))
+        print("  ".join(f"{value:>{max(7, len(column))}}" for column, value in row.items()))
     write_csv(args.out / "exits.csv", rows, COLUMNS)
     figures.exits(args.out / "exits.png", rows)
     print("wrote", args.out / "exits.csv", "and", args.out / "exits.png")

@@ -43,9 +43,9 @@ COLUMNS = {
 
 def read_table(path, columns):
     """The rows of a CSV file, dicts; columns: {name: type}. Raises UserError."""
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
     try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
         return [{name: kind(line[name]) for name, kind in columns.items()} for line in lines]
     except (KeyError, TypeError, ValueError):
         needed = ", ".join(columns)
@@ -53,11 +53,15 @@ def read_table(path, columns):
 
 
 def finished(path):
-    """The last line of a run's log; None, and says so, where the run is not finished."""
+    """The last line of a run's log; None, and says so, where the run is not finished or a loss is
+    not finite."""
     done = last_line(path / "log.jsonl")
-    if done["kind"] == "done":
+    if done["kind"] != "done":
+        print(f"{path} is not finished and left out")
+    elif not all(map(math.isfinite, done["val_loss"].values())):
+        print(f"{path} has a loss that is not finite and is left out")
+    else:
         return done
-    print(f"{path} is not finished and left out")
     return None
 
 
@@ -164,12 +168,22 @@ def print_comparison(runs):
             print(f"looped, less than {NAMES[name]}: {gain_text(gained)}")
     for name in ("deep", "wide"):
         if {"plain", "looped", name} <= loss.keys():
-            gained = pairs(loss["looped"], loss["plain"])
-            gap = pairs(loss[name], loss["plain"])
-            both = min(len(gained), len(gap))
-            by_seed = ", ".join(f"{share:.0%}" for share in gained[:both] / gap[:both])
-            print(f"share of the gap to {NAMES[name]} that looping closes: "
-                  f"{gained[:both].mean() / gap[:both].mean():.0%} ({by_seed} by seed)")
+            share, shares = closed(loss, name)
+            by_seed = ", ".join(f"{one:.0%}" for one in shares)
+            print(f"share of the gap to {NAMES[name]} that looping closes: {share:.0%} "
+                  f"({by_seed} by seed)")
+
+
+def closed(loss, name):
+    """The share of the gap between "plain" and a larger model that looping closes, and that of each
+    seed, (seeds,): of the seeds that all three have. loss: {model: {seed: loss}}. Raises
+    UserError where there is none."""
+    seeds = sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys())
+    if not seeds:
+        raise UserError(f"plain, looped and {name} have no seed in common")
+    plain, looped, larger = (np.array([loss[model][seed] for seed in seeds])
+                             for model in ("plain", "looped", name))
+    return (plain - looped).mean() / (plain - larger).mean(), (plain - looped) / (plain - larger)
 
 
 def parse_args(about):

@@ -17,7 +17,7 @@ import figures
 from common import UserError, run_script
 from data import open_shard
 from model import Parcae
-from runs.half import parse_args, read_table
+from runs.half import finished, parse_args, read_table
 from tables import write_csv
 
 DATA = Path("data/p-hop/val_000000.bin")
@@ -64,6 +64,8 @@ def measure(folder):
         name, _, seed = path.name.rpartition("-")
         if not name or not seed.isdigit():
             raise UserError(f"{path} is not named MODEL-SEED, as looped-0")
+        if not finished(path):
+            continue
         model = Parcae.from_pretrained(path)
         if name == "looped":
             trained = model.config.mean_recurrence

@@ -29,7 +29,7 @@ def retrofit(gpt):
         raise UserError("the model to start from must be a plain transformer of two layers or more")
     before = len(blocks) // 4  # layers before the loop, and as many after it
     config = replace(gpt.config, n_prelude=before, n_recurrent=len(blocks) - 2 * before,
-                     n_coda=before, prelude_norm=False)
+                     n_coda=before, prelude_norm=False, injection="diagonal")
     looped = Parcae(config)
 
     # What there was: the layers in their order, the embeddings and the head.

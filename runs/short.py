@@ -27,6 +27,7 @@ NAMES = {
     "late": "run once, looped in the last third",
     "looped": "looped, T = 4",
 }
+COLORS = {"once": "0.4", "late": "C0", "looped": figures.RED}
 COLUMNS = {"model": str, "passes": int, "rate": float, "seed": int, "tokens": int, "flops": str,
            "seconds": int, "val_loss": float}
 
@@ -118,7 +119,7 @@ def main():
     chosen = at_best_rate(collect(args, "short.csv", read_row, COLUMNS))
     print_table(chosen)
     figures.short(args.out / "short.png", [
-        {"label": NAMES[name], "passes": [*runs],
+        {"label": NAMES[name], "color": COLORS[name], "passes": [*runs],
          "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
          "losses": [[row["val_loss"] for row in mine] for mine in runs.values()]}
         for name, runs in chosen.items()])

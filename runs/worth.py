@@ -21,7 +21,7 @@ import torch
 import figures
 from common import Parser, UserError, run_script
 from model import PRESETS, Parcae, ParcaeConfig
-from runs.half import COLUMNS, at_best_rate, losses_of, pairs, read_table
+from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
 
 T = 8  # loops of all models here
 TABLES = {64: "half.csv", 32: "half-32.csv"}  # our channels: a table of runs.half
@@ -69,14 +69,12 @@ def ours(channels, path):
             for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
     if not {"looped", "plain", "deep"} <= loss.keys():
         raise UserError(f"{path} needs looped, plain and deep models")
-    if not loss["looped"].keys() == loss["plain"].keys() == loss["deep"].keys():
-        raise UserError(f"{path} needs the same seeds of looped, plain and deep models")
     config = ParcaeConfig(**PRESETS["parcae-nano"] | {
         "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
-    gained, gap = pairs(loss["looped"], loss["plain"]), pairs(loss["deep"], loss["plain"])
-    return point(f"ours, {channels} channels", config, plain, larger,
-                 gained.mean() / gap.mean(), ours=True) | {"seeds": gained / gap}
+    share, shares = closed(loss, "deep")
+    return point(f"ours, {channels} channels", config, plain, larger, share,
+                 ours=True) | {"seeds": shares}
 
 
 def main():

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import json
-import resource
 import runpy
 import signal
 import sys
@@ -82,6 +81,7 @@ def tokens():
 @pytest.fixture
 def full_disk():
     """Files cannot grow beyond 20,000 bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")  # not on Windows
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield

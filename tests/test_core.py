@@ -109,6 +109,21 @@ def test_batched_cached_and_cropped_scores_are_those_of_single_rows(build, kind,
             assert right == bool((logits.argmax(-1) == targets).all())
 
 
+@pytest.mark.parametrize("longer", [0, 47, 60])
+def test_options_of_very_different_length_lose_their_own_beginnings(build, longer):
+    model = build(vocab_size=257, block_size=48).eval()
+    items = [{"query": "q", "choices": ["yes", "y" * (longer + 4)], "gold": 0}]
+    item, = items_of("choice", 0, 48, items)
+    assert [len(row) for row in item.rows] == [6, min(49, longer + 7)]
+    for row, start in zip(item.rows, item.starts):
+        assert 1 <= start < len(row)
+    (short, _), (long, _) = core.score(model, [item], 2)[0]
+    logits = model(torch.tensor([item.rows[1][:-1]]), recurrence=2)[0][0, item.starts[1] - 1:]
+    targets = torch.tensor(item.rows[1][item.starts[1]:])
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    assert long == pytest.approx(expected.item(), rel=1e-4) and short > 0
+
+
 class Oracle(Parcae):
     """Knows the rows it is given: wherever it has read the beginning of one, all its probability is
     on how that goes on."""

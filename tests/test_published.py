@@ -1,6 +1,7 @@
 """Models and tokenizers of others: what they compute, what comes back, what is refused."""
 
 import json
+import os
 import sys
 import types
 import zlib
@@ -136,19 +137,18 @@ def test_an_exported_model_reads_back_identical(build, tokens, tmp_path, config)
     assert torch.equal(again(tokens, recurrence=3)[0], model(tokens, recurrence=3)[0])
 
 
-def test_a_gpt_in_one_stack_is_read(build, tokens, tmp_path):
-    model = build(n_prelude=2, n_recurrent=0, n_coda=0).eval()
+def test_a_gpt_is_one_stack(build, tokens, tmp_path):
+    model = build(n_prelude=2, n_recurrent=0, n_coda=1).eval()
     export_model(model, tmp_path)
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    weights = {name.replace(".prelude.", ".h."): w for name, w in weights.items()}
-    torch.save(weights, tmp_path / "model.pt")
-    (tmp_path / "pytorch_model.bin").unlink()
+    assert "transformer.h.2.mlp.fc.weight" in weights and not any("coda" in n for n in weights)
+    os.replace(tmp_path / "pytorch_model.bin", tmp_path / "model.pt")
     settings = json.loads((tmp_path / "config.json").read_text())
-    for name in ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda",
-                 "injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth",
+    assert settings["n_layer"] == 3
+    for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth",
                  "recurrent_embedding_dimension"):
         del settings[name]
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"n_layer": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     assert torch.equal(import_model(tmp_path)[0](tokens)[0], model(tokens)[0])
 
 

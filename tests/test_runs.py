@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
+from common import UserError
 from data import open_shard, prepare
 from model import PRESETS, Parcae, ParcaeConfig
-from runs import guide, p_hop, short, worth
+from runs import guide, half, p_hop, short, worth
 from sources import p_hop_docs
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
@@ -81,6 +82,15 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     (tmp_path / "half-8.png").unlink()
     again = script("runs/half.py", tmp_path / "half-8.csv", tmp_path)
     assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half-8.png")
+
+
+def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
+    loss = {"plain": {0: 2.0, 1: 3.0, 2: 2.0}, "looped": {0: 1.5, 1: 2.9, 2: 1.5},
+            "deep": {0: 1.0, 2: 1.0}}
+    share, shares = half.closed(loss, "deep")
+    assert share == 0.5 and shares.tolist() == [0.5, 0.5]
+    with pytest.raises(UserError, match="no seed in common"):
+        half.closed(loss | {"deep": {7: 1.0}}, "deep")
 
 
 def test_the_worth_of_a_loop_is_what_explains_the_gap_closed(tmp_path):
@@ -167,8 +177,11 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch):
         file.write(header.tobytes() + shard.astype(np.uint16).tobytes())
     flat = {"vocab_size": 128, "block_size": 192, "n_prelude": 0, "n_coda": 0, "n_embd": 16}
     looped = build(n_recurrent=1, mean_recurrence=2, **flat)
-    make_run(tmp_path / "runs" / "looped-0", looped)
-    make_run(tmp_path / "runs" / "once-0", build(n_recurrent=1, mean_recurrence=1, **flat))
+    once = build(n_recurrent=1, mean_recurrence=1, **flat)
+    done = {"kind": "done", "val_loss": {"1": 1.3}}
+    make_run(tmp_path / "runs" / "looped-0", looped, done)
+    make_run(tmp_path / "runs" / "looped-1", looped)  # not finished
+    make_run(tmp_path / "runs" / "once-0", once, done)
     monkeypatch.setattr(p_hop, "LOOPS", [1, 3])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["p_hop.py", "runs", "."])
