@@ -301,8 +301,12 @@ def worth(path, points, f, laws):
     for p in points:
         color, marker = (RED, "o") if p["ours"] else ("k", "s")
         axes.plot(p["f"], p["worth"], marker, color=color)
-        axes.annotate(p["label"], (p["f"], p["worth"]), xytext=(6, -3), va="top", fontsize=8,
-                      textcoords="offset points", color=color)
+        # a name stands to the left where another point is to the right
+        crowded = any(0 < q["f"] - p["f"] < 0.2 and abs(q["worth"] - p["worth"]) < 0.1
+                      for q in points)
+        side, shift = ("right", -6) if crowded else ("left", 6)
+        axes.annotate(p["label"], (p["f"], p["worth"]), xytext=(shift, 0), ha=side, va="center",
+                      fontsize=8, textcoords="offset points", color=color)
     high = max(p["worth"] for p in points)
     axes.set(xlim=(0, 1), ylim=(0.95, 1.25 * high), xlabel="share of the parameters that loop, f",
              ylabel="worth, times its parameters", title="What eight loops are worth")

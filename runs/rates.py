@@ -1,6 +1,6 @@
 """Does the best learning rate carry over, from plain to looped models and from width to width?
 
-    python -m runs.rates results       from half.csv and half-32.csv there, draws rates.png there
+    python -m runs.rates results       from its half tables, draws rates.png there
 """
 
 from pathlib import Path

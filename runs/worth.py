@@ -1,6 +1,6 @@
 """How many times its parameters is a looped model worth? Ours and the published ones.
 
-    python -m runs.worth results       from half.csv and half-32.csv there, draws worth.png there
+    python -m runs.worth results       from its half tables, draws worth.png there
 
 A looped model that goes a share s of the way from the transformer of its own layers to one of k
 times the parameters is worth k^s times its parameters, if loss falls evenly with their logarithm in
@@ -24,7 +24,8 @@ from model import PRESETS, Parcae, ParcaeConfig
 from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
 
 T = 8  # loops of all models here
-TABLES = {64: "half.csv", 32: "half-32.csv"}  # our channels: a table of runs.half
+# our channels: a table of runs.half
+TABLES = {32: "half-32.csv", 64: "half.csv", 128: "half-128.csv"}
 # size: perplexity of the transformer and of the looped model; the next size is the larger model
 PUBLISHED = {"140m": (21.48, 19.06), "370m": (15.79, 14.49), "770m": (13.08, 12.49),
              "1.3b": (11.95, 11.42)}
