@@ -13,6 +13,8 @@ Writes core.json in the run directory.
 
 import json
 import random
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -105,38 +107,52 @@ def options(item, kind, delimiter):
     return [(item["context"].strip() + delimiter, item["continuation"])], 0
 
 
-class Item:
-    """The token rows of an item's options and, for each, where the scored part starts.
+@dataclass
+class Question:
+    """An item in tokens, ready to be scored."""
 
-    rows: lists of tokens; starts: numbers; gold: the right option; prefix: the length of what all
-    rows share before any scored part."""
+    rows: list  # of each option: its tokens, after the examples and the context
+    starts: list  # of each option: where the scored part starts
+    gold: int  # the right option
 
-    def __init__(self, i, items, kind, shots, delimiter, tokenizer, block_size):
-        # examples: other items with their right option, a blank line after each
-        others = [j for j in range(len(items)) if j != i]
-        before = ""
-        for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
-            pairs, gold = options(items[j], kind, delimiter)
-            before += "".join(pairs[gold]) + "\n\n"
+    @cached_property
+    def prefix(self):
+        """How many tokens all rows share before any scored part."""
+        return min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
-        pairs, self.gold = options(items[i], kind, delimiter)
-        encode = lambda text: [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
-        rows = [encode(before + context + continuation) for context, continuation in pairs]
-        if kind == "choice":  # what differs comes last
-            starts = [common_prefix(rows)] * len(rows)
-        elif kind == "schema":  # what differs comes first, the same continuation is scored
-            tail = common_prefix([row[::-1] for row in rows])
-            starts = [len(row) - tail for row in rows]
-        else:
-            context = encode((before + pairs[0][0]).strip())
-            starts = [common_prefix([context, rows[0]])]
 
-        # a row that is too long loses its beginning; one token at least counts
-        cuts = [max(0, len(row) - block_size - 1) for row in rows]
-        self.rows = [row[cut:] for row, cut in zip(rows, cuts)]
-        self.starts = [max(1, min(start, len(row) - 1) - cut)
-                       for start, row, cut in zip(starts, rows, cuts)]
-        self.prefix = min(common_prefix(self.rows), *(start - 1 for start in self.starts))
+def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
+    """The Question of item number i, after other items for examples."""
+    def encoded(text):
+        return [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
+
+    before = examples(i, items, kind, shots, delimiter)
+    pairs, gold = options(items[i], kind, delimiter)
+    rows = [encoded(before + context + continuation) for context, continuation in pairs]
+    if kind == "choice":  # what differs comes last
+        starts = [common_prefix(rows)] * len(rows)
+    elif kind == "schema":  # what differs comes first, the same continuation is scored
+        tail = common_prefix([row[::-1] for row in rows])
+        starts = [len(row) - tail for row in rows]
+    else:
+        context = encoded((before + pairs[0][0]).strip())
+        starts = [common_prefix([context, rows[0]])]
+
+    # a row that is too long loses its beginning; one token at least counts
+    cuts = [max(0, len(row) - block_size - 1) for row in rows]
+    starts = [max(1, min(start, len(row) - 1) - cut) for start, row, cut in zip(starts, rows, cuts)]
+    return Question([row[cut:] for row, cut in zip(rows, cuts)], starts, gold)
+
+
+def examples(i, items, kind, shots, delimiter):
+    """The text before item number i: other items with their right options, a blank line after
+    each."""
+    others = [j for j in range(len(items)) if j != i]
+    text = ""
+    for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
+        pairs, gold = options(items[j], kind, delimiter)
+        text += "".join(pairs[gold]) + "\n\n"
+    return text
 
 
 def common_prefix(rows):
@@ -154,26 +170,27 @@ def common_prefix(rows):
 
 
 @torch.no_grad()
-def score(model, items, recurrence):
-    """For each item, for each option: (mean loss of the scored part in nats per token, whether
+def score(model, questions, recurrence):
+    """For each question, for each option: (mean loss of the scored part in nats per token, whether
     greedy decoding gives it).
 
-    The prefix that an item's options share, up to 10 examples long, is run once for each item, into
-    a KV cache; the rest of every option then reads from it: several times as fast as running every
-    option whole. Options are padded at their ends, which nothing before the padding sees."""
+    The prefix that a question's options share, up to 10 examples long, is run once for each
+    question, into a KV cache; the rest of every option then reads from it: several times as fast as
+    running every option whole. Options are padded at their ends, which nothing before the padding
+    sees."""
     device = model.wte.weight.device
-    rows, owner, starts = [], [], []  # of all options: tokens, number of the item, scored part
-    for number, item in enumerate(items):
-        rows += item.rows
-        owner += [number] * len(item.rows)
-        starts += item.starts
+    rows, owner, starts = [], [], []  # of all options: tokens, number of the question, scored part
+    for number, question in enumerate(questions):
+        rows += question.rows
+        owner += [number] * len(question.rows)
+        starts += question.starts
 
-    # the prefixes, one row an item; n: tokens that every item's options share
-    n = min(item.prefix for item in items)
+    # the prefixes, one row a question; n: tokens that every question's options share
+    n = min(question.prefix for question in questions)
     longest = max(len(row) - 1 for row in rows)
-    cache = model.new_cache(len(items), longest, recurrence)
+    cache = model.new_cache(len(questions), longest, recurrence)
     if n:
-        prefixes = torch.tensor([item.rows[0][:n] for item in items], device=device)
+        prefixes = torch.tensor([question.rows[0][:n] for question in questions], device=device)
         model.hidden(prefixes, recurrence, cache)
 
     # the rest, one row an option; the last token of a row is only a target
@@ -182,7 +199,7 @@ def score(model, items, recurrence):
     idx = torch.tensor(padded, device=device)                             # (rows, longest - n)
     x = model.hidden(idx, recurrence, cache)
 
-    results = [[] for _ in items]
+    results = [[] for _ in questions]
     for i, row in enumerate(rows):
         targets = torch.tensor(row[starts[i]:], device=device)
         first = starts[i] - 1 - n  # the place that predicts the first of them
@@ -192,32 +209,32 @@ def score(model, items, recurrence):
     return results
 
 
-def batches_of(items, batch_size):
-    """Yield lists of items of about batch_size rows, items of like length side by side."""
+def batches_of(questions, batch_size):
+    """Yield lists of questions of about batch_size rows, questions of like length side by side."""
     batch = []
-    for item in sorted(items, key=lambda item: (item.prefix, max(map(len, item.rows)))):
+    for question in sorted(questions, key=lambda one: (one.prefix, max(map(len, one.rows)))):
         rows = sum(len(other.rows) for other in batch)
-        if batch and rows + len(item.rows) > batch_size:
+        if batch and rows + len(question.rows) > batch_size:
             yield batch
             batch = []
-        batch.append(item)
+        batch.append(question)
     if batch:
         yield batch
 
 
-def accuracy(model, items, kind, recurrence, batch_size=32, bar=None):
-    """Share of the items (Item) that the model gets right."""
+def accuracy(model, questions, kind, recurrence, batch_size=32, bar=None):
+    """Share of the questions that the model gets right."""
     right = 0
-    for batch in batches_of(items, batch_size):
-        for item, scores in zip(batch, score(model, batch, recurrence)):
+    for batch in batches_of(questions, batch_size):
+        for question, scores in zip(batch, score(model, batch, recurrence)):
             losses = [loss for loss, _ in scores]
             if kind == "language":
                 right += scores[0][1]
             else:
-                right += losses.index(min(losses)) == item.gold
+                right += losses.index(min(losses)) == question.gold
         if bar:
             bar.update(len(batch))
-    return right / len(items)
+    return right / len(questions)
 
 
 def core(model, tokenizer, folder, recurrence, batch_size, limit):
@@ -235,11 +252,11 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
             bar.set_description(name)
             _, kind, shots, delimiter, percent = TASKS[name]
             baseline = percent / 100
-            items = [Item(i, raw, kind, shots, delimiter, tokenizer, model.config.block_size)
-                     for i in range(len(raw))[:limit]]
-            right = {T: accuracy(model, items, kind, T, batch_size, bar) for T in recurrence}
+            questions = [make_question(i, raw, kind, shots, delimiter, tokenizer,
+                                       model.config.block_size) for i in range(len(raw))[:limit]]
+            right = {T: accuracy(model, questions, kind, T, batch_size, bar) for T in recurrence}
             centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
-            results[name] = {"items": len(items), "baseline": baseline, "accuracy": right,
+            results[name] = {"items": len(questions), "baseline": baseline, "accuracy": right,
                              "centered": centered}
     return results
 

@@ -7,7 +7,6 @@ A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recu
 import csv
 import json
 import math
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -67,8 +66,8 @@ def table_value(name, said):
         if not value.is_integer():
             raise UserError(f"{name} is {said!r}, must be a whole number")
         return int(value)
-    least = 0 if name == "params_core" else sys.float_info.min  # a plain transformer has no core
-    if not least <= value < math.inf:
+    none = value == 0 and name == "params_core"  # a plain transformer has no core
+    if not (0 < value < math.inf or none):
         raise UserError(f"{name} is {said}, must be finite and above 0")
     return value
 
