@@ -453,6 +453,7 @@ def main():
                       f"go on with: python train.py --resume --out {args.out}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
+        time.sleep(0.5)  # while it is still on its way out of the barrier, too
         dist.destroy_process_group()
 
 
