@@ -432,7 +432,6 @@ def main():
     print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
           f"{results['threads']} threads")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     if args.only in (None, "memory"):
         results |= bench_memory(args, config, context, device, dtype, out)
     if args.only in (None, "train"):

@@ -238,7 +238,6 @@ def import_model(source):
 def export_model(model, directory):
     """Write a model to a directory in the published format, float32."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {their_name(name, model.config): w.float().cpu()
                for name, w in model.state_dict().items()}
     with whole_file(directory / "pytorch_model.bin", "wb") as file:

@@ -112,6 +112,7 @@ def report_optima(out):
 
 
 def gain_text(gain):
+    """What looping gains at a budget, as text; gain: of isoflop.gains."""
     mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
     if gain["of"]:
         return f"{gain['gain']:+.4f} (one pair, the largest of {gain['of']}) by mu_rec {mu}"
@@ -164,7 +165,6 @@ def report_law(key, label, law):
 
 def draw(out, kept, folder):
     """Up to four figures, of what was fitted."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if out["isoflop"]:
         figures.isoflop(folder / "isoflop.png", kept["budgets"], out["isoflop"],

@@ -38,7 +38,7 @@ from laws import (
 from model import PRESETS, Parcae, ParcaeConfig
 from plan import design
 from report import draw, loops_text, report, value_text
-from tables import column, distinct, largest_budget, read_tables, run_key, trained_depth
+from tables import column, distinct, read_tables, run_key, split_largest, trained_depth
 
 HERE = Path(__file__).parent
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
@@ -81,8 +81,7 @@ def fit_apart(law, rows, resamples):
     that)); None in place of the last where too few rows are left."""
     fit = fit_law(law, rows, resamples=resamples)
     result, apart = fit.summary() | {"held_out_error": None}, None
-    unseen = largest_budget(rows)
-    seen = [row for row in rows if row not in unseen]
+    seen, unseen = split_largest(rows)
     if not reasons_against(law, seen):
         apart = fit_law(law, seen, resamples=0), unseen
         result["held_out_error"] = apart[0].error(unseen)
@@ -123,7 +122,7 @@ def fit_worth(rows, resamples):
 def fit_test_time(rows):
     """[(run's rows, fit, what --json writes)] of a run of each recurrence at the largest budget."""
     shown = {}
-    for row in largest_budget(rows):
+    for row in split_largest(rows)[1]:
         if row["mu_rec"] > 1:
             shown.setdefault(row["mu_rec"], run_key(row))
     result = []

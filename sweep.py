@@ -129,7 +129,7 @@ def seconds_of(cells, jobs):
     recurrence reached, else runs of others, else by a share of the matmul peak."""
     states = [(cell.mu, cell.state()) for cell in cells]
     timed = {mu: last["flops"] / last["seconds"] for mu, last in states if last.get("seconds")}
-    sharing = jobs / min(jobs, max(1, torch.cuda.device_count()))  # a CPU, or a GPU
+    sharing = jobs / min(jobs, max(1, torch.cuda.device_count()))  # runs on one device
     speeds = list(timed.values()) or [0.3 * cells[0].plan["peak_flops"] / sharing]
     guess = sum(speeds) / len(speeds)
     return {cell: cell.flops / timed.get(cell.mu, guess) for cell in cells}, bool(timed)

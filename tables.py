@@ -233,10 +233,11 @@ def run_key(row):
     return Run(*(row[name] for name in Run._fields))
 
 
-def largest_budget(rows):
-    """The rows within a tenth of the most FLOPs."""
+def split_largest(rows):
+    """(the rows of smaller budgets, those of the largest, within a tenth of the most FLOPs)."""
     top = column(rows, "flops").max() / 1.1
-    return [row for row in rows if row["flops"] >= top]
+    smaller = [row for row in rows if row["flops"] < top]
+    return smaller, [row for row in rows if row["flops"] >= top]
 
 
 def distinct(rows, name):

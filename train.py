@@ -235,7 +235,7 @@ def count(state, args, model, depths, seconds):
     loops = depths.double().mean().item()
     with_gradient = depths.clamp(max=config.backprop_depth).double().mean().item()
     flops = {name: tokens * model.flops_per_token(loops, with_gradient, accounting=name)
-             for name in ("exact", args.accounting)}
+             for name in {"exact", args.accounting}}
     step = {"step": 1, "samples": args.batch_size, "tokens": tokens,
             "flops": flops[args.accounting], "seconds": seconds}
     for kind, amount in step.items():

@@ -73,7 +73,6 @@ def main():
         raise UserError(f"{args.run} is a plain transformer: it has no loop to leave")
     if args.sequences < 2:
         raise UserError("--sequences is 1, must be at least 2: one has no standard error")
-    args.out.mkdir(parents=True, exist_ok=True)
     name, batches = open_text(args, model, tokenizer)
     windows = list(batches(1))
     rows = measure(model, windows, tokenizer, args.most)

@@ -31,7 +31,7 @@ NAMES = {
     "deep": "twelve layers",
     "wide": "six layers, 1.4 times as wide",
 }
-LOOPED = ("looped", "fixed", "full", "mean4", "mean16")
+VARIANTS = ("fixed", "full", "mean4", "mean16")  # of the looped model
 LOOPS = ("1", "2", "4", "8", "16")  # at test time
 COLUMNS = {
     "model": str, "rate": float, "seed": int, "parameters": int, "tokens": int,
@@ -162,7 +162,7 @@ def gain_text(gained):
 def print_comparison(runs):
     """How far looping goes towards larger transformers; shares are ratios of mean differences."""
     loss = {name: losses_of(rows) for name, rows in runs.items()}
-    for name in ("plain", "longer", *LOOPED[1:]):
+    for name in ("plain", "longer", *VARIANTS):
         if {"looped", name} <= loss.keys():
             gained = pairs(loss["looped"], loss[name])
             print(f"looped, less than {NAMES[name]}: {gain_text(gained)}")
@@ -223,7 +223,7 @@ def main():
     for model, mine in runs.items():
         models.append({
             "label": NAMES[model],
-            "looped": model in LOOPED,
+            "looped": model in ("looped", *VARIANTS),
             "parameters": mine[0]["parameters"],
             "flops": float(mine[0]["training_flops"]),
             "losses": [row["val_loss"] for row in mine],

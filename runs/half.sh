@@ -6,7 +6,7 @@
 # rates for seed 0, in the order of what matters.
 #
 #   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours of one core
-#   TUNE="5e-3 4e-2" bash runs/half.sh   seed 0 at other rates, too
+#   TUNE="5e-3 1e-2 2e-2 4e-2" bash runs/half.sh     seed 0 at other rates, too
 #   CHANNELS=32 MODELS="looped plain deep fixed full mean4 mean16" bash runs/half.sh
 #                                        4.1M tokens: 80 minutes of one core
 #   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
