@@ -318,7 +318,7 @@ def rates(path, groups, looped):
     """Loss against learning rate, above each model's lowest (runs/rates.py).
 
     groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
-    figure, every = panels(len(groups), 4.5 * len(groups), 3.8)
+    figure, every = panels(len(groups), 3.2 * len(groups), 3.4)
     for axes, (title, models) in zip(every, groups.items()):
         for (name, losses), marker in zip(models.items(), MARKERS):
             means = np.array([np.mean(some) for some in losses.values()])

@@ -25,7 +25,7 @@ from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
 
 T = 8  # loops of all models here
 # our channels: a table of runs.half
-TABLES = {32: "half-32.csv", 64: "half.csv", 128: "half-128.csv"}
+TABLES = {32: "half-32.csv", 64: "half.csv", 128: "half-128.csv", 256: "half-256.csv"}
 # size: perplexity of the transformer and of the looped model; the next size is the larger model
 PUBLISHED = {"140m": (21.48, 19.06), "370m": (15.79, 14.49), "770m": (13.08, 12.49),
              "1.3b": (11.95, 11.42)}
