@@ -76,15 +76,15 @@ def spread(samples):
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("-inf", "edge").replace("inf", "edge")
 
 
-def design(args, out, kept):
-    """Print what a sweep would cost and find. out, kept: what fit_table returns."""
+def design(args, out, table):
+    """Print what a sweep would cost and find. out, table: of scaling.fit_table."""
     if len(set(args.recurrences)) < 3 or len(set(args.budgets)) < 2:
         raise UserError("a design needs two budgets and three recurrences at least")
     noise = args.noise or (out.get("noise") or {}).get("sd")
     if not noise:
         raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
-    fit, cost = kept["fit"], kept["cost"]
-    rows = grid(kept["rows"][0], cost, args.budgets, args.recurrences, args.seeds)
+    fit, cost = table.fit, table.cost
+    rows = grid(table.rows[0], cost, args.budgets, args.recurrences, args.seeds)
     flops = column(rows, "flops").sum()
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"

@@ -163,31 +163,31 @@ def report_law(key, label, law):
 # ----------------------------------------------------------------------------- pictures
 
 
-def draw(out, kept, folder):
+def draw(out, table, folder):
     """Up to four figures, of what was fitted."""
     drawn = []
     if out["isoflop"]:
-        figures.isoflop(folder / "isoflop.png", kept["budgets"], out["isoflop"],
+        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"],
                         f"Equal FLOPs and parameters ({out['model']})")
         drawn.append("isoflop")
     if "frontier" in out.get("training_law", {}):
-        figures.optima(folder / "optima.png", out["isoflop"], bands(out, kept))
-        draw_contours(out, kept, folder / "contours.png")
+        figures.optima(folder / "optima.png", out["isoflop"], bands(table))
+        draw_contours(table, folder / "contours.png")
         drawn += ["optima", "contours"]
-    if kept["test_time"]:
-        draw_test_time(kept["test_time"], folder / "test-time.png")
+    if table.test_time:
+        draw_test_time(table.test_time, folder / "test-time.png")
         drawn.append("test-time")
     for name in drawn:
         print("wrote", folder / f"{name}.png")
 
 
-def bands(out, kept):
+def bands(table):
     """mu* and D* by the training law over a range of budgets, with 95 % of its resamples."""
-    flops = column(kept["rows"], "flops")
+    flops = column(table.rows, "flops")
     x = np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)
     result = {"flops": x, "slopes": SLOPES, "mu_rec": [], "tokens": []}
     for c in x:
-        fit, size, cost = kept["fit"], kept["rows"][0], kept["cost"]
+        fit, size, cost = table.fit, table.rows[0], table.cost
         best, sampled = frontier(fit, size, cost, c), frontier(fit, size, cost, c, fit.samples)
         for i, name in enumerate(SLOPES):
             ends = interval(sampled[i], best[i][0])
@@ -195,17 +195,17 @@ def bands(out, kept):
     return result
 
 
-def draw_contours(out, kept, path):
+def draw_contours(table, path):
     """The loss that the training law predicts, the runs, and the best choice at each budget."""
-    rows, fit = kept["rows"], kept["fit"]
+    rows, fit = table.rows, table.fit
     mu, tokens, flops = (column(rows, name) for name in ("mu_rec", "tokens", "flops"))
     x = np.geomspace(mu.min(), mu.max(), 60)
     y = np.geomspace(tokens.min(), tokens.max(), 60)
     cells = [rows[0] | {"mu_rec": a, "tokens": b} for b in y for a in x]
     budgets = np.geomspace(flops.min(), flops.max(), 40)
-    best = np.array([frontier(fit, rows[0], kept["cost"], c)[:2] for c in budgets])[..., 0]
+    best = np.array([frontier(fit, rows[0], table.cost, c)[:2] for c in budgets])[..., 0]
     best = best[best[:, 0] <= mu.max()]
-    title = f"Val loss by the training law ({out['model']}, nats per token)"
+    title = f"Val loss by the training law ({table.model}, nats per token)"
     figures.contours(path, (mu, tokens), (x, y, fit.predict(cells).reshape(60, 60)), best.T, title)
 
 

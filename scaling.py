@@ -147,39 +147,55 @@ def exponents_of(fit, size, cost, flops):
     return result
 
 
+class Table:
+    """The runs of a table's main model, and what its fits, pictures and plans share.
+
+    every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
+    those at T = mu_rec. `cost`: FLOPs of a token by mu_rec; `budgets`: see isoflop.budgets_of.
+    `fit` is the training law's, None where it could not be fitted; `test_time`: of
+    fit_test_time."""
+
+    def __init__(self, every_row, accounting):
+        self.every_row, self.accounting = every_row, accounting
+        self.at_every_T = main_model([row for row in every_row
+                                      if row["accounting"] == accounting])
+        self.model = self.at_every_T[0]["model"]
+        self.rows = trained_depth(self.at_every_T)
+        self.cost = token_cost(self.at_every_T)
+        self.budgets = budgets_of(self.rows)
+        self.fit, self.test_time = None, []
+
+    def looped(self):
+        return distinct(self.at_every_T, "mu_rec") > 1
+
+
 def fit_optima(every_row, accounting, resamples=RESAMPLES):
     """Optima at equal FLOPs by both methods: isoFLOP, and the training law's frontier.
 
     every_row: of all accountings; another one than `accounting` is another cost of a token under
-    the same law. Returns (a dict for --json, what figures, predictions and plans need: "main", the
-    rows of the main model; "rows", those of them at T = mu_rec; "cost", FLOPs of a token by mu_rec;
-    "budgets"; "test_time"; and "fit", the training law's, where it could be fitted)."""
-    rows = [row for row in every_row if row["accounting"] == accounting]
-    main = main_model(rows)
-    own = trained_depth(main)
-    out = {"model": main[0]["model"], "accounting": accounting,
-           "runs": len({run_key(row) for row in main}), "noise": None, "isoflop": [],
+    the same law. Returns (a dict for --json, the Table)."""
+    table = Table(every_row, accounting)
+    rows = table.rows
+    out = {"model": table.model, "accounting": accounting,
+           "runs": len({run_key(row) for row in table.at_every_T}), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "notes": []}
-    kept = {"main": main, "rows": own, "cost": token_cost(main), "budgets": budgets_of(own),
-            "test_time": []}
-    loops = distinct(main, "mu_rec") > 1
 
-    if loops:
-        out["isoflop"], out["power_laws"], out["noise"], out["notes"] = isoflop(main, kept["cost"])
-        out["gain"] = gains(own)
+    if table.looped():
+        out["isoflop"], out["power_laws"], out["noise"], out["notes"] = isoflop(rows, table.cost)
+        out["gain"] = gains(rows)
 
-    if can_fit("training", own, out["notes"]):
-        law, kept["fit"], _ = fit_apart("training", own, resamples)
+    if can_fit("training", rows, out["notes"]):
+        law, table.fit, _ = fit_apart("training", rows, resamples)
         out["training_law"] = law
-        if not loops:
-            law["compute_optimal"] = limit(kept["fit"])
-        elif sizes(own) > 1:
+        if not table.looped():
+            law["compute_optimal"] = limit(table.fit)
+        elif sizes(rows) > 1:
             out["notes"].append("the law's optimum at equal FLOPs: not computed, the runs called "
-                                f"{out['model']} have {sizes(own)} sizes")
+                                f"{table.model} have {sizes(rows)} sizes")
         else:
-            law["frontier"], law["other_accounting"] = frontiers(every_row, out, kept)
-            law["limit"] = limit(kept["fit"])
-    return out, kept
+            law["frontier"], law["other_accounting"] = frontiers(table)
+            law["limit"] = limit(table.fit)
+    return out, table
 
 
 def can_fit(law, rows, notes):
@@ -194,45 +210,44 @@ def sizes(rows):
     return len({(row["params_core"], row["params_noncore"]) for row in rows})
 
 
-def frontiers(every_row, out, kept):
+def frontiers(table):
     """The training law's optima at the table's budgets; its exponents by other accountings."""
-    fit, own = kept["fit"], kept["rows"]
-    budgets = [flops for flops, _ in kept["budgets"]]
+    fit, rows, cost = table.fit, table.rows, table.cost
+    budgets = [flops for flops, _ in table.budgets]
     if len(budgets) > 12:  # the runs were planned by another accounting: no common budgets
         budgets = np.geomspace(budgets[0], budgets[-1], 5).tolist()
     optima = []
     for flops in budgets:
-        (mu,), (tokens,), (loss,) = frontier(fit, own[0], kept["cost"], flops)
-        sampled = frontier(fit, own[0], kept["cost"], flops, fit.samples)[0]
+        (mu,), (tokens,), (loss,) = frontier(fit, rows[0], cost, flops)
+        sampled = frontier(fit, rows[0], cost, flops, fit.samples)[0]
         optima.append({"flops": flops, "mu_rec": mu, "ci": interval(sampled, mu),
                        "tokens": tokens, "val_loss": loss})
 
     others = {}
-    for name in sorted({row["accounting"] for row in every_row} - {out["accounting"]}):
-        rows = [row for row in every_row
-                if row["accounting"] == name and row["model"] == out["model"]]
-        if rows:  # the size stays as the law was fitted; the price of a token is another
-            others[name] = exponents_of(fit, own[0], token_cost(rows), column(rows, "flops"))
-    exponents = exponents_of(fit, own[0], kept["cost"], column(own, "flops"))
+    for name in sorted({row["accounting"] for row in table.every_row} - {table.accounting}):
+        theirs = [row for row in table.every_row
+                  if row["accounting"] == name and row["model"] == table.model]
+        if theirs:  # the size stays as the law was fitted; the price of a token is another
+            others[name] = exponents_of(fit, rows[0], token_cost(theirs), column(theirs, "flops"))
+    exponents = exponents_of(fit, rows[0], cost, column(rows, "flops"))
     return {"optima": optima, "exponents": exponents}, others
 
 
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Everything that can be fitted to a table: fit_optima, and the other laws of looping."""
-    out, kept = fit_optima(every_row, accounting, resamples)
-    main = kept["main"]
-    everywhere = trained_depth(row for row in every_row if row["accounting"] == accounting)
-    if distinct(main, "mu_rec") > 1:
-        if can_fit("unified", main, out["notes"]):
-            out["unified"] = fit_unified(main, resamples)
-        if can_fit("worth", everywhere, out["notes"]):
-            out["recurrence_worth"] = fit_worth(everywhere, resamples)
-        kept["test_time"] = fit_test_time(main)
+    out, table = fit_optima(every_row, accounting, resamples)
+    every_model = trained_depth(row for row in every_row if row["accounting"] == accounting)
+    if table.looped():
+        if can_fit("unified", table.at_every_T, out["notes"]):
+            out["unified"] = fit_unified(table.at_every_T, resamples)
+        if can_fit("worth", every_model, out["notes"]):
+            out["recurrence_worth"] = fit_worth(every_model, resamples)
+        table.test_time = fit_test_time(table.at_every_T)
     own_laws = [name for name in LAWS if name not in PUBLISHED_LAWS]
-    out["laws"] = {name: fit_apart(name, kept["rows"], resamples)[0] for name in own_laws
-                   if can_fit(name, kept["rows"], out["notes"])}
-    out["test_time"] = [numbers for _, _, numbers in kept["test_time"]]
-    return out, kept
+    out["laws"] = {name: fit_apart(name, table.rows, resamples)[0] for name in own_laws
+                   if can_fit(name, table.rows, out["notes"])}
+    out["test_time"] = [numbers for _, _, numbers in table.test_time]
+    return out, table
 
 # ----------------------------------------------------------------------------- commands
 
@@ -251,25 +266,25 @@ def preset_size(preset, accounting, recurrences=(1, 2, 4, 8, 16)):
 
 
 def fitted(args):
-    """(out, kept) of the tables of the command line. Raises UserError without a training law."""
+    """(out, Table) of the tables of the command line. Raises UserError without a training law."""
     rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
-    out, kept = fit_optima(rows, accounting)
+    out, table = fit_optima(rows, accounting)
     if "frontier" not in out.get("training_law", {}):
         reasons = "; ".join(out["notes"]) or "they have no loops"
         raise UserError(f"these tables do not determine a training law of loops: {reasons}")
-    return out, kept
+    return out, table
 
 
 def predict(args):
     """Print the best recurrence, tokens and loss for a budget, by the training law."""
-    out, kept = fitted(args)
-    rows, fit = kept["rows"], kept["fit"]
+    out, table = fitted(args)
+    rows, fit = table.rows, table.fit
     flops = args.flops
     low, top = column(rows, "flops").min(), column(rows, "flops").max()
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
 
-    size, cost = rows[0], kept["cost"]
+    size, cost = rows[0], table.cost
     if args.preset:
         size, cost = preset_size(args.preset, out["accounting"])
         ratio = sum(size.values()) / (rows[0]["params_core"] + rows[0]["params_noncore"])
@@ -312,14 +327,14 @@ def fit(args):
     """Fit everything, print it beside the published figures, write --json, draw."""
     rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
     drawing = can_draw()  # asked before the fit, which takes a while
-    out, kept = fit_table(rows, accounting, args.resamples)
+    out, table = fit_table(rows, accounting, args.resamples)
     report(out)
     if args.json:
         write_text(args.json, json.dumps(out, indent=1))
         print("wrote", args.json)
     if drawing:
         beside = Path(args.tables[0]) if args.tables else HERE / "results"
-        draw(out, kept, Path(args.figures or (beside if beside.is_dir() else beside.parent)))
+        draw(out, table, Path(args.figures or (beside if beside.is_dir() else beside.parent)))
 
 
 def parse_args(words):

@@ -41,8 +41,8 @@ def parabola_truth():
 
 def law_truth():
     """The same of the training law of the tables in results/, for the runs there."""
-    _, kept = fit_optima(*read_tables(default_tables()), resamples=0)
-    fit, cost, rows = kept["fit"], kept["cost"], kept["rows"]
+    _, table = fit_optima(*read_tables(default_tables()), resamples=0)
+    fit, cost, rows = table.fit, table.cost, table.rows
     size = rows[0]
     best = {c: frontier(fit, size, cost, c)[0][0] for c in BUDGETS}
     exponent = frontier_exponents(fit, size, cost, BUDGETS[0], BUDGETS[-1])[0, 0]

@@ -14,7 +14,7 @@ from tables import read_tables, write_csv
 
 
 def test_the_laws_of_a_table(tmp_path):
-    out, kept = scaling.fit_table(evaluated(sweep(parametric, 1e-4)), "exact", resamples=30)
+    out, table = scaling.fit_table(evaluated(sweep(parametric, 1e-4)), "exact", resamples=30)
     assert out["runs"] == 35 and out["model"] == "made up 1"
     law = out["training_law"]
     assert law["held_out_error"] < 0.002
@@ -33,7 +33,7 @@ def test_the_laws_of_a_table(tmp_path):
     assert [run["mu_rec"] for run in out["test_time"]] == [2, 4, 6, 8, 12, 16]
     assert all(run["error"] < 0.001 for run in out["test_time"])
     json.dumps(out, allow_nan=False)
-    report.draw(out, kept, tmp_path)
+    report.draw(out, table, tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {"isoflop.png", "optima.png", "contours.png", "test-time.png"}
 
@@ -65,7 +65,7 @@ def test_another_accounting_is_another_cost_under_the_same_law():
 
 def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
     rows, accounting = read_tables([ROOT / "results" / "others" / "overtrain-c4.csv"])
-    out, kept = scaling.fit_table(rows, accounting)
+    out, table = scaling.fit_table(rows, accounting)
     law = out["training_law"]
     assert (law["x"], law["y"]) == pytest.approx((0.253, 0.262), abs=0.002)
     best = law["compute_optimal"]
@@ -75,7 +75,7 @@ def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
     assert out["notes"] == [] and "recurrence_worth" not in out
     report.report(out)
     assert "best params ~ C^0.509" in capsys.readouterr().out
-    report.draw(out, kept, tmp_path)
+    report.draw(out, table, tmp_path)
     # Several sizes under names of their own are one table too.
     named = [row | {"model": f"{row['params_noncore']:.0f}"} for row in rows]
     assert scaling.fit_table(named, accounting, 0)[0]["training_law"]["x"] == pytest.approx(
@@ -95,12 +95,12 @@ TABLE = evaluated(sweep(parametric, 0.002))
 ], ids=["one budget", "two recurrences", "equal losses", "not at mu_rec", "only at mu_rec",
         "no loops"])
 def test_what_cannot_be_fitted_is_said_once_and_the_rest_fitted(rows, said, tmp_path, capsys):
-    out, kept = scaling.fit_table(rows, "exact", resamples=20)
+    out, table = scaling.fit_table(rows, "exact", resamples=20)
     assert " ".join(out["notes"]).count(said) >= 1 and len(out["notes"]) <= 6
     report.report(out)
     assert said in capsys.readouterr().out
     json.dumps(out, allow_nan=False)
-    report.draw(out, kept, tmp_path)
+    report.draw(out, table, tmp_path)
 
 
 def test_a_design_says_what_a_sweep_would_find():
