@@ -6,8 +6,8 @@
 Compares, at one width, the looped model at several numbers of loops T with three plain
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
 looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
-bfloat16 weights and caches. Writes results/bench-<device>-<preset>.json and, with matplotlib,
-results/memory-<preset>.png.
+bfloat16 weights and caches. Writes bench-<device>-<preset>.json (-<preset>-decode.json with --only
+decode) and, with matplotlib, memory-<preset>.png; what is there already is not replaced.
 """
 
 import json
@@ -28,6 +28,7 @@ from common import (
     UserError,
     keep_freed_memory,
     matmul_peak,
+    new_directory,
     pick_device,
     pick_dtype,
     run_script,
@@ -365,7 +366,7 @@ def parse_args():
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="of the activations; int8, with --only decode: of the weights (default: auto)")
-    add("--out", default="results", metavar="DIR",
+    add("--out", type=new_directory, default="out/bench", metavar="DIR",
         help="where the JSON and the figure go (default: %(default)s)")
     args = parser.parse_args()
     if args.preset not in LOOPED:
@@ -375,7 +376,7 @@ def parse_args():
     return args
 
 
-def bench_memory(args, config, context, device, dtype, out):
+def bench_memory(args, config, context, device, dtype, picture):
     rows = memory(config, context, args.batch, args.recurrence, device, dtype)
     show_memory(rows, "Memory in MB, predicted / measured (error); activations: what a step of "
                 f"{args.batch} x {context} tokens keeps for its backward pass, {dtype}",
@@ -387,7 +388,7 @@ def bench_memory(args, config, context, device, dtype, out):
     print("break-even with the plain transformer of twice the parameters at "
           f"T = {config.mean_recurrence}: {tokens}")
     try:
-        draw(config, out / f"memory-{args.preset}.png")
+        draw(config, picture)
     except UserError as error:  # without matplotlib the tables are still worth printing
         print(f"no figure: {error}")
     return {"memory": rows, "break_even_tokens": even}
@@ -423,6 +424,12 @@ def main():
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
     device = pick_device(args.device)
+    part = f"-{args.only}" if args.only else ""
+    path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
+    picture = Path(args.out) / f"memory-{args.preset}.png"
+    for file in (path, picture) if args.only in (None, "memory") else (path,):
+        if file.exists():
+            raise UserError(f"{file} is there already: choose another --out, or remove it")
     dtype = pick_dtype(device, args.dtype)
     keep_freed_memory()
     results = {"preset": args.preset, "model": asdict(config), "machine": machine_name(device),
@@ -431,15 +438,12 @@ def main():
                "eager": args.eager}
     print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
           f"{results['threads']} threads")
-    out = Path(args.out)
     if args.only in (None, "memory"):
-        results |= bench_memory(args, config, context, device, dtype, out)
+        results |= bench_memory(args, config, context, device, dtype, picture)
     if args.only in (None, "train"):
         results |= bench_train(args, config, context, device, dtype)
     if args.only in (None, "decode"):
         results |= bench_decode(args, config, context, device, dtype)
-    part = f"-{args.only}" if args.only else ""
-    path = out / f"bench-{device.type}-{args.preset}{part}.json"
     write_text(path, json.dumps(results, indent=1))
     print(f"\nwrote {path}")
 

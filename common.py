@@ -131,6 +131,27 @@ def some_path(text):
     return text
 
 
+def new_file(text):
+    """An argparse type: a file that can be written, there already or not. It is asked for before
+    the work whose result it is to hold."""
+    path = Path(some_path(text))
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"is {text}, which is no file")
+    new_directory(path.parent)
+    return text
+
+
+def new_directory(text):
+    """An argparse type: a directory that can be written to, there already or not."""
+    path = Path(some_path(str(text)))
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"is {text}, but {there} is no directory")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"is {text}, but {there} may not be written to")
+    return text
+
+
 COUNT = number(int, 1)
 POSITIVE = number(float, 0, above=True)
 SEED = number(int, 0, 2 ** 32 - 1)
@@ -144,7 +165,7 @@ def whole_file(path, mode="w"):
     """Open a file that takes path's place when the block ends well; else nothing is left behind.
 
     Its directory is made where there is none: what took hours to compute is not lost for that."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
                                          dir=path.parent)

@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 
 import figures
-from common import Parser, UserError, number, patient, read_json, run_script, some_path
+from common import (
+    Parser,
+    UserError,
+    new_file,
+    number,
+    patient,
+    read_json,
+    run_script,
+    some_path,
+)
 
 AXES = ("tokens", "flops", "seconds")
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
@@ -209,7 +218,7 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
-    add("--out", type=some_path, default="curves.png", metavar="FILE",
+    add("--out", type=new_file, default="curves.png", metavar="FILE",
         help="the picture to write (default: %(default)s)")
     add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
         help="draw it again every so many seconds (30, if you name none) until every run has "

@@ -109,10 +109,12 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
-        for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
-                            top_k=top_k, top_p=top_p, generator=generator):
-            counts["loops"] += recurrence
-            yield token
+        if n > 0:
+            del cache  # stream makes one of its own
+            for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                                top_k=top_k, top_p=top_p, generator=generator):
+                counts["loops"] += recurrence
+                yield token
     finally:
         model.train(training)
 

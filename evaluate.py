@@ -238,6 +238,8 @@ def open_run(args):
 def open_text(args, model, tokenizer):
     """(name of what is read, function of a batch size that gives the batches). Raises UserError."""
     block_size = model.config.block_size
+    if args.text and args.data:
+        raise UserError("--text is read in place of --data: leave out one of them")
     if args.text:
         windows = text_windows(args.text, tokenizer, block_size, args.sequences)
         return args.text, lambda batch_size: batches_of(windows, batch_size)

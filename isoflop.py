@@ -175,12 +175,13 @@ def line_through(x, y, low, high):
 def power_law(x, y, samples, low, high):
     """Exponent, coefficient and interval, None without two values; samples (resamples, budgets).
 
-    The interval is [None, None] where more than 5 % of the resamples have no exponent."""
+    The interval is [None, None] where more than 5 % of the resamples have no exponent: "defined" is
+    the share that has one, None without resamples."""
     slope, intercept = line_through(x, y, low, high)
     if not math.isfinite(slope):
         return None
     slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
-    defined = np.isfinite(slopes).sum() / max(1, len(slopes))
+    defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
     return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
             "ci": interval(slopes, slope)}
 

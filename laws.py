@@ -291,8 +291,17 @@ MU = np.geomspace(1, 256, 600)  # the recurrences that a frontier is looked for 
 
 
 def token_cost(rows):
-    """A function: mean recurrences (n,) -> FLOPs of a token, from what the runs of a table cost."""
-    return cost_between({row["mu_rec"]: row["flops"] / row["tokens"] for row in rows})
+    """A function: mean recurrences (n,) -> FLOPs of a token, from what the runs of a table cost.
+
+    Of runs that differ in mu_bwd the cheapest count."""
+    spent = {}
+    for row in rows:
+        flops, tokens = spent.get((row["mu_rec"], row["mu_bwd"]), (0, 0))
+        spent[row["mu_rec"], row["mu_bwd"]] = flops + row["flops"], tokens + row["tokens"]
+    costs = {}
+    for (mu, _), (flops, tokens) in spent.items():
+        costs[mu] = min(flops / tokens, costs.get(mu, math.inf))
+    return cost_between(costs)
 
 
 def cost_between(costs):

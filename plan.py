@@ -7,6 +7,7 @@ the noise of real runs, and both methods, laws.py and isoflop.py, are let loose 
 of what they find is the interval to expect.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -21,14 +22,9 @@ from tables import column
 
 def grid(size, cost, budgets, recurrences, seeds):
     """The rows of a sweep, val_loss still unknown; size: a row of the model; seeds: a list."""
-    rows = []
-    for flops in sorted(budgets):
-        for mu in sorted(recurrences):
-            for seed in seeds:
-                rows.append(size | {
-                    "flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
-                    "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed})
-    return rows
+    return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
+                    "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed}
+            for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
 
 def made_up(rows, losses):
@@ -67,24 +63,31 @@ def log_mu(optimum):
     return -math.inf if optimum["at_most"] else math.inf
 
 
-def spread(samples):
-    """The middle and the central 95 % as text; infinities are what is beyond an edge."""
+def spread(samples, of=lambda value: value):
+    """The middle and the central 95 % of samples as text, each after the function `of`; infinite
+    ones are beyond an edge."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
         return "-"
-    low, middle, high = np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("-inf", "edge").replace("inf", "edge")
+    low, middle, high = (f"{of(end):.2f}" if np.isfinite(end) else "edge" for end in
+                         np.quantile(samples, [0.025, 0.5, 0.975], method="nearest"))
+    return f"{middle} [{low}, {high}]"
 
 
 def design(args, out, table):
-    """Print what a sweep would cost and find. out, table: of scaling.fit_table."""
-    if len(set(args.recurrences)) < 3 or len(set(args.budgets)) < 2:
+    """Print what a sweep would cost and find. out, table: of scaling.fit_optima."""
+    budgets, recurrences = sorted({*args.budgets}), sorted({*args.recurrences})
+    if len(recurrences) < 3 or len(budgets) < 2:
         raise UserError("a design needs two budgets and three recurrences at least")
+    for low, high in itertools.pairwise(budgets):
+        if high <= isoflop.SAME_BUDGET * low:
+            raise UserError(f"--budgets {low:g} and {high:g} are less than "
+                            f"{isoflop.SAME_BUDGET - 1:.0%} apart: they would count as one")
     noise = args.noise or (out.get("noise") or {}).get("sd")
     if not noise:
         raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
     fit, cost = table.fit, table.cost
-    rows = grid(table.rows[0], cost, args.budgets, args.recurrences, args.seeds)
+    rows = grid(table.rows[0], cost, budgets, recurrences, sorted({*args.seeds}))
     flops = column(rows, "flops").sum()
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
@@ -93,11 +96,10 @@ def design(args, out, table):
 
     found = simulate(fit, rows, cost, noise, args.repeats)
     print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
-    for j, c in enumerate(sorted(set(args.budgets))):
-        law, parabola = (np.exp(found[name]["mu"][:, j]) for name in ("law", "parabola"))
-        parabola = np.where(parabola == 0, -np.inf, parabola)  # at most the fewest loops
-        print(f"{c:10.3g}   {math.exp(found['truth']['mu'][0, j]):8.2f}   {spread(law):23s}   "
-              f"{spread(parabola):20s}   {np.isfinite(parabola).mean():5.0%}")
+    for j, c in enumerate(budgets):
+        (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
+        print(f"{c:10.3g}   {math.exp(true):8.2f}   {spread(law, math.exp):23s}   "
+              f"{spread(parabola, math.exp):20s}   {np.isfinite(parabola).mean():5.0%}")
     true = found["truth"]["exponent"][0]
     print(f"\nexponent of mu*: true {true:.2f}")
     for name, label in (("law", "the law"), ("parabola", "parabolas")):
@@ -105,7 +107,8 @@ def design(args, out, table):
         print(f"  by {label:9s}  {spread(samples):20s}   half width "
               f"{half_width(samples)}, no exponent in {np.isnan(samples).mean():.0%} of sweeps")
     if not np.isfinite(true):
-        print("the law's optimum is at one loop for all these budgets: larger ones are needed")
+        print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
+              "larger budgets are needed")
 
 
 def half_width(samples):

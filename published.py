@@ -7,8 +7,8 @@
 
 `import` makes a run directory of a model in the format of the published Parcae code: config.json,
 weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging Face tokenizer.json.
-`export` is the reverse. `tokenizer` brings in a byte-level BPE alone. What is not implemented here
-is refused by name.
+`export` is the reverse, but for tokenizer.json, which stays ours. `tokenizer` brings in a
+byte-level BPE alone. What is not implemented here is refused by name.
 """
 
 import json
@@ -209,7 +209,10 @@ def local_files(source):
         return Path(source)
     for name in WEIGHTS:  # one file of weights is enough: they are large
         wanted = ["config.json", "tokenizer.json", name]
-        folder = from_hub("snapshot_download", str(source), allow_patterns=wanted)
+        try:
+            folder = from_hub("snapshot_download", str(source), allow_patterns=wanted)
+        except UserError as error:
+            raise UserError(f"{source} is no directory here; {error}") from None
         if (folder / name).exists():
             break
     return folder
@@ -398,9 +401,8 @@ def write_published(source, folder):
     """Write the model of a run directory in the published format; returns it in words."""
     model = Parcae.from_pretrained(source)
     export_model(model, folder)
-    saved = Path(source) / "tokenizer.json"
-    if saved.exists():
-        write_text(folder / "tokenizer.json", saved.read_text(encoding="utf-8"))
+    if (Path(source) / "tokenizer.json").exists():
+        save_tokenizer(load_tokenizer(source), folder / "tokenizer.json")
     return describe(model)
 
 

@@ -70,9 +70,11 @@ def report_noise(noise):
     """Print how much of a difference between two runs is chance."""
     source = {"seeds": "runs that differ in their seed alone",
               "parabolas": "what the parabolas leave over"}[noise["source"]]
+    # Student's t: with few degrees of freedom the noise itself is not well known
+    draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
+    most = np.quantile(np.abs(draws), 0.95) * math.sqrt(2) * noise["sd"]
     print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
-          f"degrees of freedom)\n  by chance two single runs differ by up to "
-          f"{2 * math.sqrt(2) * noise['sd']:.1%} (95 %)")
+          f"degrees of freedom)\n  by chance two single runs differ by up to {most:.1%} (95 %)")
 
 
 def value_text(value, ci):
@@ -128,7 +130,9 @@ def report_exponents(out):
         lines = []
         if name in out["power_laws"]:
             law = out["power_laws"][name]
-            missing = f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
+            missing = "no interval: nothing is known of the noise"
+            if law["defined"] is not None:
+                missing = f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
             lines.append((law, "parabolas", missing))
         for accounting, laws in by_law.items():
             if laws.get(name, {}).get("exponent") is not None:

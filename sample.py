@@ -28,6 +28,7 @@ from common import (
     SEED,
     Parser,
     UserError,
+    new_file,
     number,
     pick_device,
     pick_dtype,
@@ -60,7 +61,7 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         probs /= probs.sum(-1, keepdim=True)
     if top_p is not None:
         before = probs.cumsum(-1) - probs
-        probs[before >= top_p] = 0  # what comes before already holds top_p
+        probs[:, 1:][before[:, 1:] >= top_p] = 0  # what comes before already holds top_p
         probs /= probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, tokens, probs)
 
@@ -167,13 +168,15 @@ def check(idx, temperature, top_k, top_p, exit_threshold):
 
 
 @torch.no_grad()
-def trace(model, idx, recurrence):
-    """What the model would predict after each loop at each token of idx (1, T), probabilities
-    (loops, T, vocab_size), and how far the loop moved the state, |h - last h| / |h| (loops, T)."""
+def trace(model, idx, recurrence, last):
+    """What the model would predict after each loop at the last tokens of idx (1, T), probabilities
+    (loops, last, vocab_size), and how far the loop moved the state, |h - last h| / |h|, (loops,
+    last)."""
     probs, moved, before = [], [], 0
     for h, tokens in model.states(idx, recurrence):
-        probs.append(model.lm_head(model.readout(h, tokens))[0].float().softmax(-1))
-        moved.append((h - before).norm(dim=-1)[0] / h.norm(dim=-1)[0])
+        shown = model.readout(h, tokens)[0, -last:]
+        probs.append(model.lm_head(shown).float().softmax(-1))
+        moved.append(((h - before).norm(dim=-1) / h.norm(dim=-1))[0, -last:])
         before = h
     return torch.stack(probs), torch.stack(moved)
 
@@ -182,12 +185,12 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
     """Write the picture, or the page, of a trace of the last tokens of idx (1, T)."""
     if not model.config.n_recurrent or idx.shape[1] < 2:
         raise UserError("--trace needs a model that loops and a prompt")
+    idx = idx[:, -model.config.block_size:]
     if is_page(path):
-        idx = idx[:, -model.config.block_size:]
         draw_page(model, tokenizer, idx, recurrence, path)
         return
+    probs, moved = trace(model, idx, recurrence, TRACED)
     idx = idx[:, -TRACED:]
-    probs, moved = trace(model, idx, recurrence)
     likeliest, tops = probs.max(-1)
     figures.trace(path, [label(tokenizer, i) for i in idx[0].tolist()],
                   [[label(tokenizer, i) for i in row] for row in tops.tolist()],
@@ -201,8 +204,8 @@ def is_page(path):
 
 @torch.no_grad()
 def draw_page(model, tokenizer, idx, recurrence, path):
-    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Of a whole
-    context, so that `trace`, which keeps all probabilities, would take much memory."""
+    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Each loop's
+    are taken as it comes: `trace` would keep all probabilities."""
     tops = []
     for h, tokens in model.states(idx, recurrence):
         probs = model.lm_head(model.readout(h, tokens))[0].float().softmax(-1)   # (T, vocab_size)
@@ -236,9 +239,11 @@ def parse_args():
     add = parser.add_argument
     add("--run", type=some_path, default="out/default", metavar="DIR",
         help="run directory of train.py (default: %(default)s)")
-    add("--prompt", metavar="TEXT", help="text to continue (default: none, a new document)")
-    add("--prompt-file", metavar="FILE",
-        help="read the prompt from a file; - is standard input")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT",
+                        help="text to continue (default: none, a new document)")
+    prompt.add_argument("--prompt-file", metavar="FILE",
+                        help="read the prompt from a file; - is standard input")
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="loops, one block of text for each (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
@@ -268,7 +273,7 @@ def parse_args():
         "faster in small models (see draft.py)")
     add("--ahead", type=COUNT, default=4, metavar="N",
         help="tokens drafted at a time (default: %(default)s)")
-    add("--trace", type=some_path, metavar="FILE",
+    add("--trace", type=new_file, metavar="FILE",
         help="no new text: draw what the model would predict after each loop at each token of the "
         f"prompt, up to the largest --recurrence (default: twice the model's mean). FILE.html: a "
         f"page with a slider over loops. Else a PNG, of the last {TRACED} tokens; needs matplotlib")
@@ -286,6 +291,10 @@ def parse_args():
 
 def check_flags(args):
     """Raise UserError where flags do not go together."""
+    if args.trace and (args.draft or args.compile or args.samples > 1
+                       or args.exit_threshold is not None or args.dtype not in ("auto", "float32")):
+        raise UserError("--trace writes no new text, and is made in float32: leave out --draft, "
+                        "--compile, --samples, --exit-threshold and --dtype")
     if args.samples > 1 and (args.draft or args.exit_threshold is not None):
         raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
                         "their tokens do not keep step")

@@ -22,7 +22,19 @@ import numpy as np
 import torch
 
 import figures
-from common import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script, write_text
+from common import (
+    COUNT,
+    LOOPS,
+    POSITIVE,
+    SEED,
+    Parser,
+    UserError,
+    new_directory,
+    new_file,
+    number,
+    run_script,
+    write_text,
+)
 from isoflop import budgets_of, gains, isoflop
 from laws import (
     LAWS,
@@ -333,8 +345,7 @@ def fit(args):
         write_text(args.json, json.dumps(out, indent=1))
         print("wrote", args.json)
     if drawing:
-        beside = Path(args.tables[0]) if args.tables else HERE / "results"
-        draw(out, table, Path(args.figures or (beside if beside.is_dir() else beside.parent)))
+        draw(out, table, Path(args.figures))
 
 
 def parse_args(words):
@@ -352,8 +363,9 @@ def parse_args(words):
                              help="FLOPs to fit by (default: exact, if the table has it)")
 
     add = fits.add_argument
-    add("--json", metavar="FILE", help="write every fitted number")
-    add("--figures", metavar="DIR", help="where figures go (default: beside the first table)")
+    add("--json", type=new_file, metavar="FILE", help="write every fitted number")
+    add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
+        help="where figures go (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
         help="of the bootstrap of the laws (default: %(default)s)")
 

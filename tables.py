@@ -105,16 +105,17 @@ def run_rows(config, last):
     rows = []
     for accounting, its in cost.items():
         for loops, loss in last["val_loss"].items():
-            rows.append(model_columns(config["model"]) | {
+            row = model_columns(config["model"]) | {
                 "params_core": its["params_core"],
                 "params_noncore": its["params_noncore"],
                 "flops": last["flops"] * its["flops_per_token"] / own["flops_per_token"],
                 "accounting": accounting,
                 "tokens": last["tokens"],
-                "recurrence": int(loops),
+                "recurrence": loops,
                 "val_loss": loss,
                 "seed": settings["seed"],
-            })
+            }
+            rows.append({name: kind(row[name]) for name, kind in COLUMNS.items()})
     return rows
 
 
@@ -132,7 +133,7 @@ def read_run(path):
         raise UserError(f"{path} is not the directory of a run: {what}") from None
     if len(finite) < len(rows):
         loops = sorted({row["recurrence"] for row in rows if not math.isfinite(row["val_loss"])})
-        named = ", ".join(map(str, loops))
+        named = ", ".join(f"{T:g}" for T in loops)
         print(f"{path}: the val loss at T = {named} is not finite and left out")
     return finite
 
@@ -198,7 +199,7 @@ def write_csv(path, rows, columns=COLUMNS):
 
 def add_rows(table, rows):
     """Add the rows that a table lacks; what it holds stays, and what others add meanwhile."""
-    table = Path(table).resolve()  # a link to a table stays a link
+    table = Path(table)
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
         text, there = ",".join(COLUMNS) + "\n", set()

@@ -23,6 +23,7 @@ from common import (
     Parser,
     UserError,
     keep_freed_memory,
+    new_file,
     number,
     pick_device,
     run_script,
@@ -134,7 +135,7 @@ def main():
     add("--tokens", type=COUNT, default=100, metavar="N",
         help="new tokens for each of four prompts (default: %(default)s)")
     add("--rounds", type=COUNT, default=5, metavar="N", help="(default: %(default)s)")
-    add("--out", type=some_path, default="results/draft.csv", metavar="FILE",
+    add("--out", type=new_file, default="results/draft.csv", metavar="FILE",
         help="the table (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
         help="of the weights, see sample.py (default: float32)")

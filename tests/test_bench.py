@@ -99,6 +99,10 @@ def test_mistakes_get_one_line(tmp_path):
         run = script("bench.py", *flags, "--out", tmp_path / "r")
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "r").exists()
+    (tmp_path / "bench-cpu-parcae-nano.json").write_text("measured before")
+    run = script("bench.py", "--preset", "parcae-nano", "--device", "cpu", "--out", tmp_path)
+    assert run.returncode == 2 and "is there already" in run.stderr
+    assert (tmp_path / "bench-cpu-parcae-nano.json").read_text() == "measured before"
 
 
 def test_tables_and_json(tmp_path):

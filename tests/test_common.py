@@ -1,5 +1,6 @@
 """What every script does with consoles, pipes and full disks; in processes of their own."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import whole_file
+from common import new_directory, new_file, whole_file
 
 
 def run(code, **options):
@@ -92,3 +93,24 @@ def test_locks_are_of_one_process_and_end_with_it(tmp_path):
     holder.kill()
     holder.wait()
     assert run(f"with lock({str(tmp_path)!r}): pass").returncode == 0
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    with whole_file(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for kind, path, said in ((new_file, tmp_path, "which is no file"),
+                             (new_file, tmp_path / "pipe", "which is no file"),
+                             (new_file, tmp_path / "file" / "x", "file is no directory"),
+                             (new_directory, tmp_path / "file", "file is no directory"),
+                             (new_directory, " ", "is empty")):
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            kind(str(path))
+    assert new_file(str(tmp_path / "a" / "b")).endswith("b") and new_directory("out") == "out"
+    assert not (tmp_path / "a").exists()

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from conftest import ROOT, script
 from sweeps import cost, evaluated, parabolic, parametric, sweep
@@ -9,7 +10,7 @@ import plan
 import report
 import scaling
 from common import UserError
-from laws import fit_law
+from laws import fit_law, token_cost
 from tables import read_tables, write_csv
 
 
@@ -156,6 +157,22 @@ def test_fit_predict_and_design_from_the_command_line(tmp_path):
     assert "12 runs of made up 1" in said and "exponent of mu*: true" in said
 
 
+def test_the_cost_of_a_token_does_not_depend_on_the_order_of_runs():
+    rows = sweep(parametric, recurrences=(1, 2, 4))
+    dearer = [row | {"mu_bwd": row["mu_rec"], "tokens": row["tokens"] / 1.3} for row in rows]
+    mu = np.array([1, 2, 3, 4])
+    for every_row in (rows + dearer, dearer + rows):
+        assert token_cost(every_row)(mu) == pytest.approx(token_cost(rows)(mu))
+
+
+def test_what_no_resample_says_is_not_said(capsys):
+    rows = [row for row in sweep(parabolic) if row["mu_rec"] in (2, 4, 8)]  # no noise to be seen
+    out, _ = scaling.fit_table(rows, "exact", resamples=2)
+    assert out["noise"] is None and out["power_laws"]["mu_rec"]["defined"] is None
+    report.report(out)
+    assert "no interval: nothing is known of the noise" in capsys.readouterr().out
+
+
 def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
     def pyplot():
         raise UserError("pictures need matplotlib")
@@ -173,6 +190,9 @@ def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
     (["predict", "--flops", "1e13", ROOT / "results" / "others" / "overtrain-c4.csv"],
      "do not determine a training law of loops"),
     (["design", "--budgets", "1e12", "--recurrences", "1", "2", "4"], "needs two budgets"),
+    (["design", "--budgets", "4e12", "4.1e12", "--recurrences", "1", "2", "4"],
+     "4e+12 and 4.1e+12 are less than 3% apart"),
+    (["fit", "--json", ROOT], "which is no file"),
     (["fit", "--nonsense"], "unrecognized arguments: --nonsense"),
 ])
 def test_bad_input_gets_one_line(args, said, tmp_path):

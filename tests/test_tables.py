@@ -55,3 +55,15 @@ def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys)
     assert "T = 16 is not finite" in capsys.readouterr().out
     tables.write_csv(tmp_path / "t.csv", rows)
     assert len(tables.read_csv(tmp_path / "t.csv")) == 2
+
+
+def test_rows_have_the_same_types_from_a_run_and_from_a_table(build, tmp_path):
+    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
+    save_run(build(), tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
+    done = {"kind": "done", "tokens": 1000, "flops": 100_000, "val_loss": {"4": 2}}
+    (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
+    of_run = tables.read_run(tmp_path / "r")
+    tables.write_csv(tmp_path / "t.csv", of_run)
+    assert of_run == tables.read_csv(tmp_path / "t.csv")
+    types = {name: type(value) for name, value in of_run[0].items()}
+    assert types == tables.COLUMNS  # numpy's integers, say, are no JSON
