@@ -190,8 +190,8 @@ def alternate(runs, rounds, device, what):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -424,6 +424,8 @@ def main():
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
     device = pick_device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose memory and time are measured
     part = f"-{args.only}" if args.only else ""
     path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
     picture = Path(args.out) / f"memory-{args.preset}.png"

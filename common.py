@@ -375,6 +375,8 @@ def pick_device(device="auto"):
     name, _, index = device.partition(":")
     if name not in available or device != name and not index.isdigit():
         raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
+    if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {device}, there are {torch.cuda.device_count()} CUDA devices")
     return torch.device(device)
 
 

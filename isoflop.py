@@ -253,16 +253,12 @@ def gains(rows):
         gained = {mu: {seed: unlooped[seed] - math.exp(loss)
                        for seed, loss in seeds.items() if seed in unlooped}
                   for mu, seeds in cells.items()}  # {mu_rec: {seed: gain}}
-        chosen = {}  # {seed: (mean gain of the other seeds, mu_rec)}
-        for seed in unlooped:
-            others = [(np.mean([one for s, one in pairs.items() if s != seed]), mu)
-                      for mu, pairs in gained.items() if seed in pairs and len(pairs) > 1]
-            if others:
-                chosen[seed] = max(others)
+        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
+        chosen = {seed: mu for seed, mu in chosen.items() if mu}
         if chosen:
-            by_seed = [gained[mu][seed] for seed, (_, mu) in chosen.items()]
+            by_seed = [gained[mu][seed] for seed, mu in chosen.items()]
             error = float(np.std(by_seed, ddof=1) / math.sqrt(len(by_seed)))
-            result.append({"flops": flops, "mu_rec": sorted({mu for _, mu in chosen.values()}),
+            result.append({"flops": flops, "mu_rec": sorted({*chosen.values()}),
                            "gain": float(np.mean(by_seed)), "standard_error": error,
                            "by_seed": by_seed, "of": None})
         elif singles := [(one, mu) for mu, pairs in gained.items() for one in pairs.values()]:
@@ -270,6 +266,15 @@ def gains(rows):
             result.append({"flops": flops, "mu_rec": [mu], "gain": gain, "standard_error": None,
                            "by_seed": [gain], "of": len(singles)})
     return result
+
+
+def best_by_others(gained, seed):
+    """The recurrence of this seed that its other seeds gain most by; None where there is none.
+
+    gained: {mu_rec: {seed: gain}}."""
+    of_others = {mu: [one for other, one in pairs.items() if other != seed]
+                 for mu, pairs in gained.items() if seed in pairs and len(pairs) > 1}
+    return max(of_others, key=lambda mu: np.mean(of_others[mu]), default=None)
 
 
 if __name__ == "__main__":

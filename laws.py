@@ -151,13 +151,15 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
 
         value = objective(new, todo)
         gained = best[todo] - value
-        better = gained > 0
-        theta[todo[better]], best[todo[better]] = new[better], value[better]
+        accepted = gained > 0
+        moved = todo[accepted]
+        theta[moved], best[moved] = new[accepted], value[accepted]
         # Done: a step with little damping gains nothing, or no step however short gains anything.
-        small = (gained <= 1e-8 * value + 1e-6) & (damping[todo] < 0.1)
-        converged = (better & small) | (~better & (damping[todo] > 1e9))
-        damping[todo] = torch.where(better, damping[todo] / 5, damping[todo] * 4).clamp(min=1e-12)
-        todo = todo[~converged]
+        flat = accepted & (gained <= 1e-8 * value + 1e-6) & (damping[todo] < 0.1)
+        stuck = ~accepted & (damping[todo] > 1e9)
+        damping[todo] = torch.where(accepted, damping[todo] / 5,
+                                    damping[todo] * 4).clamp(min=1e-12)
+        todo = todo[~(flat | stuck)]
         bar.update(fits - len(todo) - bar.n)
         if not len(todo):
             break

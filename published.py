@@ -92,9 +92,10 @@ def config_from(settings):
         "recurrent_intermediation_embedding_dimension": settings["intermediate_size"],
         "rope_settings.rope_condense_ratio": 1}
     for name, value in settings.items():
-        if name in FIELDS or name in FREE or name == "state_init" or value == fixed.get(name):
-            continue
-        if value or name in FIXED:
+        known = name in FIELDS or name in FREE or name == "state_init"
+        as_required = name in fixed and value == fixed[name]
+        switched_off = not value and name not in FIXED
+        if not (known or as_required or switched_off):
             only = f", only {fixed[name]!r}" if name in fixed else ""
             raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
     state = settings.get("state_init", "normal")
