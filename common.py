@@ -70,12 +70,14 @@ def nothing_to_run(about):
 def trouble(error):
     """What the system refused, in one line: a file, disk or memory; None for any other error."""
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        name = error.filename2 or error.filename  # of a rename the file that was to be
+        return f"{name}: {error.strerror}" if name else str(error)
     if isinstance(error.__context__, OSError):
         # torch.save on a full disk ends in a RuntimeError of its own
         return trouble(error.__context__)
     text = str(error)
-    if isinstance(error, MemoryError) or "memory" in text or "PytorchStreamWriter" in text:
+    no_room = "out of memory", "allocate memory", "PytorchStreamWriter"
+    if isinstance(error, MemoryError) or any(words in text for words in no_room):
         return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
     return None
 
@@ -152,7 +154,7 @@ def new_directory(text):
     return text
 
 
-COUNT = number(int, 1)
+COUNT = number(int, 1, 2 ** 53)
 POSITIVE = number(float, 0, above=True)
 SEED = number(int, 0, 2 ** 32 - 1)
 LOOPS = number(int, 1, 65536)
@@ -162,7 +164,7 @@ LOOPS = number(int, 1, 65536)
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """Open a file that takes path's place when the block ends well; else nothing is left behind.
+    """Open a file that takes path's place when the block ends well; else no file is left behind.
 
     Its directory is made where there is none: what took hours to compute is not lost for that."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
@@ -335,7 +337,10 @@ def lock(directory, patience=0):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.close()
+                raise  # a file system without locks, say
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
@@ -373,7 +378,7 @@ def pick_device(device="auto"):
     if device == "auto":
         device = available[0]
     name, _, index = device.partition(":")
-    if name not in available or device != name and not index.isdigit():
+    if name not in available or device != name and not index.isdecimal():
         raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
     if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {device}, there are {torch.cuda.device_count()} CUDA devices")

@@ -235,11 +235,13 @@ FINEWEB_SHARDS = 99
 
 def fetch_fineweb(out, shards):
     """Fetch shards of FineWeb-Edu, 100M GPT-2 tokens each, to the directory `out`, each by itself,
-    so that a long download can go on. Raises UserError."""
+    so that a long download can go on. Returns how many train shards are there. Raises
+    UserError."""
+    out = Path(os.path.realpath(out))
     check_replaceable(out)
-    saved = out / "tokenizer.json"
-    if saved.exists() and read_json(saved)["name"] != "gpt2":
-        raise UserError(f"--out {out} holds data of another tokenizer: choose another directory")
+    saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}
+    if saved.exists() and read_json(saved) not in (made, {"name": "gpt2"}):
+        raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.hub")  # huggingface_hub keeps here what has arrived
     staging.mkdir(exist_ok=True)
@@ -254,8 +256,9 @@ def fetch_fineweb(out, shards):
                                    local_dir=staging)
                 open_shard(arrived)  # checks it
                 os.replace(arrived, path)
-        write_text(saved, json.dumps({"name": "gpt2"}))  # tiktoken fetches it when it is needed
+        write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
         shutil.rmtree(staging, ignore_errors=True)
+    return len(list(out.glob("train_*.bin")))
 
 
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
@@ -263,8 +266,8 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     Raises UserError."""
     out = Path(out or Path("data") / source)
     if source == "fineweb-edu":
-        fetch_fineweb(out, shards)
-        print(f"{out}: {shards} train and 1 val shard, tokenizer gpt2")
+        there = fetch_fineweb(out, shards)
+        print(f"{out}: {there} train and 1 val shard, tokenizer gpt2")
         return out
     with whole_directory(out, check_replaceable) as temporary:
         train, val = SOURCES[source](files) if files else SOURCES[source]()
@@ -276,7 +279,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     characters = sum(map(len, train)) / n_train
     print(f"{out}: {n_train:,} train and {n_val:,} val tokens, tokenizer {encoding.name} "
           f"({encoding.n_vocab:,} tokens, {characters:.2f} characters each)\n"
-          f"Python {text['python']}, {text['files']:,} files, sha256 {text['sha256'][:16]}")
+          f"Python {text['python']}, {text['files']:,} documents, sha256 {text['sha256'][:16]}")
     return out
 
 # ----------------------------------------------------------------------------- command line

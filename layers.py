@@ -375,10 +375,11 @@ class KVCache:
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
         loops = recurrence if kind == "per-loop" else 1
         shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
-        in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
+        self.in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
+        self.shared = kind == "shared"
         self.pairs = []
         for layer in range(config.n_layer):
-            count = loops if layer in in_loop else 1
+            count = loops if layer in self.in_loop else 1
             # zeros: a mask hides what is not written, but not a NaN that happens to be there
             self.pairs.append([(torch.zeros(shape, device=device, dtype=dtype),
                                 torch.zeros(shape, device=device, dtype=dtype))
@@ -401,8 +402,8 @@ class KVCache:
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
-        pairs = self.pairs[layer]
-        return pairs[0] if len(pairs) == 1 else pairs[t]  # a single one is that of every loop
+        own = layer in self.in_loop and not self.shared
+        return self.pairs[layer][t if own else 0]
 
     @property
     def nbytes(self):

@@ -6,7 +6,8 @@
     out/<name>/tokenizer.json
 
 One process at a time writes there. Files appear whole, and a run that replaces another one lies in
-the folder .new until its first checkpoint: at any moment one of the two is whole.
+the folder .new until its first checkpoint: then it is moved in, which the next train.py there ends
+where it was killed in between.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from common import (
 )
 from tokenizer import save_tokenizer
 
-FILES = ("tokenizer.json", "config.json", "log.jsonl", "ckpt.pt")
+FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
 
 
 def rank():
@@ -80,11 +81,28 @@ def held(path):
         yield
 
 
-def remove_leftovers(path):
-    """Remove what a process left that was killed while it wrote; for the holder of the lock."""
-    for file in Path(path).glob(".*.tmp"):
-        if file.name.startswith((".ckpt.pt.", ".config.json.", ".log.jsonl.")):
-            file.unlink()
+def clear_up(path):
+    """Mend what a process left that was killed while it wrote; for the holder of the lock."""
+    new = Path(path) / ".new"
+    if (new / "ckpt.pt").exists():  # killed while it moved a run in: the checkpoint goes last
+        move_in(new)
+    for name in FILES if new.exists() else ():  # of a run that came to no checkpoint
+        (new / name).unlink(missing_ok=True)
+    for folder in (Path(path), new):
+        for file in folder.glob(".*.tmp"):
+            if file.name.startswith(tuple(f".{name}." for name in FILES)):
+                file.unlink()
+    with contextlib.suppress(OSError):
+        new.rmdir()
+
+
+def move_in(new):
+    """Move the files of a run to where the one lies that it replaces."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):  # moved already
+            os.replace(new / name, new.parent / name)
+    with contextlib.suppress(OSError):
+        new.rmdir()
 
 
 def describe(args, model):
@@ -137,8 +155,9 @@ class Run:
         if (self.path / "ckpt.pt").exists():  # it replaces another one
             self.folder = self.path / ".new"
             self.folder.mkdir(exist_ok=True)
-        save_tokenizer(tokenizer, self.folder / "tokenizer.json")
+        # config.json first: without it the others are not known for a run's
         write_text(self.folder / "config.json", json.dumps(record, indent=1))
+        save_tokenizer(tokenizer, self.folder / "tokenizer.json")
         write_text(self.folder / "log.jsonl", "")
 
     def go_on(self, record, lines):
@@ -166,10 +185,7 @@ class Run:
             torch.save({"model": self.model.state_dict(), "state": self.state,
                         "optimizers": optimizers}, file)
         if self.folder != self.path:
-            for name in FILES:
-                os.replace(self.folder / name, self.path / name)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()  # unless a run that was killed left something there
+            move_in(self.folder)
             self.folder = self.path
 
     # ------------------------------------------------------------------------- resuming

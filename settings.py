@@ -133,7 +133,8 @@ def parse_args(about, words=None):
         saved = stored_settings(parser, Path(args.out) / "config.json")
         known = argparse.Namespace(**vars(saved) | {"out": args.out})
         args = parser.parse_args(words, namespace=known)
-        check_unchanged(saved, args)
+        config = read_json(Path(args.out) / "config.json").get("model")
+        check_unchanged(saved, args, config if isinstance(config, dict) else {})
     if args.max_steps is args.max_tokens is args.max_flops is None:
         args.max_steps = DEFAULT_STEPS
     return args
@@ -167,13 +168,15 @@ def stored_settings(parser, file):
         raise UserError(f"{file}, settings: {error}") from None
 
 
-def check_unchanged(saved, args):
-    """Raise UserError where a flag changes what the checkpoint of a resumed run computes."""
+def check_unchanged(saved, args, config):
+    """Raise UserError where a flag changes what the checkpoint of a resumed run computes.
+
+    saved: the run's own flags; config: all of its model's values, a dict."""
     may_change = ("mean_recurrence", "backprop_depth")
     model = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
-    for name in ("preset", "init_from", "seed", *model):
+    for name in ("preset", "init_from", "seed", "accounting", *model):
         before, now = getattr(saved, name), getattr(args, name)
-        if before != now:
+        if now not in (before, config.get(name)):
             was = "not given" if before is None else before
             raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")

@@ -11,6 +11,7 @@ choices. For a folder of text files:
 
 import codecs
 import hashlib
+import http.client
 import sysconfig
 import urllib.request
 import zlib
@@ -160,7 +161,7 @@ def shakespeare_docs():
         try:
             with urllib.request.urlopen(url, timeout=60) as reply:
                 content = reply.read(size + 1)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{url} sent another text than Shakespeare's {size:,} bytes: a login "

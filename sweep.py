@@ -7,7 +7,8 @@
 Flags that are not the sweep's go to train.py. The same command again goes on where it was stopped:
 finished runs are not repeated, others resume. A run is finished if its directory says so, or if the
 table has a row of this model, accounting, budget (within 3 %), recurrence and seed. The table knows
-nothing of learning rates or text: sweeps that differ there need tables of their own.
+a model by its layers, width and parameters, and nothing of learning rates or text: sweeps that
+differ in anything else need tables of their own.
 """
 
 import concurrent.futures
@@ -36,6 +37,7 @@ from common import (
     run_script,
     some_path,
 )
+from isoflop import SAME_BUDGET
 from settings import parse_args
 from tables import add_rows, last_line, model_columns, read_csv, read_run
 from train import setup
@@ -43,7 +45,8 @@ from train import setup
 TRAIN = Path(__file__).parent / "train.py"
 # settings in which a run that is there may differ from a plan: plans are of any budget and seed
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")
-OWN_FLAGS = ("--out", "--max-flops", "--mean-recurrence", "--seed", "--resume", "--overwrite")
+OWN_FLAGS = ("--out", "--max-flops", "--max-tokens", "--max-steps", "--mean-recurrence", "--seed",
+             "--resume", "--overwrite")
 
 
 def dry_run(flags):
@@ -71,9 +74,11 @@ class Cell:
 
     def is_in(self, rows):
         """Whether a table has a row of this run; a run overshoots its budget by part of a step."""
-        own = {"accounting": self.plan["settings"]["accounting"], "seed": self.seed}
-        own |= model_columns(self.plan["model"])
-        near = [row for row in rows if abs(row["flops"] / self.flops - 1) <= 0.03]
+        accounting = self.plan["settings"]["accounting"]
+        own = {"accounting": accounting, "seed": self.seed} | model_columns(self.plan["model"])
+        for name in ("params_core", "params_noncore"):
+            own[name] = self.plan["cost"][accounting][name]
+        near = [row for row in rows if abs(row["flops"] / self.flops - 1) < SAME_BUDGET - 1]
         return any(own.items() <= row.items() for row in near)
 
     def check(self):
@@ -83,7 +88,7 @@ class Cell:
                 pass
         if not (self.path / "config.json").exists():
             return
-        before = read_json(self.path / "config.json")
+        before = {"settings": {}, "model": {}} | read_json(self.path / "config.json")
         other = []
         for part in ("settings", "model"):
             now = {k: v for k, v in self.plan[part].items() if k not in MAY_DIFFER}
@@ -111,8 +116,12 @@ def make_cells(args, flags):
     """The cells of the grid, by budget, recurrence and seed, their settings checked by train.py."""
     for flag in flags:
         if flag.split("=")[0] in OWN_FLAGS:
-            raise UserError(f"{flag} is set by the sweep itself (--out, --budgets, --recurrences, "
-                            "--seeds)")
+            raise UserError(f"{flag} is not for a sweep, which sets --out, --budgets, "
+                            "--recurrences and --seeds of its runs")
+    for low, high in itertools.pairwise(sorted({*args.budgets})):
+        if high <= SAME_BUDGET * low:
+            raise UserError(f"--budgets {low:g} and {high:g} are less than {SAME_BUDGET - 1:.0%} "
+                            "apart: they count as one")
     folder = Path(args.out)
     loops = sorted({*args.eval_recurrence, *args.recurrences})
     flags = [*flags, "--eval-recurrence", *map(str, loops)]

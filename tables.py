@@ -90,7 +90,7 @@ def last_line(path):
 
 def model_columns(config):
     """What the columns of a row say of a model and its depths; config: "model" in config.json."""
-    mu = config["mean_recurrence"]
+    mu = config["mean_recurrence"] if config["n_recurrent"] else 1
     return {
         "model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config),
         "mu_rec": mu,

@@ -36,7 +36,7 @@ def make_tokenizer(name, docs=()):
     kind, _, size = name.partition(":")
     if name == "bytes":
         pattern, ranks = r"(?s:.{1,256})", {bytes([i]): i for i in range(256)}
-    elif kind == "bpe" and size.isdigit() and 257 <= int(size) <= 65536:
+    elif kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 65536:
         pattern, ranks = WORDS, train_bpe(docs, int(size) - 1)
     else:
         raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, bpe:N with N from 257 to "

@@ -43,7 +43,7 @@ from common import (
 from data import EVAL_SEED, Loader, other_text, prepare
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
-from run import Run, check_free, describe, held, rank, remove_leftovers, world
+from run import Run, check_free, clear_up, describe, held, rank, world
 from sample import stream
 from settings import DEFAULT_DATA, parse_args
 from tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
@@ -166,10 +166,17 @@ def schedule(progress, cooldown):
     return min(1, (1 - progress) / cooldown) if cooldown else 1
 
 
+def shares_spent(args, state):
+    """{flag: the share of its budget that is spent} of the budgets given."""
+    budgets = {"--max-steps": (state["step"], args.max_steps),
+               "--max-tokens": (state["tokens"], args.max_tokens),
+               "--max-flops": (state["flops"], args.max_flops)}
+    return {flag: used / limit for flag, (used, limit) in budgets.items() if limit}
+
+
 def spent(args, state):
     """The share of the budget that is spent, 0 to 1."""
-    budget = {"step": args.max_steps, "tokens": args.max_tokens, "flops": args.max_flops}
-    return min(1, max(state[kind] / limit for kind, limit in budget.items() if limit))
+    return min(1, max(shares_spent(args, state).values()))
 
 
 def draw_depths(model, args, progress, step_seed):
@@ -285,13 +292,17 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 def inexact(before, record):
     """Lines that say why a run goes on otherwise than without the interruption. before, record:
     what config.json said and says."""
-    lines = []
-    for name, meaning in (("dtype", "not bit for bit"), ("threads", "not bit for bit"),
-                          ("ranks", "up to rounding")):
-        if before.get(name, record[name]) != record[name]:
-            lines.append(f"goes on {meaning}: {name} was {before[name]}, is {record[name]}")
-    if before["settings"].get("micro_batch") != record["settings"]["micro_batch"]:
-        lines.append("goes on up to rounding: another --micro-batch")
+    def facts(config):
+        return {"device": config.get("device"), "dtype": config.get("dtype"),
+                "threads": config.get("threads"), "ranks": config.get("ranks"),
+                "torch": config.get("versions", {}).get("torch"),
+                "--micro-batch": config["settings"].get("micro_batch"),
+                "--compile": config["settings"].get("compile")}
+    was, now = facts(before), facts(record)
+    lines = [f"goes on up to rounding: {name} was {was[name]}, is {now[name]}"
+             for name in now if was[name] != now[name]]
+    if before.get("text", record["text"]) != record["text"]:
+        lines.append(f"goes on with another text, of {record['data']}")
     return lines
 
 
@@ -304,8 +315,8 @@ def begin(s):
         run.resume()
         lines = run.read_log()
         if spent(args, run.state) == 1 and lines and lines[-1]["kind"] == "done":
-            say(f"{args.out} is finished: to go on, give a larger --max-steps, --max-tokens or "
-                "--max-flops")
+            limits = [flag for flag, share in shares_spent(args, run.state).items() if share >= 1]
+            say(f"{args.out} is finished: to go on, give a larger {' and '.join(limits)}")
             return False
         run.go_on(record, lines)
         for line in inexact(before, record):
@@ -333,13 +344,13 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def share_signals(received, device):
-    """A signal to one rank stops all."""
-    if world() > 1:
-        any_rank = torch.tensor(len(received), device=device)
-        dist.all_reduce(any_rank)
-        if any_rank > 0:
-            received.append(signal.SIGTERM)
+def asked_to_stop(received, device):
+    """Whether any rank has received a signal: the same answer on all of them."""
+    if world() == 1:
+        return bool(received)
+    count = torch.tensor(len(received), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 def train(s):
@@ -354,9 +365,10 @@ def train(s):
     bar = tqdm(total=100, initial=100 * spent(args, state), disable=rank() > 0 or None,
                bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
     skipped = 0  # steps in a row
+    stop = False  # ranks must agree: one that leaves alone would have the others wait
 
     with caught_signals() as received:
-        while spent(args, state) < 1 and not received and skipped < MAX_SKIPPED:
+        while spent(args, state) < 1 and not stop and skipped < MAX_SKIPPED:
             start, progress = time.perf_counter(), spent(args, state)
             step_seed = args.seed * 1_000_003 + state["step"]  # a million steps till seeds meet
 
@@ -378,22 +390,22 @@ def train(s):
             bar.update(100 * (spent(args, state) - progress))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
-            share_signals(received, device)
+            stop = asked_to_stop(received, device)
             # 5. now and then evaluate and save, but never over a good checkpoint
             due = state["step"] % args.eval_every == 0 and spent(args, state) < 1
             if due and not skipped:
                 evaluate_and_save(s, loss)
-    bar.close()
+        bar.close()
+        if not skipped:
+            run.save()  # a second signal does not interrupt it
 
-    if skipped and not received:
+    if skipped and not stop:
         checkpoint = f"{run.path / 'ckpt.pt'} is good, of step {run.saved}"
         good = "no checkpoint was saved" if run.saved is None else checkpoint
         raise UserError(f"loss or gradient was not finite {skipped} steps in a row, at step "
                         f"{state['step']}: try a lower --muon-lr (it is {args.muon_lr}) or "
                         f"--adamw-lr (it is {args.adamw_lr}); {good}")
-    if not skipped:
-        run.save()
-    return not received
+    return not stop
 
 
 def evaluate_and_save(s, train_loss):
@@ -441,9 +453,9 @@ def main():
         print(json.dumps(s.record, indent=1))
         return
     with held(args.out):
-        check_free(args)  # once more, now that nobody else can write there
         if rank() == 0:
-            remove_leftovers(args.out)
+            check_free(args)  # once more, now that nobody else can write there
+            clear_up(args.out)
         if begin(s):
             if train(s):
                 report(s)

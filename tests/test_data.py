@@ -288,7 +288,8 @@ def test_fineweb_edu_shards(hub, tmp_path, numbers):
     prepare("fineweb-edu", out, shards=1)
     assert hub.requests == []  # what is there is not fetched again
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "fw"))) == ["fw"]
-    assert json.loads((out / "tokenizer.json").read_text()) == {"name": "gpt2"}
+    assert json.loads((out / "tokenizer.json").read_text())["name"] == "gpt2"
+    prepare("fineweb-edu", out, shards=1)
     assert len(Loader(out, "train", 10, 50257)) > 0
     (hub.site / "finewebedu_train_000002.bin").unlink()
     with pytest.raises(UserError, match="not fetched from the Hugging Face hub"):
@@ -305,6 +306,16 @@ def test_an_interrupted_download_is_not_taken_for_whole(hub, tmp_path):
         prepare("fineweb-edu", tmp_path / "fw", shards=1)
     assert open_shard(tmp_path / "fw" / "val_000000.bin")[-1] == 65535
     assert [name for name, _ in hub.requests] == ["finewebedu_val_000000.bin"] * 2
+
+
+def test_fineweb_edu_does_not_take_other_shards_for_its_own(tmp_path):
+    out = prepare("text", tmp_path / "d", "bytes", [ROOT / "model.py"])
+    saved = {"name": "gpt2", "text": {"source": "text"}}
+    (out / "tokenizer.json").write_text(json.dumps(saved))
+    before = tree(out)
+    with pytest.raises(UserError, match="holds other data"):
+        prepare("fineweb-edu", out)
+    assert tree(out) == before
 
 
 def test_fineweb_edu_does_not_go_among_other_files(tmp_path):

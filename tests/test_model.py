@@ -388,6 +388,8 @@ def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs
     if kind == "per-loop":  # a sixth loop would overwrite another's
         with pytest.raises(IndexError):
             model.hidden(tokens, 6, KVCache(model.config, 6, 16, 5, "cpu", torch.float32))
+        with pytest.raises(IndexError):  # one loop's own is not shared
+            model.hidden(tokens, 2, KVCache(model.config, 6, 16, 1, "cpu", torch.float32))
     with torch.no_grad():
         model.hidden(tokens, 5, cache)
     assert cache.pos == 16 and cache.rows(torch.tensor([2, 2, 0])).pair_of(0)[0].shape[0] == 3

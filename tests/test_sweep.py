@@ -39,8 +39,10 @@ def make_data(folder):
 @pytest.mark.parametrize("args, said", [
     (["--budgets", "0", "--recurrences", "1"], "--budgets is 0.0, must be at least 1"),
     (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "--preset is huge"),
-    (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is set by the sweep"),
-    (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is set by the sweep"),
+    (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is not for a sweep"),
+    (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is not for a sweep"),
+    (["--budgets", "1e9", "--recurrences", "1", "--max-steps", "2"], "--max-steps is not for"),
+    (["--budgets", "1e9", "1.01e9", "--recurrences", "1"], "are less than 3% apart"),
     (["--budgets", "1e9", "--recurrences", "1", "--table", ""], "--table is empty"),
 ])
 def test_bad_input_gets_one_line(args, said, tmp_path):
@@ -174,9 +176,12 @@ def test_a_row_is_of_a_cell_if_all_but_the_overshoot_agrees(tmp_path):
     model = {"n_prelude": 1, "n_recurrent": 2, "n_coda": 1, "n_embd": 16, "mean_recurrence": 4,
              "backprop_depth": 2}
     settings = {"accounting": "exact"}
+    of_it = next(row for row in rows if row["accounting"] == "exact")
+    sizes = {name: of_it[name] for name in ("params_core", "params_noncore")}
 
-    def there(flops=1e12, seed=0, settings=settings, **changed):
-        plan = {"settings": settings, "model": model | changed}
+    def there(flops=1e12, seed=0, settings=settings, sizes=sizes, **changed):
+        plan = {"settings": settings, "model": model | changed,
+                "cost": {settings["accounting"]: sizes}}
         return sweep.Cell(tmp_path, flops, 4, seed, [], plan).is_in(rows)
     assert there() and there(flops=0.98e12)
     assert not there(flops=1.1e12)
@@ -185,5 +190,7 @@ def test_a_row_is_of_a_cell_if_all_but_the_overshoot_agrees(tmp_path):
     assert not there(backprop_depth=3)
     assert not there(mean_recurrence=5)
     assert not there(settings={"accounting": "other"})
+    assert not there(sizes=sizes | {"params_core": 1.0})
     by_paper = [row for row in rows if row["accounting"] == "paper" and row["mu_rec"] == 4]
-    assert there(flops=by_paper[0]["flops"], settings={"accounting": "paper"})
+    sizes = {name: by_paper[0][name] for name in sizes}
+    assert there(flops=by_paper[0]["flops"], settings={"accounting": "paper"}, sizes=sizes)

@@ -67,3 +67,12 @@ def test_rows_have_the_same_types_from_a_run_and_from_a_table(build, tmp_path):
     assert of_run == tables.read_csv(tmp_path / "t.csv")
     types = {name: type(value) for name, value in of_run[0].items()}
     assert types == tables.COLUMNS  # numpy's integers, say, are no JSON
+
+
+def test_a_model_without_a_loop_has_a_mean_of_one(build, tmp_path):
+    cost = {"exact": {"params_core": 0, "params_noncore": 10, "flops_per_token": 100}}
+    save_run(build(n_recurrent=0), tmp_path, settings={"accounting": "exact", "seed": 0}, cost=cost)
+    done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": {"1": 2.0}}
+    (tmp_path / "log.jsonl").write_text(json.dumps(done) + "\n")
+    (row,) = tables.trained_depth(tables.read_run(tmp_path))
+    assert (row["mu_rec"], row["mu_bwd"], row["recurrence"]) == (1, 1, 1)

@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+import run as run_module
 import train as train_module
 from data import open_shard, prepare
 from model import Parcae
+from run import FILES
 from train import schedule
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -160,6 +162,59 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     assert losses(parts) == losses(whole)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(parts).items())
     assert log(parts, "done")[0]["val_loss"] == log(whole, "done")[0]["val_loss"]
+
+
+def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):
+    """sweep.py sends one besides the terminal's."""
+    save, write = run_module.Run.save, run_module.Run.log
+
+    def log_and_signal(self, kind, **values):
+        write(self, kind, **values)
+        if self.state["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def signal_and_save(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self)
+    monkeypatch.setattr(run_module.Run, "log", log_and_signal)
+    monkeypatch.setattr(run_module.Run, "save", signal_and_save)
+    done = train("s", "--max-steps", 9)
+    assert "stopped at step 3, saved at 3" in done.stdout and weights_step(train.out / "s") == 3
+
+
+SIGNALLED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import common, run, train
+save = run.Run.save
+pids = {pids!r}
+
+def slow(self):  # rank 1 is in the next step already, when both get the signal
+    save(self)
+    if run.rank() == 0 and self.state["step"] == 5:
+        time.sleep(1)
+        for name in os.listdir(pids):
+            os.kill(int(name), signal.SIGTERM)
+        time.sleep(0.1)
+
+run.Run.save = slow
+open(os.path.join(pids, str(os.getpid())), "w").close()
+sys.argv[0] = "train.py"
+common.run_script(train.main)
+"""
+
+
+def test_ranks_stop_together_whenever_the_signal_comes(corpus, tmp_path):
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "signalled.py").write_text(
+        SIGNALLED.format(root=str(ROOT), pids=str(tmp_path / "pids")))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         tmp_path / "signalled.py", "--data", corpus, "--out", tmp_path / "r", *TINY,
+         "--max-steps", "40", "--eval-every", "5"],
+        capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    assert done.returncode == 0 and "stopped at step " in done.stdout, done.stderr[-2000:]
+    assert 5 < weights_step(tmp_path / "r") < 40
 
 
 def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
@@ -438,6 +493,7 @@ def test_config_says_what_is_in_force_and_the_model_cannot_change(train):
         ["--mlp-width", 64],
         ["--seed", 1],
         ["--preset", "gpt-nano"],
+        ["--accounting", "paper"],
     ):
         done = train("c", "--resume", "--max-steps", 4, *flag, code=2, tiny=[])
         assert (
@@ -445,6 +501,44 @@ def test_config_says_what_is_in_force_and_the_model_cannot_change(train):
             and flag[0].replace("--no-", "--") in done.stderr
         )
     assert tree(train.out / "c") == before
+    train("c", "--resume", "--max-steps", 4, "--mlp-width", 128, tiny=[])  # what it has
+
+
+def test_a_kill_while_a_run_is_moved_in_leaves_the_rest_to_the_next(train):
+    train("o", "--max-steps", 1)
+    train("p", "--max-steps", 2, "--muon-lr", 1e-3)
+    (train.out / "o" / ".new").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(train.out / "p" / name, train.out / "o" / name)
+    for name in ("log.jsonl", "ckpt.pt"):
+        shutil.copy(train.out / "p" / name, train.out / "o" / ".new" / name)
+    train("o", "--resume", "--max-steps", 3, tiny=[])
+    train("p", "--resume", "--max-steps", 3, tiny=[])
+    assert losses(train.out / "o") == losses(train.out / "p")
+    assert not (train.out / "o" / ".new").exists()
+
+
+def test_a_kill_before_the_first_checkpoint_is_in_nobodys_way(train):
+    train("k", "--max-steps", 1)
+    for names in (["config.json"], ["config.json", "tokenizer.json"]):
+        (train.out / "new" / ".new").mkdir(parents=True)
+        for name in names:
+            shutil.copy(train.out / "k" / name, train.out / "new" / name)
+            shutil.copy(train.out / "k" / name, train.out / "new" / ".new" / name)
+        train("new", "--max-steps", 1)
+        assert {p.name for p in (train.out / "new").iterdir()} == {*FILES}
+        shutil.rmtree(train.out / "new")
+
+
+def test_another_text_or_arithmetic_is_said(train, tmp_path, corpus):
+    """The train fixture's --data is the corpus."""
+    text = ["--data", prepare("text", tmp_path / "text", "bytes", [ROOT / "model.py"])]
+    train("t", "--max-steps", 1, *text)
+    same = train("t", "--resume", "--max-steps", 2, *text, tiny=[])
+    assert "up to rounding" not in same.stdout and "another text" not in same.stdout
+    other = train("t", "--resume", "--max-steps", 3, "--micro-batch", 4, tiny=[])
+    assert f"goes on with another text, of {corpus}" in other.stdout
+    assert "goes on up to rounding: --micro-batch was None, is 4" in other.stdout
 
 
 def test_a_copied_run_goes_on_where_it_lies(train, corpus):
@@ -507,7 +601,8 @@ def test_a_damaged_log_does_not_block_a_resume(train, damage, said):
 def test_a_finished_run_is_not_finished_twice(train):
     train("f", "--max-steps", 2)
     before = tree(train.out / "f")
-    assert "is finished" in train("f", "--resume", tiny=[]).stdout
+    done = train("f", "--resume", "--max-tokens", 1e9, tiny=[])
+    assert "is finished: to go on, give a larger --max-steps\n" in done.stdout
     assert tree(train.out / "f") == before
 
 
@@ -587,6 +682,7 @@ def test_damaged_checkpoints_get_one_line_and_change_nothing(train):
         ["--eval-recurrence", "99999999999"],
         ["--max-steps", "2.5x"],
         ["--batch-size", "1.5"],
+        ["--batch-size", "1e19"],
     ],
 )
 def test_numbers_out_of_range_get_one_line(train, flag):
