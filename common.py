@@ -169,11 +169,11 @@ def whole_file(path, mode="w"):
     Its directory is made where there is none: what took hours to compute is not lost for that."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
                                          dir=path.parent)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(number, mode, **text) as file:
+        with open(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -247,7 +247,7 @@ def whole_directory(path, check):
     try:
         new.mkdir()
         yield new
-        while new.exists():
+        while new.exists():  # another process may put its own there in between
             patient(check, path)
             # nothing there, or another process was faster
             with contextlib.suppress(FileNotFoundError):

@@ -39,7 +39,7 @@ from common import (
 )
 from isoflop import SAME_BUDGET
 from settings import parse_args
-from tables import add_rows, last_line, model_columns, read_csv, read_run
+from tables import add_rows, last_line, model_columns, read_csv, rows_of_run
 from train import setup
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -181,7 +181,7 @@ def work(cell, slots, jobs, stop, table):
     try:
         failure = cell.run(environment)
         if failure is None:
-            add_rows(table, read_run(cell.path))
+            add_rows(table, rows_of_run(cell.path))
         return failure
     except (UserError, OSError) as error:  # the other cells go on
         return str(error)
@@ -230,7 +230,7 @@ def sweep(args, flags):
     if args.dry_run:
         return
     # Runs that are finished and not in the table: it is a new one, or the sweep was killed then.
-    add_rows(table, sum((read_run(cell.path) for cell in new), []))
+    add_rows(table, sum((rows_of_run(cell.path) for cell in new), []))
     failed = run_cells(todo, args.jobs, table)
     if table.exists():
         print(f"wrote {table}; fit it with: python scaling.py fit {table}")

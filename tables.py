@@ -99,7 +99,10 @@ def model_columns(config):
 
 
 def run_rows(config, last):
-    """The rows of a run, one for each accounting and number of loops; last: its last log line."""
+    """The rows of a run, one for each accounting and number of loops; last: its last log line.
+
+    FLOPs are what the run counted by its own accounting; by another they are in proportion, as at
+    its mean depth."""
     settings, cost = config["settings"], config["cost"]
     own = cost[settings["accounting"]]  # the budget was counted so
     rows = []
@@ -119,7 +122,7 @@ def run_rows(config, last):
     return rows
 
 
-def read_run(path):
+def rows_of_run(path):
     """The rows of a run of train.py; [] if it is not finished. Raises UserError."""
     last = last_line(path / "log.jsonl")
     if last["kind"] != "done":
@@ -169,7 +172,7 @@ def read_tables(paths, accounting=None):
     rows = []
     for path in map(Path, paths):
         if path.is_dir():
-            runs = [read_run(log.parent) for log in sorted(path.rglob("log.jsonl"))]
+            runs = [rows_of_run(log.parent) for log in sorted(path.rglob("log.jsonl"))]
             if [] in runs:
                 unfinished = f"{runs.count([])} of {len(runs)} runs"
                 print(f"{path}: {unfinished} are not finished and left out")
@@ -226,12 +229,12 @@ def trained_depth(rows):
     return [row for row in rows if row["recurrence"] == row["mu_rec"]]
 
 
-Run = namedtuple("Run", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"])
+RunKey = namedtuple("RunKey", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"])
 
 
 def run_key(row):
-    """The Run that a row belongs to: rows of one run differ in the loops at evaluation alone."""
-    return Run(*(row[name] for name in Run._fields))
+    """The RunKey of a row: rows of one run differ in the loops at evaluation alone."""
+    return RunKey(*(row[name] for name in RunKey._fields))
 
 
 def split_largest(rows):

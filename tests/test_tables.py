@@ -62,7 +62,7 @@ def test_rows_have_the_same_types_from_a_run_and_from_a_table(build, tmp_path):
     save_run(build(), tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
     done = {"kind": "done", "tokens": 1000, "flops": 100_000, "val_loss": {"4": 2}}
     (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
-    of_run = tables.read_run(tmp_path / "r")
+    of_run = tables.rows_of_run(tmp_path / "r")
     tables.write_csv(tmp_path / "t.csv", of_run)
     assert of_run == tables.read_csv(tmp_path / "t.csv")
     types = {name: type(value) for name, value in of_run[0].items()}
@@ -74,5 +74,5 @@ def test_a_model_without_a_loop_has_a_mean_of_one(build, tmp_path):
     save_run(build(n_recurrent=0), tmp_path, settings={"accounting": "exact", "seed": 0}, cost=cost)
     done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": {"1": 2.0}}
     (tmp_path / "log.jsonl").write_text(json.dumps(done) + "\n")
-    (row,) = tables.trained_depth(tables.read_run(tmp_path))
+    (row,) = tables.trained_depth(tables.rows_of_run(tmp_path))
     assert (row["mu_rec"], row["mu_bwd"], row["recurrence"]) == (1, 1, 1)
