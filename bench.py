@@ -7,7 +7,8 @@ Compares, at one width, the looped model at several numbers of loops T with thre
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
 looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
 bfloat16 weights and caches. Writes bench-<device>-<preset>.json (-<preset>-decode.json with --only
-decode) and, with matplotlib, memory-<preset>.png; what is there already is not replaced.
+decode) and, with matplotlib, memory-<preset>.png; what was measured with other settings is not
+replaced.
 """
 
 import json
@@ -31,6 +32,7 @@ from common import (
     new_directory,
     pick_device,
     pick_dtype,
+    read_json,
     run_script,
     write_text,
 )
@@ -376,6 +378,15 @@ def parse_args():
     return args
 
 
+def check_replaceable(path, setting):
+    """Raise UserError where a file holds what another setting measured. setting: a dict."""
+    before = read_json(path) if path.exists() else setting
+    other = [name for name, value in setting.items() if before.get(name) != value]
+    if other:
+        raise UserError(f"{path} was measured with another {', '.join(other)}: "
+                        "choose another --out")
+
+
 def bench_memory(args, config, context, device, dtype, picture):
     rows = memory(config, context, args.batch, args.recurrence, device, dtype)
     show_memory(rows, "Memory in MB, predicted / measured (error); activations: what a step of "
@@ -426,18 +437,16 @@ def main():
     device = pick_device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
-    part = f"-{args.only}" if args.only else ""
-    path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
-    picture = Path(args.out) / f"memory-{args.preset}.png"
-    for file in (path, picture) if args.only in (None, "memory") else (path,):
-        if file.exists():
-            raise UserError(f"{file} is there already: choose another --out, or remove it")
     dtype = pick_dtype(device, args.dtype)
     keep_freed_memory()
     results = {"preset": args.preset, "model": asdict(config), "machine": machine_name(device),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "context": context,
                "batch": args.batch, "rounds": args.rounds, "compile": args.compile,
-               "eager": args.eager}
+               "eager": args.eager, "dtype": args.dtype, "recurrence": args.recurrence}
+    part = f"-{args.only}" if args.only else ""
+    path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
+    check_replaceable(path, results)
+    picture = Path(args.out) / f"memory-{args.preset}.png"
     print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
           f"{results['threads']} threads")
     if args.only in (None, "memory"):

@@ -99,10 +99,17 @@ def test_mistakes_get_one_line(tmp_path):
         run = script("bench.py", *flags, "--out", tmp_path / "r")
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "r").exists()
-    (tmp_path / "bench-cpu-parcae-nano.json").write_text("measured before")
-    run = script("bench.py", "--preset", "parcae-nano", "--device", "cpu", "--out", tmp_path)
-    assert run.returncode == 2 and "is there already" in run.stderr
-    assert (tmp_path / "bench-cpu-parcae-nano.json").read_text() == "measured before"
+
+
+def test_what_other_settings_measured_is_not_replaced(tmp_path):
+    flags = ["--preset", "parcae-nano", "--device", "cpu", "--only", "memory", "--context", 8,
+             "--recurrence", 1, "--out", tmp_path]
+    for _ in range(2):  # the same again replaces its own
+        assert script("bench.py", *flags, "--batch", 1).returncode == 0
+    before = (tmp_path / "bench-cpu-parcae-nano-memory.json").read_bytes()
+    run = script("bench.py", *flags, "--batch", 2)
+    assert run.returncode == 2 and "was measured with another batch: choose" in run.stderr
+    assert (tmp_path / "bench-cpu-parcae-nano-memory.json").read_bytes() == before
 
 
 def test_tables_and_json(tmp_path):
