@@ -75,6 +75,8 @@ def reasons_against(law, rows):
     unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
     values = {"sizes of the unrolled model": len(unrolled),
               "token counts": distinct(rows, "tokens")}
+    if law == "worth" and sizes(rows) < 2:
+        reasons.append("1 size of model, it needs 2")
     if law == "unified":
         shares = {row["recurrence"] / row["mu_rec"] for row in rows}
         values["values of T / mu_rec at evaluation"] = len(shares)

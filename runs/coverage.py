@@ -1,7 +1,7 @@
 """Do the intervals of scaling.py hold what they promise? Fits of made-up sweeps of known laws.
 
     python -m runs.coverage                    the laptop's sweep, its own law as the truth: minutes
-    python -m runs.coverage --truth parabola   optima that grow as C^0.4, from 2.3 to 7
+    python -m runs.coverage --truth parabola   optima that grow as C^0.4, from 4 to 9
 
 With the law as truth, the best recurrence is one loop, the edge, at some budgets. A 95 % interval
 of mu* holds it there if it reaches the edge.
@@ -20,8 +20,8 @@ from plan import grid, made_up
 from scaling import default_tables, exponents_of, fit_optima
 from tables import read_tables
 
-BUDGETS = (1e12, 2e12, 4e12, 8e12, 1.6e13)
-RECURRENCES = (1, 2, 3, 4, 8, 16)
+BUDGETS = (4e12, 8e12, 1.6e13, 3.2e13)
+RECURRENCES = (1, 2, 4, 8, 16, 32)
 SIZE = {"model": "made up", "params_core": 5e4, "params_noncore": 5e4, "accounting": "exact"}
 
 

@@ -135,9 +135,9 @@ def test_fit_predict_and_design_from_the_command_line(tmp_path):
     fit = json.loads((tmp_path / "fit.json").read_text())
     assert fit["power_laws"]["mu_rec"].keys() >= {"exponent", "coefficient", "ci"}
     assert fit["isoflop"][0].keys() >= {"flops", "inside", "mu_rec", "ci"}
-    assert fit.keys() >= {"power_laws", "isoflop", "training_law", "recurrence_worth", "runs",
-                          "notes", "noise"}
-    assert "ci" in fit["training_law"] and "ci" in fit["recurrence_worth"]
+    assert fit.keys() >= {"power_laws", "isoflop", "training_law", "runs", "notes", "noise"}
+    assert "ci" in fit["training_law"]
+    assert "recurrence_worth" not in fit  # one size does not tell phi from x
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"isoflop.png", "optima.png", "contours.png"}
 
