@@ -373,13 +373,13 @@ class KVCache:
         config.check_length(capacity)
         if kind not in ("per-loop", "shared"):
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
-        loops = recurrence if kind == "per-loop" else 1
         shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
-        self.in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
-        self.shared = kind == "shared"
+        in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
+        # of each layer, whether every loop has a pair of its own
+        self.own = [kind == "per-loop" and layer in in_loop for layer in range(config.n_layer)]
         self.pairs = []
-        for layer in range(config.n_layer):
-            count = loops if layer in self.in_loop else 1
+        for own in self.own:
+            count = recurrence if own else 1
             # zeros: a mask hides what is not written, but not a NaN that happens to be there
             self.pairs.append([(torch.zeros(shape, device=device, dtype=dtype),
                                 torch.zeros(shape, device=device, dtype=dtype))
@@ -402,8 +402,7 @@ class KVCache:
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
-        own = layer in self.in_loop and not self.shared
-        return self.pairs[layer][t if own else 0]
+        return self.pairs[layer][t if self.own[layer] else 0]
 
     @property
     def nbytes(self):
