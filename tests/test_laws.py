@@ -86,12 +86,12 @@ def test_every_fit_has_converged(law):
 
 
 def test_what_the_data_do_not_determine_is_said_to_be_so():
-    # Our own sweep: the asymptote and the term of the size can stand in for each other.
+    # Our own sweep, of one size: X and x can stand in for each other.
     rows = trained_depth(read_csv(ROOT / "results" / "sweep-stdlib-16.csv"))
     law = fit_law("training", [row for row in rows if row["accounting"] == "exact"]).summary()
-    assert set(law["undetermined"]) == {"E", "X", "x"}
-    low, high = law["ci"]["E"]
-    assert low < 0.5 and high > 1.4  # nats, of losses near 1.65
+    assert {"X", "x"} <= set(law["undetermined"]) <= {"E", "X", "x"}
+    low, high = law["ci"]["x"]
+    assert high > 5 * low
 
 
 def test_a_law_of_ones_own(monkeypatch, capsys):
