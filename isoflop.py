@@ -18,9 +18,8 @@ import numpy as np
 
 from common import nothing_to_run
 from laws import interval
-from tables import distinct, trained_depth
+from tables import SAME_BUDGET, distinct, trained_depth
 
-SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 WINDOW = math.log(4)  # a parabola is fitted to the recurrences within this factor of the lowest
 RESAMPLES = 1000  # a parabola costs nothing
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import isoflop
 from common import UserError, nothing_to_run
 from laws import fits_of_noisy, frontier, frontier_exponents
-from tables import column
+from tables import column, distinct_budgets
 
 
 def grid(size, cost, budgets, recurrences, seeds):
@@ -76,13 +76,9 @@ def spread(samples, of=lambda value: value):
 
 def design(args, out, table):
     """Print what a sweep would cost and find. out, table: of scaling.fit_optima."""
-    budgets, recurrences = sorted({*args.budgets}), sorted({*args.recurrences})
+    budgets, recurrences = distinct_budgets(args.budgets), sorted({*args.recurrences})
     if len(recurrences) < 3 or len(budgets) < 2:
         raise UserError("a design needs two budgets and three recurrences at least")
-    for low, high in itertools.pairwise(budgets):
-        if high <= isoflop.SAME_BUDGET * low:
-            raise UserError(f"--budgets {low:g} and {high:g} are less than "
-                            f"{isoflop.SAME_BUDGET - 1:.0%} apart: they would count as one")
     noise = args.noise or (out.get("noise") or {}).get("sd")
     if not noise:
         raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")

@@ -37,9 +37,16 @@ from common import (
     run_script,
     some_path,
 )
-from isoflop import SAME_BUDGET
 from settings import parse_args
-from tables import add_rows, last_line, model_columns, read_csv, rows_of_run
+from tables import (
+    SAME_BUDGET,
+    add_rows,
+    distinct_budgets,
+    last_line,
+    model_columns,
+    read_csv,
+    rows_of_run,
+)
 from train import setup
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -118,18 +125,14 @@ def make_cells(args, flags):
         if flag.split("=")[0] in OWN_FLAGS:
             raise UserError(f"{flag} is not for a sweep, which sets --out, --budgets, "
                             "--recurrences and --seeds of its runs")
-    for low, high in itertools.pairwise(sorted({*args.budgets})):
-        if high <= SAME_BUDGET * low:
-            raise UserError(f"--budgets {low:g} and {high:g} are less than {SAME_BUDGET - 1:.0%} "
-                            "apart: they count as one")
+    budgets = distinct_budgets(args.budgets)
     folder = Path(args.out)
     loops = sorted({*args.eval_recurrence, *args.recurrences})
     flags = [*flags, "--eval-recurrence", *map(str, loops)]
     plans = {}
     for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None):
         plans[mu] = dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)  # of any budget and seed
-    grid = itertools.product(sorted({*args.budgets}), sorted({*args.recurrences}),
-                             sorted({*args.seeds}))
+    grid = itertools.product(budgets, sorted({*args.recurrences}), sorted({*args.seeds}))
     return [Cell(folder, flops, mu, seed, flags, plans[mu]) for flops, mu, seed in grid]
 
 

@@ -5,6 +5,7 @@ A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recu
 """
 
 import csv
+import itertools
 import json
 import math
 from collections import namedtuple
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, lock, nothing_to_run, read_json, whole_file
+
+SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 
 COLUMNS = {
     "model": str,  # prelude/recurrent/coda x channels
@@ -242,6 +245,16 @@ def split_largest(rows):
     top = column(rows, "flops").max() / 1.1
     smaller = [row for row in rows if row["flops"] < top]
     return smaller, [row for row in rows if row["flops"] >= top]
+
+
+def distinct_budgets(budgets):
+    """Budgets without repetitions, rising. Raises UserError where two would count as one."""
+    budgets = sorted({*budgets})
+    for low, high in itertools.pairwise(budgets):
+        if high <= SAME_BUDGET * low:
+            raise UserError(f"--budgets {low:g} and {high:g} are less than {SAME_BUDGET - 1:.0%} "
+                            "apart: they would count as one")
+    return budgets
 
 
 def distinct(rows, name):
