@@ -130,19 +130,18 @@ def parse_args(about, words=None):
     parser = make_parser(about)
     args = parser.parse_args(words)
     if args.resume:
-        saved = stored_settings(parser, Path(args.out) / "config.json")
+        saved, model = stored_settings(parser, Path(args.out) / "config.json")
         known = argparse.Namespace(**vars(saved) | {"out": args.out})
         args = parser.parse_args(words, namespace=known)
-        config = read_json(Path(args.out) / "config.json").get("model")
-        check_unchanged(saved, args, config if isinstance(config, dict) else {})
+        check_unchanged(saved, args, model)
     if args.max_steps is args.max_tokens is args.max_flops is None:
         args.max_steps = DEFAULT_STEPS
     return args
 
 
 def stored_settings(parser, file):
-    """The settings in a run's config.json, read as a command line: they are checked as one. Raises
-    UserError."""
+    """The settings in a run's config.json, read as a command line: they are checked as one; and all
+    of its model's values, a dict. Raises UserError."""
     if not file.exists():
         raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
     config = read_json(file)
@@ -162,21 +161,22 @@ def stored_settings(parser, file):
             words += [flag, *map(str, value)]
         else:
             words.append(f"{flag}={value}")
+    model = config.get("model")
     try:
-        return parser.parse_args(words)
+        return parser.parse_args(words), model if isinstance(model, dict) else {}
     except UserError as error:
         raise UserError(f"{file}, settings: {error}") from None
 
 
-def check_unchanged(saved, args, config):
+def check_unchanged(saved, args, model):
     """Raise UserError where a flag changes what the checkpoint of a resumed run computes.
 
-    saved: the run's own flags; config: all of its model's values, a dict."""
+    saved, model: what stored_settings returns."""
     may_change = ("mean_recurrence", "backprop_depth")
-    model = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
-    for name in ("preset", "init_from", "seed", "accounting", *model):
+    fixed = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
+    for name in ("preset", "init_from", "seed", "accounting", *fixed):
         before, now = getattr(saved, name), getattr(args, name)
-        if now not in (before, config.get(name)):
+        if now not in (before, model.get(name)):
             was = "not given" if before is None else before
             raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")

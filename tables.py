@@ -205,7 +205,7 @@ def write_csv(path, rows, columns=COLUMNS):
 
 def add_rows(table, rows):
     """Add the rows that a table lacks; what it holds stays, and what others add meanwhile."""
-    table = Path(table)
+    table = Path(table).resolve()  # one lock, whichever link leads there
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
         text, there = ",".join(COLUMNS) + "\n", set()

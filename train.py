@@ -293,14 +293,13 @@ def inexact(before, record):
     """Lines that say why a run goes on otherwise than without the interruption. before, record:
     what config.json said and says."""
     def facts(config):
-        return {"device": config.get("device"), "dtype": config.get("dtype"),
-                "threads": config.get("threads"), "ranks": config.get("ranks"),
-                "torch": config.get("versions", {}).get("torch"),
-                "--micro-batch": config["settings"].get("micro_batch"),
-                "--compile": config["settings"].get("compile")}
+        flags = {f"--{name.replace('_', '-')}": value for name, value in config["settings"].items()}
+        return (config.get("versions") or {}) | config | flags
     was, now = facts(before), facts(record)
     lines = [f"goes on up to rounding: {name} was {was[name]}, is {now[name]}"
-             for name in now if was[name] != now[name]]
+             for name in ("device", "dtype", "threads", "ranks", "torch", "--micro-batch",
+                          "--compile")
+             if name in was and was[name] != now[name]]
     if before.get("text", record["text"]) != record["text"]:
         lines.append(f"goes on with another text, of {record['data']}")
     return lines
