@@ -165,26 +165,25 @@ def fixed_point(path, distances, factor, trained):
 def isoflop(path, budgets, optima, title):
     """Loss against mean recurrence at equal FLOPs, and the same above each budget's lowest point.
 
-    budgets: [(FLOPs, {mu_rec: {seed: log loss}})]. optima: as isoflop.optimum_of gives them; an
+    budgets: of isoflop.budgets_of. optima: as isoflop.optimum_of gives them; an
     arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
-    for i, (flops, cells) in enumerate(budgets):
+    for i, budget in enumerate(budgets):
         color = shade(i, len(budgets))
-        points = [(mu, loss) for mu, seeds in cells.items() for loss in seeds.values()]
-        means = {mu: np.mean(list(seeds.values())) for mu, seeds in cells.items()}
-        mu, log_loss = np.array(points).T
+        mu, log_loss = np.array([(mu, loss) for mu, seeds in budget.cells.items()
+                                 for loss in seeds.values()]).T
         parts = [(mu, log_loss, {"marker": MARKERS[i % 10], "ls": "", "ms": 5, "alpha": 0.7,
-                                 "label": f"{flops:.2g} FLOPs"}),
-                 (np.array(list(means)), np.array(list(means.values())), {"lw": 0.7, "ls": ":"})]
-        lowest, optimum = min(means.values()), fitted.get(flops)
+                                 "label": f"{budget.flops:.2g} FLOPs"}),
+                 (budget.mu, budget.log_loss, {"lw": 0.7, "ls": ":"})]
+        lowest, optimum = budget.log_loss.min(), fitted.get(budget.flops)
         if optimum and optimum["inside"]:
             x = np.geomspace(optimum["fitted_to"][0], optimum["fitted_to"][-1], 60)
             best = optimum["mu_rec"], np.log(optimum["val_loss"])
             parts.append((x, np.polyval(optimum["parabola"], np.log(x)), {"lw": 1.5}))
             parts.append((*best, {"marker": "*", "ms": 14, "mec": "k", "zorder": 3}))
         elif optimum:
-            edge = min(means, key=means.get)
+            edge = budget.mu[budget.log_loss.argmin()]
             arrow = "$\\leftarrow$" if optimum["at_most"] else "$\\rightarrow$"
             parts.append((edge, lowest, {"marker": arrow, "ms": 14, "zorder": 3}))
         for at, values, style in parts:

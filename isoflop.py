@@ -18,44 +18,46 @@ import numpy as np
 
 from common import nothing_to_run
 from laws import interval
-from tables import SAME_BUDGET, distinct, trained_depth
+from tables import SAME_BUDGET, trained_depth
 
-WINDOW = math.log(4)  # a parabola is fitted to the recurrences within this factor of the lowest
+# A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
+# they double. Further away the loss is none.
+WINDOW = math.log(4)
 RESAMPLES = 1000  # a parabola costs nothing
-
-
-def budgets_of(rows):
-    """[(C, {mu_rec: {seed: log loss}})], by rising budget and recurrence; rows at T = mu_rec.
-
-    Of runs that differ in something else, as mu_bwd, one counts; `isoflop` notes it."""
-    budgets = []
-    for row in sorted(rows, key=lambda row: (row["flops"], row["mu_rec"])):
-        if not budgets or row["flops"] > SAME_BUDGET * budgets[-1][0]:
-            budgets.append((row["flops"], []))
-        budgets[-1][1].append(row)
-    result = []
-    for _, mine in budgets:
-        cells = {}
-        for row in sorted(mine, key=lambda row: row["mu_rec"]):
-            cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
-        middle = math.exp(np.mean([math.log(row["flops"]) for row in mine]))
-        result.append((middle, cells))
-    return result
+ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
 
 
 class Budget:
-    """The runs at one budget: mean log losses of its recurrences, and how many seeds each has."""
+    """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
-    def __init__(self, flops, cells):
-        self.flops, self.cells = flops, cells
-        self.mu = np.array(list(cells))
+    cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs that differ in mu_bwd
+    alone the cheapest counts, as in laws.token_cost; `isoflop` notes it."""
+
+    def __init__(self, rows):
+        self.flops = math.exp(np.mean([math.log(row["flops"]) for row in rows]))
+        self.cells = {}
+        # The cheapest has the most tokens: it comes last.
+        for row in sorted(rows, key=lambda row: (row["mu_rec"], row["tokens"], row["val_loss"])):
+            self.cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
+        self.mu = np.array(list(self.cells))
         self.log_mu = np.log(self.mu)
-        self.seeds = np.array([len(seeds) for seeds in cells.values()])
-        self.log_loss = np.array([np.mean(list(seeds.values())) for seeds in cells.values()])
+        self.seeds = np.array([len(seeds) for seeds in self.cells.values()])
+        self.log_loss = np.array([np.mean(list(seeds.values())) for seeds in self.cells.values()])
+
+
+def budgets_of(rows):
+    """[Budget] by rising FLOPs; rows: at T = mu_rec, of one accounting."""
+    groups = []
+    for row in sorted(rows, key=lambda row: row["flops"]):
+        if not groups or row["flops"] > SAME_BUDGET * groups[-1][0]["flops"]:
+            groups.append([])
+        groups[-1].append(row)
+    return [Budget(group) for group in groups]
 
 
 def bottom(budget, log_loss):
-    """(log mu*, parabola [a, b, c], the recurrences it was fitted to) of log losses (recurrences,).
+    """(log mu*, parabola [a, b, c], positions of the recurrences that it was fitted to); log_loss:
+    (recurrences,).
 
     No parabola where the lowest loss is at an edge."""
     x, lowest = budget.log_mu, np.argmin(log_loss)
@@ -74,39 +76,51 @@ def bottom(budget, log_loss):
 
 
 def noise_of(budgets):
-    """{"sd" of a run's log loss, "freedom", "source"}: of seeds, else of what parabolas leave over.
+    """{"sd" of a run's log loss, "freedom", "source"}: of seeds; of what parabolas leave over where
+    seeds are few and parabolas leave more degrees of freedom.
 
-    None where there is neither."""
-    squares, freedom = 0.0, 0
+    None where there is neither, or no noise at all."""
+    by_seeds, by_parabolas = [0.0, 0], [0.0, 0]  # sums of squares, degrees of freedom
     for budget in budgets:
         for seeds in budget.cells.values():
             values = np.array(list(seeds.values()))
-            squares += ((values - values.mean()) ** 2).sum()
-            freedom += len(values) - 1
-    if freedom:
-        return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": "seeds"}
-    for budget in budgets:
-        _, parabola, near = bottom(budget, budget.log_loss)
-        if len(near) > 3:
-            left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
-            squares += (left ** 2).sum()
-            freedom += len(near) - 3
-    if freedom:
-        return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": "parabolas"}
-    return None
-
-
-def lack_of_fit(budget, parabola, near, noise, rng):
-    """How often chance alone, the noise of seeds, leaves a parabola so far off: the tail of an
-    F-test, by draws (numpy has no F distribution but those).
-
-    None where there is nothing to test."""
-    if len(near) < 4 or noise is None or noise["source"] != "seeds":
+            by_seeds[0] += ((values - values.mean()) ** 2).sum()
+            by_seeds[1] += len(values) - 1
+        left, freedom = left_over(budget, *bottom(budget, budget.log_loss)[1:])
+        by_parabolas[0] += left
+        by_parabolas[1] += freedom
+    enough = by_seeds[1] >= min(ENOUGH_SEEDS, max(1, by_parabolas[1]))
+    source, (squares, freedom) = ("seeds", by_seeds) if enough else ("parabolas", by_parabolas)
+    if not squares:
         return None
+    return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": source}
+
+
+def left_over(budget, parabola, near):
+    """(squares that a parabola leaves over, in units of the noise of a single run, degrees of
+    freedom)."""
+    if len(near) <= 3:
+        return 0.0, 0
     left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
-    freedom = len(near) - 3
-    ratio = (budget.seeds[near] * left ** 2).sum() / freedom / noise["sd"] ** 2
-    return float(np.mean(rng.f(freedom, noise["freedom"], 20_000) >= ratio))
+    return (budget.seeds[near] * left ** 2).sum(), len(near) - 3
+
+
+def lack_of_fit(squares, freedom, noise, seed=0):
+    """How often chance alone, the noise of seeds, leaves so much over of means of runs: the tail of
+    an F-test, by draws (numpy has no F distribution but those). Small: the fitted form is wrong.
+
+    squares, freedom: see left_over. None where there is nothing to test."""
+    if freedom < 1 or noise is None or noise["source"] != "seeds":
+        return None
+    draws = np.random.default_rng(seed).f(freedom, noise["freedom"], 20_000)
+    return float(np.mean(draws >= squares / freedom / noise["sd"] ** 2))
+
+
+def most_by_chance(noise, runs):
+    """By how much of the loss the means of so many runs each differ by chance, 95 % of the time:
+    Student's t, since with few degrees of freedom the noise itself is not well known."""
+    draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
+    return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 
 
 def noisy_optima(budgets, noise, resamples, rng):
@@ -122,13 +136,13 @@ def noisy_optima(budgets, noise, resamples, rng):
     return log_mu
 
 
-def optimum_of(budget, samples, cost, noise, rng):
+def optimum_of(budget, samples, cost, noise):
     """What --json writes of a budget; samples: log mu* of resamples, perhaps none."""
     log_mu, parabola, near = bottom(budget, budget.log_loss)
     low, high = budget.mu[0], budget.mu[-1]
     optimum = {
         "flops": budget.flops,
-        "recurrences": budget.mu.tolist(),
+        "mu_tried": budget.mu.tolist(),
         "inside": bool(np.isfinite(log_mu)),
         "at_most": low if log_mu == -math.inf else None,
         "at_least": high if log_mu == math.inf else None,
@@ -140,7 +154,7 @@ def optimum_of(budget, samples, cost, noise, rng):
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
-        optimum["lack_of_fit"] = lack_of_fit(budget, parabola, near, noise, rng)
+        optimum["lack_of_fit"] = lack_of_fit(*left_over(budget, parabola, near), noise)
     if len(samples):
         ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # it holds its own point
@@ -191,17 +205,16 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
     cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost). Budgets with fewer
     than three recurrences are left out. Returns (optima, power laws, noise, notes)."""
     rows = trained_depth(rows)
-    budgets = [Budget(c, cells) for c, cells in budgets_of(rows)]
+    budgets = budgets_of(rows)
     noise = noise_of(budgets)
     usable = [budget for budget in budgets if len(budget.mu) >= 3]
-    if distinct(rows, "mu_rec") < 3 or not usable:
+    if not usable:
         return [], {}, noise, ["isoFLOP: no budget has three recurrences evaluated at T = mu_rec"]
 
-    rng = np.random.default_rng(seed)
     samples = np.empty((0, len(usable)))
     if noise and resamples:
-        samples = noisy_optima(usable, noise, resamples, rng)
-    optima = [optimum_of(budget, samples[:, j], cost, noise, rng)
+        samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
+    optima = [optimum_of(budget, samples[:, j], cost, noise)
               for j, budget in enumerate(usable)]
 
     notes = []
@@ -229,41 +242,46 @@ def power_laws(budgets, samples, cost):
     high = np.array([budget.log_mu[-1] for budget in budgets])
     log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
 
-    def log_tokens(log_mu):  # at most so many loops are at least so many tokens
-        return np.where(np.isfinite(log_mu), x - np.log(cost(np.exp(log_mu.clip(low, high)))),
-                        -log_mu)
+    def log_tokens(log_mu):
+        return x - np.log(cost(np.exp(log_mu)))
+
+    def log_tokens_or_bound(log_mu):  # at most so many loops: at least so many tokens
+        return np.where(np.isfinite(log_mu), log_tokens(log_mu.clip(low, high)), -log_mu)
     laws = {
         "mu_rec": power_law(x, log_mu, samples, low, high),
-        "tokens": power_law(x, log_tokens(log_mu), [log_tokens(s) for s in samples],
-                            x - np.log(cost(np.exp(high))), x - np.log(cost(np.exp(low)))),
+        "tokens": power_law(x, log_tokens_or_bound(log_mu), list(map(log_tokens_or_bound, samples)),
+                            log_tokens(high), log_tokens(low)),
     }
     return {name: law for name, law in laws.items() if law}
 
 
-def gains(rows):
+def gains(budgets, noise):
     """What looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
 
     Of several recurrences the best by chance looks better than it is. So each seed's pair is that
-    of the recurrence that the other seeds gain most by: the mean of these is not biased. Of a
-    single seed it is the largest gain, "of" so many recurrences, and biased upwards."""
+    of the recurrence that the other seeds gain most by: the mean of these is no higher than what
+    the best recurrence gains. "ci" is by the noise of a run: two or three differences know little
+    of their own. Of a single seed it is the largest gain, "of" so many, and biased upwards."""
     result = []
-    for flops, cells in budgets_of(rows):
-        unlooped = {seed: math.exp(loss) for seed, loss in cells.pop(1, {}).items()}
-        gained = {mu: {seed: unlooped[seed] - math.exp(loss)
-                       for seed, loss in seeds.items() if seed in unlooped}
-                  for mu, seeds in cells.items()}  # {mu_rec: {seed: gain}}
+    for budget in budgets:
+        losses = {mu: {seed: math.exp(loss) for seed, loss in seeds.items()}
+                  for mu, seeds in budget.cells.items()}
+        unlooped = losses.pop(1, {})
+        gained = {mu: {seed: unlooped[seed] - loss for seed, loss in seeds.items()
+                       if seed in unlooped} for mu, seeds in losses.items()}
         chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
-        chosen = {seed: mu for seed, mu in chosen.items() if mu}
-        if chosen:
-            by_seed = [gained[mu][seed] for seed, mu in chosen.items()]
-            error = float(np.std(by_seed, ddof=1) / math.sqrt(len(by_seed)))
-            result.append({"flops": flops, "mu_rec": sorted({*chosen.values()}),
-                           "gain": float(np.mean(by_seed)), "standard_error": error,
-                           "by_seed": by_seed, "of": None})
-        elif singles := [(one, mu) for mu, pairs in gained.items() for one in pairs.values()]:
-            gain, mu = max(singles)
-            result.append({"flops": flops, "mu_rec": [mu], "gain": gain, "standard_error": None,
-                           "by_seed": [gain], "of": len(singles)})
+        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
+        singles = [(one, mu) for mu, of_seeds in gained.items() for one in of_seeds.values()]
+        if not singles:
+            continue
+        shown = pairs or [max(singles)]
+        gain, ci = float(np.mean([one for one, _ in shown])), [None, None]
+        if pairs and noise:
+            most = most_by_chance(noise, len(pairs)) * np.mean(list(unlooped.values()))
+            ci = [float(gain - most), float(gain + most)]
+        result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in shown}),
+                       "gain": gain, "ci": ci, "by_seed": [one for one, _ in shown],
+                       "of": None if pairs else len(singles)})
     return result
 
 

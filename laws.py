@@ -27,8 +27,9 @@ RESAMPLES = 200  # of the bootstrap
 
 # A parameter of a law. Fits start between low and high, in units of `scale`: the lowest loss, the
 # span of the losses, or 1. `domain`: "log" is above 0 and fitted as its logarithm, "from 0" may
-# reach 0, "any" may be anything. `per`: the unit and the power that it belongs to; X in X N^-x has
-# ("N", "x"), since it is so many nats per parameter^-x.
+# reach 0, "any" may be anything. `per`: a law sees N and D in units of a middling run (units_of).
+# X in X N^-x is fitted so; ("N", "x") says that N0^x times it is X for N in parameters. Without
+# `per` a parameter is printed as it was fitted.
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -119,8 +120,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
     at a time).
 
     theta: (fits, parameters), where to start. log_loss and weights (how often a row counts): each
-    (rows,) or (fits, rows). Returns (theta, objective (fits,)); the objective is in units of
-    1e-6."""
+    (rows,) or (fits, rows). Returns (theta, objective (fits,))."""
     def predict(one):
         return law.predict(named(law, one), runs).log()
     predict_all = torch.func.vmap(predict)
@@ -135,7 +135,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
     def objective(some, i):
         error = (predict_all(some) - log_loss[i]).abs()
         huber = torch.where(error < DELTA, error ** 2 / 2, DELTA * (error - DELTA / 2))
-        return (huber * weights[i]).sum(1) * 1e6
+        return (huber * weights[i]).sum(1)
 
     theta = theta.clone()
     todo = torch.arange(fits)  # the fits that have not converged
@@ -155,7 +155,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
         moved = todo[accepted]
         theta[moved], best[moved] = new[accepted], value[accepted]
         # Done: a step with little damping gains nothing, or no step however short gains anything.
-        flat = accepted & (gained <= 1e-8 * value + 1e-6) & (damping[todo] < 0.1)
+        flat = accepted & (gained <= 1e-8 * value + 1e-12) & (damping[todo] < 0.1)
         stuck = ~accepted & (damping[todo] > 1e9)
         damping[todo] = torch.where(accepted, damping[todo] / 5,
                                     damping[todo] * 4).clamp(min=1e-12)
@@ -168,20 +168,21 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
 
 
 def damped_step(error, jacobian, weights, damping, at_bound):
-    """What to subtract from theta, (fits, parameters): between Newton's step for the Huber loss (no
-    damping) and a short one downhill (much).
+    """What to subtract from theta, (fits, parameters): between the Gauss-Newton step for reweighted
+    squares (no damping) and a short one downhill (much).
 
     error, weights: (fits, rows); jacobian: (fits, rows, parameters); damping: (fits,); at_bound:
     (fits, parameters), what can only rise."""
     # Squares weighted so have the Huber loss's gradient: a large error counts for less.
-    weight = weights * (DELTA / error.abs()).clamp(max=1)
-    gradient = ((weight * error)[:, None] @ jacobian)[:, 0]
+    huber = weights * (DELTA / error.abs()).clamp(max=1)
+    gradient = ((huber * error)[:, None] @ jacobian)[:, 0]
     moves = ~(at_bound & (gradient > 0))
     jacobian, gradient = jacobian * moves[:, None], gradient * moves
-    curvature = (weight[..., None] * jacobian).mT @ jacobian
+    curvature = (huber[..., None] * jacobian).mT @ jacobian
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     ridge = damping[:, None] * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + 1e-30
-    return torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient).clamp(-2, 2)
+    step = torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient)
+    return step.clamp(-2, 2)  # of logarithms mostly: a factor of seven at most
 
 
 class Fit:
@@ -227,8 +228,8 @@ class Fit:
 
 
 def interval(samples, point):
-    """The central 95 % of samples, and the point itself. [None, None] where more than 5 % of them
-    are not finite, or the point, or where they are fewer than 20."""
+    """The central 95 % of samples, stretched to hold the point. [None, None] where more than 5 % of
+    them are not finite, or the point, or where they are fewer than 20."""
     samples = np.asarray(samples, dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
@@ -289,7 +290,7 @@ def resample(rows, resamples, seed):
 
 # ----------------------------------------------------------------------------- the frontier
 
-MU = np.geomspace(1, 256, 600)  # the recurrences that a frontier is looked for among
+MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked for among
 
 
 def token_cost(rows):
@@ -310,15 +311,16 @@ def cost_between(costs):
     """A function: mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
 
     Straight lines between the recurrences that are no dearer than a mix of others: mu_bwd =
-    ceil(mu / 2) makes odd ones dear. Beyond the last, the last line goes on."""
+    ceil(mu / 2) makes odd ones dear. Beyond the ends the first and the last line go on."""
     hull = []
     for x, y in sorted(costs.items()):
         while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], (x, y)):
             hull.pop()
         hull.append((x, y))
     known, cost = np.array(hull).T
-    last = slope(*hull[-2:]) if len(hull) > 1 else 0.0
-    return lambda mu: np.interp(mu, known, cost) + last * np.maximum(0, mu - known[-1])
+    first, last = (slope(*hull[:2]), slope(*hull[-2:])) if len(hull) > 1 else (0.0, 0.0)
+    return lambda mu: (np.interp(mu, known, cost) + first * np.minimum(0, mu - known[0])
+                       + last * np.maximum(0, mu - known[-1]))
 
 
 def slope(a, b):
@@ -334,10 +336,8 @@ def frontier(fit, size, cost, flops, theta=None):
     kink."""
     theta = fit.theta[None] if theta is None else theta
     tokens = flops / cost(MU)
-    runs = SimpleNamespace(
-        noncore=torch.tensor(size["params_noncore"] / fit.units["N"], dtype=torch.float64),
-        core=torch.tensor(size["params_core"] / fit.units["N"], dtype=torch.float64),
-        D=torch.tensor(tokens / fit.units["D"]), mu=torch.tensor(MU), loops=torch.tensor(MU))
+    runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
+                    for mu, D in zip(MU, tokens)], fit.units)
     loss = fit.law.predict(named(fit.law, theta[:, None, :]), runs).numpy()  # (fits, MU)
     best = loss.argmin(1)
     return MU[best], tokens[best], loss[np.arange(len(best)), best]
@@ -347,8 +347,8 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
     """Mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, each (fits,).
 
     The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
-    exponent of `limit` far above. So this is the mean slope, of a line through logarithms, over the
-    budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
+    exponent of `far_exponents` far above. So this is the mean slope, of a line through logarithms,
+    over the budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
     C / cost(mu*): the second follows from the first."""
     flops = np.geomspace(low, high, 25)
     every = [frontier(fit, size, cost, c, theta)[:2] for c in flops]
@@ -361,9 +361,9 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
     return exponents
 
 
-def limit(fit):
-    """Exponents of N* and D*, the best size and token count, C^(y / (x + y)) and C^(x / (x + y)),
-    each (value, interval).
+def far_exponents(fit):
+    """{"params", "tokens"}: exponents of N* and D*, the best size and token count, C^(y / (x + y))
+    and C^(x / (x + y)), each with its interval.
 
     By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
     grows like it once the loops are most of the model."""

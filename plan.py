@@ -4,7 +4,7 @@
 
 The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
 the noise of real runs, and both methods, laws.py and isoflop.py, are let loose on them. The spread
-of what they find is the interval to expect.
+of what they find is the interval to expect at best: real runs need not obey the law.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import isoflop
 from common import UserError, nothing_to_run
@@ -47,30 +46,31 @@ def simulate(fit, rows, cost, noise, repeats, seed=0):
         exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
         found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
 
-    mu, exponents = [], []
-    for losses in tqdm(np.exp(log_loss), desc="sweeps", leave=False, disable=None):
-        optima, laws, _, _ = isoflop.isoflop(made_up(rows, losses), cost, resamples=0)
-        mu.append([log_mu(optimum) for optimum in optima])
-        exponents.append(laws["mu_rec"]["exponent"] if laws else math.nan)
-    found["parabola"] = {"mu": np.array(mu), "exponent": np.array(exponents)}
+    every = isoflop.budgets_of(made_up(rows, np.exp(log_loss[0])))
+    means = log_loss.reshape(repeats, len(every), len(every[0].mu), -1).mean(-1)  # over seeds
+    mu = np.array([[isoflop.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
+                   for one in means])
+    low, high = every[0].log_mu[[0, -1]]
+    exponents = [isoflop.line_through(np.log(budgets), one, np.full(len(every), low),
+                                      np.full(len(every), high))[0] for one in mu]
+    found["parabola"] = {"mu": mu, "exponent": np.array(exponents)}
     return found
 
 
-def log_mu(optimum):
-    """log mu* of an optimum of isoflop, infinite where it is at an edge."""
-    if optimum["inside"]:
-        return math.log(optimum["mu_rec"])
-    return -math.inf if optimum["at_most"] else math.inf
-
-
-def spread(samples, of=lambda value: value):
-    """The middle and the central 95 % of samples as text, each after the function `of`; infinite
-    ones are beyond an edge."""
+def spread(samples):
+    """The middle and the central 95 % of samples as text."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
         return "-"
-    low, middle, high = (f"{of(end):.2f}" if np.isfinite(end) else "edge" for end in
-                         np.quantile(samples, [0.025, 0.5, 0.975], method="nearest"))
+    low, middle, high = np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def spread_of_loops(log_mu, fewest, most):
+    """The same of mu*, from its logarithms: infinite ones are at the edge of what is tried."""
+    low, middle, high = (f"<= {fewest}" if end == -math.inf else f">= {most}" if end == math.inf
+                         else f"{math.exp(end):.2f}" for end in
+                         np.quantile(log_mu, [0.025, 0.5, 0.975], method="nearest"))
     return f"{middle} [{low}, {high}]"
 
 
@@ -94,8 +94,10 @@ def design(args, out, table):
     print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
     for j, c in enumerate(budgets):
         (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
-        print(f"{c:10.3g}   {math.exp(true):8.2f}   {spread(law, math.exp):23s}   "
-              f"{spread(parabola, math.exp):20s}   {np.isfinite(parabola).mean():5.0%}")
+        by_law, by_parabola = (spread_of_loops(some, recurrences[0], recurrences[-1])
+                               for some in (law, parabola))
+        print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:23s}   {by_parabola:20s}   "
+              f"{np.isfinite(parabola).mean():5.0%}")
     true = found["truth"]["exponent"][0]
     print(f"\nexponent of mu*: true {true:.2f}")
     for name, label in (("law", "the law"), ("parabola", "parabolas")):

@@ -1,11 +1,10 @@
 """What scaling.py prints and draws of a fit: our numbers beside the published ones."""
 
-import math
-
 import numpy as np
 
 import figures
 from common import nothing_to_run
+from isoflop import most_by_chance
 from laws import MU, frontier, interval
 from tables import column
 
@@ -70,11 +69,9 @@ def report_noise(noise):
     """Print how much of a difference between two runs is chance."""
     source = {"seeds": "runs that differ in their seed alone",
               "parabolas": "what the parabolas leave over"}[noise["source"]]
-    # Student's t: with few degrees of freedom the noise itself is not well known
-    draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
-    most = np.quantile(np.abs(draws), 0.95) * math.sqrt(2) * noise["sd"]
     print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
-          f"degrees of freedom)\n  by chance two single runs differ by up to {most:.1%} (95 %)")
+          "degrees of freedom)\n  by chance two single runs differ by up to "
+          f"{most_by_chance(noise, 1):.1%} (95 %)")
 
 
 def value_text(value, ci):
@@ -88,26 +85,29 @@ def loops_text(value, ci, edges=None):
     return f"{rounded(value)} {span(ci, edges or (False, False))}"
 
 
+def optimum_text(optimum):
+    """mu* at a budget by parabola; optimum: of isoflop.optimum_of."""
+    if optimum["inside"]:
+        return loops_text(optimum["mu_rec"], optimum["ci"], optimum["ci_at_edge"])
+    if optimum["at_most"]:
+        return f"at most {optimum['at_most']:g}"
+    return f"at least {optimum['at_least']:g}"
+
+
 def report_optima(out):
     """Print the optimum at each budget, by parabola and by law, and what looping gains there."""
     print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
-          "gain over mu_rec = 1 (standard error)")
+          "gain over mu_rec = 1 [95 %]")
     gain_at = {gain["flops"]: gain for gain in out["gain"]}
     frontier = out.get("training_law", {}).get("frontier", {"optima": []})
     law_at = {optimum["flops"]: optimum for optimum in frontier["optima"]}
     for optimum in out["isoflop"]:
-        if optimum["inside"]:
-            best = loops_text(optimum["mu_rec"], optimum["ci"], optimum["ci_at_edge"])
-        elif optimum["at_most"]:
-            best = f"at most {optimum['at_most']:g}"
-        else:
-            best = f"at least {optimum['at_least']:g}"
         by_law, gained = "", ""
         if optimum["flops"] in law_at:
             by_law = loops_text(*(law_at[optimum["flops"]][key] for key in ("mu_rec", "ci")))
         if optimum["flops"] in gain_at:
             gained = gain_text(gain_at[optimum["flops"]])
-        print(f"{optimum['flops']:10.3g}   {best:24s} {by_law:24s} {gained}")
+        print(f"{optimum['flops']:10.3g}   {optimum_text(optimum):24s} {by_law:24s} {gained}")
         if optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
             print(f"             not a parabola: noise leaves so much over in "
                   f"{optimum['lack_of_fit']:.1%} of cases")
@@ -118,7 +118,8 @@ def gain_text(gain):
     mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
     if gain["of"]:
         return f"{gain['gain']:+.4f} (one pair, the largest of {gain['of']}) by mu_rec {mu}"
-    return f"{gain['gain']:+.4f} ({gain['standard_error']:.4f}) by mu_rec {mu}"
+    pairs = len(gain["by_seed"])
+    return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {pairs} pairs"
 
 
 def report_exponents(out):
@@ -137,14 +138,14 @@ def report_exponents(out):
         for accounting, laws in by_law.items():
             if laws.get(name, {}).get("exponent") is not None:
                 lines.append((laws[name], f"the training law, {accounting} FLOPs",
-                              "not determined"))
+                              "no interval"))
         published = f"published: C^{SLOPES[name]:.2f}"
         print(f"{label} grows as ({published if lines else 'no exponent'})")
         for law, method, missing in lines:
             said = missing if law["ci"][0] is None else span(law["ci"])
             print(f"    C^{law['exponent']:.2f} {said}, by {method}")
-    if "limit" in training:
-        size = training["limit"]["params"]
+    if "far_exponents" in training:
+        size = training["far_exponents"]["params"]
         print("    By the law these are mean slopes where mu* > 1 at these budgets: it is no power "
               f"law. Far above,\n    mu* nears C^{size['exponent']:.2f} {span(size['ci'])}.")
     print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
@@ -158,9 +159,13 @@ def report_law(key, label, law):
         said.append(f"{name} {value} {span(ci)}")
     print(f"{label}: {', '.join(said)}")
     if law["held_out_error"] is not None:
-        published = f"   published, of loops: {PUBLISHED[key]}" if key in PUBLISHED else ""
+        looped = key in PUBLISHED and "compute_optimal" not in law
+        published = f"   published: {PUBLISHED[key]}" if looped else ""
         print("  error on the largest budget, fitted without it: "
               f"{law['held_out_error']:.2%}{published}")
+    if law.get("lack_of_fit") is not None and law["lack_of_fit"] < 0.05:
+        print("  it is not quite right: noise leaves so much over in "
+              f"{law['lack_of_fit']:.1%} of cases")
     for name, of in law.get("compute_optimal", {}).items():
         print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
 

@@ -35,22 +35,20 @@ from common import (
     run_script,
     write_text,
 )
-from isoflop import budgets_of, gains, isoflop
+from isoflop import budgets_of, gains, isoflop, lack_of_fit
 from laws import (
     LAWS,
     RESAMPLES,
-    cost_between,
+    far_exponents,
     fit_law,
     frontier,
     frontier_exponents,
     interval,
-    limit,
     token_cost,
 )
-from model import PRESETS, Parcae, ParcaeConfig
 from plan import design
-from report import draw, loops_text, report, value_text
-from tables import column, distinct, read_tables, run_key, split_largest, trained_depth
+from report import draw, loops_text, optimum_text, report, value_text
+from tables import SAME_BUDGET, column, distinct, read_tables, run_key, trained_depth
 
 HERE = Path(__file__).parent
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
@@ -85,21 +83,34 @@ def reasons_against(law, rows):
             reasons.append(f"{n} {name}, it needs 3")
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
-    if distinct(rows, "val_loss") < 2:
+    if distinct(rows, "val_loss") == 1:
         reasons.append("all losses are equal")
     return reasons
 
 
-def fit_apart(law, rows, resamples):
+def split_largest(rows):
+    """(the rows of smaller budgets, those of the largest).
+
+    All are smaller where the runs share no budgets, having been planned by another accounting."""
+    top = column(rows, "flops").max() / SAME_BUDGET
+    smaller, largest = [], []
+    for row in rows:
+        (largest if row["flops"] >= top else smaller).append(row)
+    if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
+        return rows, []
+    return smaller, largest
+
+
+def fit_and_hold_out(law, rows, resamples):
     """(what --json writes of a law, the fit, (a fit to all but the largest budget, the rows of
     that)); None in place of the last where too few rows are left."""
     fit = fit_law(law, rows, resamples=resamples)
-    result, apart = fit.summary() | {"held_out_error": None}, None
+    result, held_out = fit.summary() | {"held_out_error": None}, None
     seen, unseen = split_largest(rows)
-    if not reasons_against(law, seen):
-        apart = fit_law(law, seen, resamples=0), unseen
-        result["held_out_error"] = apart[0].error(unseen)
-    return result, fit, apart
+    if unseen and not reasons_against(law, seen):
+        held_out = fit_law(law, seen, resamples=0), unseen
+        result["held_out_error"] = held_out[0].error(unseen)
+    return result, fit, held_out
 
 
 def fit_unified(rows, resamples):
@@ -107,10 +118,10 @@ def fit_unified(rows, resamples):
 
     Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
     measured."""
-    result, _, apart = fit_apart("unified", rows, resamples)
+    result, _, held_out = fit_and_hold_out("unified", rows, resamples)
     result["held_out_error_given_loss"] = None
-    if apart:
-        fit, unseen = apart
+    if held_out:
+        fit, unseen = held_out
         measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
         unseen = [row for row in unseen if run_key(row) in measured]
         if unseen:
@@ -134,11 +145,12 @@ def fit_worth(rows, resamples):
 
 
 def fit_test_time(rows):
-    """[(run's rows, fit, what --json writes)] of a run of each recurrence at the largest budget."""
+    """[(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs."""
     shown = {}
-    for row in split_largest(rows)[1]:
-        if row["mu_rec"] > 1:
-            shown.setdefault(row["mu_rec"], run_key(row))
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        most = shown.get(row["mu_rec"])
+        if row["mu_rec"] > 1 and (most is None or row["flops"] > SAME_BUDGET * most.flops):
+            shown[row["mu_rec"]] = run_key(row)
     result = []
     for _, run in sorted(shown.items()):
         data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
@@ -167,13 +179,15 @@ class Table:
     every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
     those at T = mu_rec. `cost`: FLOPs of a token by mu_rec; `budgets`: see isoflop.budgets_of.
     `fit` is the training law's, None where it could not be fitted; `test_time`: of
-    fit_test_time."""
+    fit_test_time. `left_out`: how many runs of other models the table has."""
 
     def __init__(self, every_row, accounting):
         self.every_row, self.accounting = every_row, accounting
-        self.at_every_T = main_model([row for row in every_row
-                                      if row["accounting"] == accounting])
-        self.model = self.at_every_T[0]["model"]
+        mine = [row for row in every_row if row["accounting"] == accounting]
+        self.at_every_T = main_model(mine)
+        self.left_out = runs_in(mine) - runs_in(self.at_every_T)
+        names = distinct(self.at_every_T, "model")
+        self.model = self.at_every_T[0]["model"] if names == 1 else f"{names} models"
         self.rows = trained_depth(self.at_every_T)
         self.cost = token_cost(self.at_every_T)
         self.budgets = budgets_of(self.rows)
@@ -191,25 +205,44 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     table = Table(every_row, accounting)
     rows = table.rows
     out = {"model": table.model, "accounting": accounting,
-           "runs": len({run_key(row) for row in table.at_every_T}), "noise": None, "isoflop": [],
+           "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "notes": []}
-
-    if table.looped():
+    one_size = table.looped() and sizes(rows) <= 1
+    if one_size:
         out["isoflop"], out["power_laws"], out["noise"], out["notes"] = isoflop(rows, table.cost)
-        out["gain"] = gains(rows)
+        out["gain"] = gains(table.budgets, out["noise"])
+    elif table.looped():
+        out["notes"].append("the optimum at equal FLOPs: not computed, the runs called "
+                            f"{table.model} have {sizes(rows)} sizes")
+    if table.left_out:
+        out["notes"].append(f"{table.left_out} runs of other models are left out")
 
     if can_fit("training", rows, out["notes"]):
-        law, table.fit, _ = fit_apart("training", rows, resamples)
+        law, table.fit, _ = fit_and_hold_out("training", rows, resamples)
         out["training_law"] = law
-        if not table.looped():
-            law["compute_optimal"] = limit(table.fit)
-        elif sizes(rows) > 1:
-            out["notes"].append("the law's optimum at equal FLOPs: not computed, the runs called "
-                                f"{table.model} have {sizes(rows)} sizes")
-        else:
-            law["frontier"], law["other_accounting"] = frontiers(table)
-            law["limit"] = limit(table.fit)
+        law["lack_of_fit"] = None
+        if one_size:
+            law["lack_of_fit"] = lack_of_fit(*left_by_law(table), out["noise"])
+            law["frontier"], law["other_accounting"] = frontiers(table, bool(out["isoflop"]))
+        law["compute_optimal" if not table.looped() else "far_exponents"] = far_exponents(table.fit)
     return out, table
+
+
+def left_by_law(table):
+    """(squares that the training law leaves over of mean log losses, degrees of freedom): see
+    isoflop.left_over."""
+    squares, freedom = 0.0, -len(table.fit.law.parameters)
+    for budget in table.budgets:
+        cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": budget.flops / cost}
+                 for mu, cost in zip(budget.mu, table.cost(budget.mu))]
+        left = budget.log_loss - np.log(table.fit.predict(cells))
+        squares += (budget.seeds * left ** 2).sum()
+        freedom += len(cells)
+    return squares, freedom
+
+
+def runs_in(rows):
+    return len({run_key(row) for row in rows})
 
 
 def can_fit(law, rows, notes):
@@ -224,11 +257,13 @@ def sizes(rows):
     return len({(row["params_core"], row["params_noncore"]) for row in rows})
 
 
-def frontiers(table):
-    """The training law's optima at the table's budgets; its exponents by other accountings."""
+def frontiers(table, shared_budgets):
+    """The training law's optima at the table's budgets; its exponents by other accountings.
+
+    Where the runs share no budgets, having been planned by another accounting: at five."""
     fit, rows, cost = table.fit, table.rows, table.cost
-    budgets = [flops for flops, _ in table.budgets]
-    if len(budgets) > 12:  # the runs were planned by another accounting: no common budgets
+    budgets = [budget.flops for budget in table.budgets]
+    if not shared_budgets:
         budgets = np.geomspace(budgets[0], budgets[-1], 5).tolist()
     optima = []
     for flops in budgets:
@@ -258,25 +293,12 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
             out["recurrence_worth"] = fit_worth(every_model, resamples)
         table.test_time = fit_test_time(table.at_every_T)
     own_laws = [name for name in LAWS if name not in PUBLISHED_LAWS]
-    out["laws"] = {name: fit_apart(name, table.rows, resamples)[0] for name in own_laws
+    out["laws"] = {name: fit_and_hold_out(name, table.rows, resamples)[0] for name in own_laws
                    if can_fit(name, table.rows, out["notes"])}
     out["test_time"] = [numbers for _, _, numbers in table.test_time]
     return out, table
 
 # ----------------------------------------------------------------------------- commands
-
-
-def preset_size(preset, accounting, recurrences=(1, 2, 4, 8, 16)):
-    """(parameters, cost of a token) of a preset of train.py. Raises UserError."""
-    if preset not in PRESETS:
-        raise UserError(f"--preset is {preset}, must be one of {', '.join(PRESETS)}")
-    costs = {}
-    with torch.device("meta"):  # shapes alone, no memory
-        for mu in recurrences:
-            model = Parcae(ParcaeConfig(**PRESETS[preset] | {"mean_recurrence": mu}))
-            costs[mu] = model.flops_per_token(accounting=accounting)
-    noncore, core = model.matmul_params(accounting)
-    return {"params_noncore": noncore, "params_core": core}, cost_between(costs)
 
 
 def fitted(args):
@@ -298,19 +320,16 @@ def predict(args):
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
 
-    size, cost = rows[0], table.cost
-    if args.preset:
-        size, cost = preset_size(args.preset, out["accounting"])
-        ratio = sum(size.values()) / (rows[0]["params_core"] + rows[0]["params_noncore"])
-        print(f"{args.preset}: {ratio:.3g} times the parameters of the model fitted"
-              + ("" if 1 / 1.5 < ratio < 1.5 else ", a size at which the law was not measured"))
-    best = frontier(fit, size, cost, flops)
-    sampled = frontier(fit, size, cost, flops, fit.samples)
+    best = frontier(fit, rows[0], table.cost, flops)
+    sampled = frontier(fit, rows[0], table.cost, flops, fit.samples)
     for label, value, samples, unit in zip(("mu*", "D*", "loss"), best, sampled,
                                            ("loops", "tokens", "nats per token")):
         said = loops_text if label == "mu*" else value_text
         print(f"{label:4s} = {said(value[0], interval(samples, value[0]))} {unit}")
 
+    for optimum in out["isoflop"]:
+        if max(flops / optimum["flops"], optimum["flops"] / flops) < SAME_BUDGET:
+            print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
     tried = column(rows, "mu_rec")
     if not tried.min() < best[0][0] < tried.max():
         print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
@@ -337,7 +356,7 @@ def can_draw():
     return True
 
 
-def fit(args):
+def fit_command(args):
     """Fit everything, print it beside the published figures, write --json, draw."""
     rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
     drawing = can_draw()  # asked before the fit, which takes a while
@@ -373,7 +392,6 @@ def parse_args(words):
 
     add = predicts.add_argument
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
-    add("--preset", metavar="NAME", help="a model of train.py (default: the model fitted)")
 
     add = designs.add_argument
     add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
@@ -393,7 +411,7 @@ def main():
     args = parse_args(sys.argv[1:])
     torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
     if args.command == "fit":
-        fit(args)
+        fit_command(args)
     elif args.command == "predict":
         predict(args)
     else:

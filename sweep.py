@@ -6,14 +6,15 @@
 
 Flags that are not the sweep's go to train.py. The same command again goes on where it was stopped:
 finished runs are not repeated, others resume. A run is finished if its directory says so, or if the
-table has a row of this model, accounting, budget (within 3 %), recurrence and seed. The table knows
-a model by its layers, width and parameters, and nothing of learning rates or text: sweeps that
-differ in anything else need tables of their own.
+table has a row of this model, accounting, budget (within 3 %), recurrence, mu_bwd and seed. The
+table knows a model by its layers, width and parameters, and nothing of learning rates or text:
+sweeps that differ in anything else need tables of their own.
 """
 
 import concurrent.futures
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -154,15 +155,20 @@ def print_plan(cells, todo, jobs):
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, "
           f"{to_spend:.3g} FLOPs to spend\n")
     print("    FLOPs   mu_rec   mu_bwd   seed   FLOPs a token       tokens     steps   minutes")
+    fewest = math.inf
     for cell in cells:
         settings, model = cell.plan["settings"], cell.plan["model"]
         per_token = cell.plan["cost"][settings["accounting"]]["flops_per_token"]
         tokens = cell.flops / per_token
         steps = tokens / settings["batch_size"] / model["block_size"]
+        fewest = min(fewest, steps)
         mu_bwd = min(cell.mu, model["backprop_depth"])
         minutes = f"{seconds[cell] / 60:7.1f}" if cell in todo else "   done"
         print(f"{cell.flops:9.3g}   {cell.mu:6d}   {mu_bwd:6d}   {cell.seed:4d}   "
               f"{per_token:13,.0f}   {tokens:10,.0f}   {steps:7,.0f}   {minutes}")
+    if fewest < 1 / (SAME_BUDGET - 1):
+        print(f"{fewest:,.0f} steps are few: a run may overshoot its budget by more than "
+              f"{SAME_BUDGET - 1:.0%}, and count as one of another budget")
     hours = sum(seconds[cell] for cell in todo) / jobs / 3600
     caveat = "" if timed else ", if training reaches 30 % of the matmul peak measured here"
     print(f"about {hours:.1f} hours with {jobs} jobs{caveat}")
@@ -258,7 +264,8 @@ def sweep_args():
         help="directory of the runs (default: %(default)s)")
     add("--table", type=some_path, metavar="FILE",
         help="CSV file that rows are added to (default: table.csv in --out)")
-    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--dry-run", action="store_true",
+        help="print the plan and stop (the default text is made where it is missing)")
     return parser.parse_known_args()
 
 

@@ -1,7 +1,8 @@
 """A table of training runs: its columns; reading CSV files and run directories; adding to one.
 
-A row is one run, evaluated after one number of loops. sweep.py writes tables, scaling.py fits them.
-A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recurrence 1.
+A row is one run, evaluated after one number of loops. Two columns count loops: mu_rec (mu), the
+mean in training, and recurrence (T), those at evaluation. sweep.py writes tables, scaling.py fits
+them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recurrence 1.
 """
 
 import csv
@@ -38,7 +39,7 @@ def read_csv(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
-            lines = list(reader)
+            lines = [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from None
     missing = [name for name in COLUMNS if name not in header]
@@ -47,22 +48,24 @@ def read_csv(path):
         raise UserError(f"{path} has no column {', '.join(missing)}; needed: {needed}")
 
     rows = []
-    for position, line in enumerate(lines, start=2):  # the header is row 1
+    for number, line in lines:
         try:
             rows.append({name: table_value(name, line[name]) for name in COLUMNS})
         except UserError as error:
-            raise UserError(f"{path}, row {position}: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
     return rows
 
 
 def table_value(name, said):
-    """An entry of a table from its text; None where the line is too short. Raises UserError."""
+    """An entry of a table from its text, None if the line is too short for it. Raises UserError."""
     kind = COLUMNS[name]
+    if said is None:
+        raise UserError(f"{name} is missing: the line is too short")
     if kind is str:
         return str(said)
     try:
         value = float(said)
-    except (TypeError, ValueError):
+    except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{name} is {said!r}, must be {what}") from None
     if kind is int:
@@ -240,20 +243,14 @@ def run_key(row):
     return RunKey(*(row[name] for name in RunKey._fields))
 
 
-def split_largest(rows):
-    """(the rows of smaller budgets, those of the largest, within a tenth of the most FLOPs)."""
-    top = column(rows, "flops").max() / 1.1
-    smaller = [row for row in rows if row["flops"] < top]
-    return smaller, [row for row in rows if row["flops"] >= top]
-
-
 def distinct_budgets(budgets):
     """Budgets without repetitions, rising. Raises UserError where two would count as one."""
     budgets = sorted({*budgets})
+    apart = SAME_BUDGET ** 2  # a run overshoots, and the lower budget has its own margin
     for low, high in itertools.pairwise(budgets):
-        if high <= SAME_BUDGET * low:
-            raise UserError(f"--budgets {low:g} and {high:g} are less than {SAME_BUDGET - 1:.0%} "
-                            "apart: they would count as one")
+        if high <= apart * low:
+            raise UserError(f"--budgets {low:g} and {high:g} are less than {apart - 1:.0%} apart: "
+                            "they would count as one")
     return budgets
 
 

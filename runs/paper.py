@@ -12,10 +12,12 @@ and X/Y that does is kept, and asked for its optimum under the exact cost.
 import math
 
 import numpy as np
+import torch
 
 import figures
 from common import Parser, run_script
-from scaling import preset_size
+from laws import cost_between
+from model import PRESETS, Parcae, ParcaeConfig
 from tables import write_csv
 
 GRID = np.array([1, 2, 4, 6, 8, 10, 12])  # the recurrences that the paper trained
@@ -28,10 +30,21 @@ COLUMNS = ["model", "phi", "laws", "flops", "table_6", "published", "published_l
            "published_high", "exact", "exact_low", "exact_high"]
 
 
+def preset_size(preset, accounting):
+    """(parameters, cost of a token) of a preset of train.py."""
+    costs = {}
+    with torch.device("meta"):  # shapes alone, no memory
+        for mu in GRID.tolist():
+            model = Parcae(ParcaeConfig(**PRESETS[preset] | {"mean_recurrence": mu}))
+            costs[mu] = model.flops_per_token(accounting=accounting)
+    noncore, core = model.matmul_params(accounting)
+    return {"params_noncore": noncore, "params_core": core}, cost_between(costs)
+
+
 def costs_and_size(name):
     """({accounting: cost function}, N_noncore, N_core) of a published model."""
-    _, paper = preset_size(f"parcae-{name}", "paper", GRID.tolist())
-    size, exact = preset_size(f"parcae-{name}", "exact", GRID.tolist())
+    _, paper = preset_size(f"parcae-{name}", "paper")
+    size, exact = preset_size(f"parcae-{name}", "exact")
     return {"paper": paper, "exact": exact}, size["params_noncore"], size["params_core"]
 
 

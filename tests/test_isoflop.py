@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
-from isoflop import Budget, bottom, budgets_of, gains, isoflop, lack_of_fit, line_through, noise_of
+from isoflop import (
+    bottom,
+    budgets_of,
+    gains,
+    isoflop,
+    lack_of_fit,
+    left_over,
+    line_through,
+    noise_of,
+)
 
 
 def test_the_optimum_of_exact_data_is_the_laws():
@@ -64,23 +73,29 @@ def test_an_interval_holds_its_own_point_and_says_where_it_meets_the_edge():
 
 def test_the_noise_is_that_of_the_seeds():
     rows = sweep(parabolic, 0.003, seeds=3)
-    noise = noise_of([Budget(c, cells) for c, cells in budgets_of(rows)])
+    noise = noise_of(budgets_of(rows))
     assert noise["freedom"] == 5 * 7 * 2 and noise["source"] == "seeds"
     assert noise["sd"] == pytest.approx(0.003, rel=0.2)
-    noise = noise_of([Budget(c, cells) for c, cells in budgets_of(sweep(parabolic, 0.003))])
-    assert noise["source"] == "parabolas" and noise["sd"] == pytest.approx(0.003, rel=0.4)
+    single = sweep(parabolic, 0.003)
+    by_parabolas = noise_of(budgets_of(single))
+    assert by_parabolas["source"] == "parabolas"
+    assert by_parabolas["sd"] == pytest.approx(0.003, rel=0.4)
+    # One run more makes nothing worse: a pair of seeds knows less of the noise than the parabolas.
+    again = single[2] | {"seed": 1, "val_loss": single[2]["val_loss"] * 1.0001}
+    one_more = noise_of(budgets_of([*single, again]))
+    assert one_more["source"] == "parabolas" and one_more["freedom"] >= by_parabolas["freedom"]
+    equal = [row | {"val_loss": 2.0, "seed": seed} for row in single for seed in (0, 1)]
+    assert noise_of(budgets_of(equal)) is None
 
 
 def test_what_is_no_parabola_shows_against_the_noise():
     def wedge(row):
         return 2 * math.exp(0.1 * abs(math.log(row["mu_rec"] / 4)))
-    rng = np.random.default_rng(0)
     for loss, most in ((wedge, 0.001), (parabolic, 1)):
         rows = sweep(loss, 0.001, seeds=3, recurrences=(1, 2, 4, 8, 16))
-        budget = [Budget(c, cells) for c, cells in budgets_of(rows)][2]
+        budget = budgets_of(rows)[2]
         _, parabola, near = bottom(budget, budget.log_loss)
-        noise = noise_of([budget])
-        chance = lack_of_fit(budget, parabola, near, noise, rng)
+        chance = lack_of_fit(*left_over(budget, parabola, near), noise_of([budget]))
         assert chance <= most and (most < 1 or chance > 0.01)
 
 
@@ -99,16 +114,26 @@ def test_seeds_are_pairs():
     for row in rows:  # what a seed shares is no noise of the difference
         row["val_loss"] = (1.9 if row["mu_rec"] == 4 else 2.0) + row["seed"]
     rows = [row for row in rows if (row["mu_rec"], row["seed"]) != (1, 2)]
-    for gain in gains(rows):
+    for gain in gains(budgets_of(rows), None):
         assert gain["by_seed"] == pytest.approx([0.1, 0.1]) and gain["mu_rec"] == [4]
-        assert gain["standard_error"] == pytest.approx(0, abs=1e-9)
+        assert gain["ci"] == [None, None]
+
+
+def test_the_interval_of_a_gain_holds_what_two_pairs_do_not_know():
+    held = []
+    for number in range(40):
+        budgets = budgets_of(sweep(lambda row: 2.0 - 0.02 * (row["mu_rec"] == 4), 0.004, seeds=2,
+                                   recurrences=(1, 4), seed=number))
+        for gain in gains(budgets, noise_of(budgets)):
+            held.append(gain["ci"][0] <= 0.02 <= gain["ci"][1])
+    assert 0.9 < np.mean(held) < 0.99
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_largest_of_several_gains_by_nothing_is_no_gain(seeds):
     found = []
     for number in range(40):
-        found += gains(sweep(lambda row: 2.0, 0.004, seeds=seeds, seed=number))
+        found += gains(budgets_of(sweep(lambda row: 2.0, 0.004, seeds=seeds, seed=number)), None)
     mean = np.mean([gain["gain"] for gain in found])
     if seeds == 1:  # six recurrences, one pair each: said to be the largest
         assert mean > 0.005 and all(gain["of"] == 6 for gain in found)
@@ -121,3 +146,12 @@ def test_runs_that_differ_in_something_else_are_noted():
     rows = sweep(parabolic)
     _, _, _, notes = isoflop(rows + [rows[3] | {"mu_bwd": 9}], cost, 0)
     assert "1 runs have the budget, recurrence and seed of another" in notes[0]
+
+
+def test_of_runs_that_differ_in_mu_bwd_the_cheapest_counts_in_any_order():
+    rows = sweep(parabolic)
+    dearer = [row | {"mu_bwd": 99, "tokens": row["tokens"] / 2, "val_loss": row["val_loss"] * 1.1}
+              for row in rows]
+    expected = isoflop(rows, cost, 0)[0]
+    for every in (rows + dearer, dearer + rows):
+        assert isoflop(every, cost, 0)[0] == expected

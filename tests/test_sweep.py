@@ -42,7 +42,7 @@ def make_data(folder):
     (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--max-steps", "2"], "--max-steps is not for"),
-    (["--budgets", "1e9", "1.01e9", "--recurrences", "1"], "are less than 3% apart"),
+    (["--budgets", "1e9", "1.05e9", "--recurrences", "1"], "are less than 6% apart"),
     (["--budgets", "1e9", "--recurrences", "1", "--table", ""], "--table is empty"),
 ])
 def test_bad_input_gets_one_line(args, said, tmp_path):

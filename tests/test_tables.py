@@ -22,10 +22,10 @@ def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
     lines = path.read_text().splitlines()
     start = lines[2].rsplit(",", 2)[0]  # all but loss and seed
     for broken, said in (
-        (start + ",nan,0", "row 3: val_loss is nan"),
-        ("x,1", "row 3: params_noncore is None"),
-        (start + ",abc,0", "row 3: val_loss is 'abc'"),
-        (start + ",1,0.5", "row 3: seed is '0.5', must be a whole number"),
+        (start + ",nan,0", "line 3: val_loss is nan"),
+        ("x,1", "line 3: params_noncore is missing"),
+        (start + ",abc,0", "line 3: val_loss is 'abc'"),
+        (start + ",1,0.5", "line 3: seed is '0.5', must be a whole number"),
     ):
         path.write_text("\n".join([*lines[:2], broken, *lines[3:]]))
         with pytest.raises(UserError, match=said):
