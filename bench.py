@@ -260,7 +260,7 @@ def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, r
         def step(model=model, cache=cache, idx=idx, loops=loops):
             cache.pos = context
             for _ in range(steps):
-                model.step(idx[:, :1], loops, cache)
+                model.advance(idx[:, :1], cache, 0, loops)
         prefill[name, loops] = fill
         decode[name, loops] = step
         flops = model.flops_per_token(loops, backprop_depth=0, context=context)

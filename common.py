@@ -322,6 +322,9 @@ def from_hub(function, repository, *arguments, **options):
                         f"{reason}") from None
 
 
+LOCKED_BYTE = 2 ** 30  # on Windows: far behind the holder's number, which others read
+
+
 @contextlib.contextmanager
 def lock(directory, patience=0):
     """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
@@ -336,6 +339,7 @@ def lock(directory, patience=0):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
+                file.seek(LOCKED_BYTE)
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):

@@ -45,6 +45,7 @@ FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 EVAL_SEED = 1234  # of a Loader's order of validation sequences: every script reads the same first
+EVAL_TOKENS = 8192  # read at once in an evaluation, which holds all their logits
 
 # ----------------------------------------------------------------------------- shards
 

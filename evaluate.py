@@ -32,7 +32,7 @@ from common import (
     some_path,
     write_text,
 )
-from data import EVAL_SEED, Loader
+from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
 from quantize import cast
 from sample import EXIT_RULES, settle
@@ -130,22 +130,23 @@ def standard_error(nats, tokens):
     n = len(nats)
     if n < 2:
         return None
-    left = nats - nats.sum() / tokens.sum() * tokens
-    return float((left.square().sum() * n / (n - 1)).sqrt() / tokens.sum())
+    residual = nats - nats.sum() / tokens.sum() * tokens  # the mean is a ratio of two sums
+    return float((residual.square().sum() * n / (n - 1)).sqrt() / tokens.sum())
 
 
-def row_of(recurrence, nats, tokens, size, first=None):
+def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
     """A row of the table: nats and tokens of each sequence (sequences,), bytes of all.
 
-    first: the nats of the first row. What the row gains on it has a much smaller error than either,
-    since both read the same sequences."""
+    baseline: the nats of the first row. What the row gains on it has a much smaller error than
+    either, since both read the same sequences."""
     nats, tokens = torch.tensor(nats).double(), torch.tensor(tokens).double()
     mean = float(nats.sum() / tokens.sum())
     row = {"recurrence": recurrence, "val_loss": mean,
-           "standard_error": standard_error(nats, tokens), "perplexity": math.exp(mean),
-           "bits_per_byte": float(nats.sum()) / math.log(2) / size}
-    if first is not None:
-        gained = torch.tensor(first).double() - nats
+           "standard_error": standard_error(nats, tokens),
+           "perplexity": math.exp(min(mean, 700)),  # e^710 is no float
+           "bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes}
+    if baseline is not None:
+        gained = torch.tensor(baseline).double() - nats
         row |= {"gain": float(gained.sum() / tokens.sum()),
                 "gain_standard_error": standard_error(gained, tokens)}
     return row
@@ -155,33 +156,33 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
     """Rows for each number of loops, and the tokens and bytes read.
 
     batches: an iterable of (idx, targets), (B, T) int64 each."""
-    device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, size = {loops: [] for loops in recurrence}, [], 0  # lists over sequences
+    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
+    nats, tokens, n_bytes = {loops: [] for loops in recurrence}, [], 0  # lists over sequences
     for idx, targets in batches:
         tokens += [targets.shape[1]] * len(targets)
-        size += int(sizes[targets].sum())
+        n_bytes += int(bytes_of[targets].sum())
         losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
         for loops, loss in losses.items():
             nats[loops] += loss.double().sum(1).tolist()
-    first = nats[recurrence[0]]
-    rows = [row_of(loops, nats[loops], tokens, size, first) for loops in recurrence]
-    return rows, sum(tokens), size
+    baseline = nats[recurrence[0]]
+    rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
+    return rows, sum(tokens), n_bytes
 
 
-def early_exit(model, batches, tokenizer, most, threshold, rule, first=None):
-    """The row of a threshold; its "recurrence" is the mean of the loops used. first: see row_of.
+def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
+    """The row of a threshold; its "recurrence" is the mean of the loops used. baseline: see row_of.
 
     batches: of one sequence each."""
-    device, sizes = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, size, loops_used = [], [], 0, []
+    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
+    nats, tokens, n_bytes, loops_used = [], [], 0, []
     for idx, targets in batches:
         idx, targets = idx.to(device), targets.to(device)
         loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
         nats.append(loss.double().sum().item())
         tokens.append(targets.numel())
-        size += int(sizes[targets.cpu()].sum())
+        n_bytes += int(bytes_of[targets.cpu()].sum())
         loops_used += loops
-    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, size, first)
+    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, n_bytes, baseline)
     return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
 
 # ------------------------------------------------------------------------------- command line
@@ -204,8 +205,8 @@ def parse_args():
     add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops (default: 1 2 4 8 16)")
     add_text_flags(add, 512)
-    add("--batch-size", type=COUNT, default=32, metavar="N",
-        help="sequences at a time (default: %(default)s)")
+    add("--batch-size", type=COUNT, metavar="N",
+        help=f"sequences at a time (default: as many as are {EVAL_TOKENS:,} tokens)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
         "last loop's keys and values only")
@@ -275,14 +276,16 @@ def main():
     model, tokenizer, recurrence = open_run(args)
     name, batches = open_text(args, model, tokenizer)
 
-    rows, tokens, size = bits_per_byte(model, batches(args.batch_size), tokenizer, recurrence,
-                                       args.kv_cache)
-    print(f"{args.run} on {tokens:,} tokens ({size:,} bytes) of {name}, KV cache: {args.kv_cache}")
+    batch_size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
+    rows, tokens, n_bytes = bits_per_byte(model, batches(batch_size), tokenizer, recurrence,
+                                          args.kv_cache)
+    print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {name}, KV cache: "
+          f"{args.kv_cache}")
     print(f"recurrence T   nats per token   perplexity   bits per byte   gain over T = "
           f"{recurrence[0]}")
     for row in rows:
         print(line_of(row))
-    record = {"data": name, "tokens": tokens, "bytes": size, "kv_cache": args.kv_cache,
+    record = {"data": name, "tokens": tokens, "bytes": n_bytes, "kv_cache": args.kv_cache,
               "dtype": str(model.dtype), "weights": str(model.lm_head.weight.dtype),
               "results": rows}
 

@@ -71,10 +71,10 @@ def ending(out, config, losses):
     lines.append("\nnext:")
     loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
     lines.append(f'  python sample.py --run {out} --prompt "def "{loops}')
-    lines.append(f"  python curves.py {out} --out curves.png     how its loss fell (matplotlib)")
+    lines.append(f"  python curves.py {out} --out curves.png     # how its loss fell (matplotlib)")
     if loops:
-        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     (and your other "
-                     "flags) the same layers trained to run once: is the loop worth its time?")
+        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     # and your other "
+                     "flags: the same layers trained to run once: is the loop worth its time?")
     return "\n".join(lines)
 
 

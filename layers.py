@@ -208,10 +208,10 @@ class Attention(nn.Module):
         self.c_proj = Linear(d, d)
         self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
 
-    def forward(self, x, rope, ve=None, cache=None):
-        """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); cache: None or
-        (keys, values, places, mask): two (B, n_head, capacity, head_dim), and what
-        KVCache.reserve gives."""
+    def forward(self, x, rope, ve=None, kv=None):
+        """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); kv: None or
+        (keys, values, places, mask) of this layer and loop: two (B, n_head, capacity, head_dim),
+        and what KVCache.reserve gives."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
         k = self.c_k(x).view(B, T, self.n_head, -1)
@@ -231,8 +231,8 @@ class Attention(nn.Module):
 
         # with a cache: put these keys and values in, take out all so far, or all and a mask
         mask = None
-        if cache is not None:
-            keys, values, places, mask = cache
+        if kv is not None:
+            keys, values, places, mask = kv
             keys[:, :, places] = k
             values[:, :, places] = v
             k, v = keys, values
@@ -260,8 +260,8 @@ class Block(nn.Module):
         self.attn = Attention(config, has_ve)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, ve=None, cache=None):
-        x = x + self.attn(self.norm_1(x), rope, ve, cache)
+    def forward(self, x, rope, ve=None, kv=None):
+        x = x + self.attn(self.norm_1(x), rope, ve, kv)
         # relu(x)^2 / 2, as published; halved here, where it costs nothing
         return torch.add(x, self.mlp(self.norm_2(x)), alpha=0.5)
 
@@ -394,11 +394,15 @@ class KVCache:
         if self.places is not None:
             everywhere = torch.arange(self.capacity, device=self.places.device)
             return self.places, everywhere <= self.places[:, None]
-        stop = self.pos + T
+        return self.take(T), None
+
+    def take(self, T):
+        """The places of the next T tokens, a slice: from now on they are held."""
+        start, stop = self.pos, self.pos + T
         if stop > self.capacity:
             raise UserError(f"{stop} tokens do not fit a cache of {self.capacity}")
-        start, self.pos = self.pos, stop
-        return slice(start, stop), None
+        self.pos = stop
+        return slice(start, stop)
 
     def pair_of(self, layer, t=0):
         """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""

@@ -86,9 +86,9 @@ class Parcae(nn.Module):
     """See the head of this file. `compute_dtype` is the dtype of the activations; with None it is
     that of the weights.
 
-    `model(idx, ...)` is for training: each row has a depth of its own. `hidden`, `step` and
-    `advance` run all rows equally deep, with a KV cache, to generate. `states` stops after each
-    loop, to look at it. All are made of begin, recurrent_pass and readout."""
+    `model(idx, ...)` is for training: each row has a depth of its own. `hidden` and `advance` run
+    all rows equally deep, with a KV cache, to generate. `states` stops after each loop, to look at
+    it. All are made of begin, recurrent_pass and readout."""
 
     compute_dtype = None
 
@@ -159,7 +159,7 @@ class Parcae(nn.Module):
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None):
         """Logits (B, T, vocab_size) float32 and the mean loss in nats per token (None without
-        targets). In train mode the loss of a large batch is computed without the logits: None.
+        targets). In train mode with more than CHUNK targets the logits are None, see HeadLoss.
 
         idx, targets: (B, T) int64; targets of -100 are ignored.
         recurrence: loops for every sequence; depths: (B,) int64, loops for each; neither: drawn in
@@ -218,13 +218,9 @@ class Parcae(nn.Module):
             h = self.recurrent_pass(h, u, tokens, cache, t)
         return self.readout(h, tokens, cache)
 
-    def step(self, idx, recurrence, cache):
-        """Logits (B, T, vocab_size) float32 after more tokens idx (B, T) of a cache's sequences."""
-        return self.advance(idx, cache, 0, recurrence)[0]
-
     def advance(self, idx, cache, start, stop, h=None, u=None):
-        """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits as of
-        step, and the state h and u, both (B, T, C).
+        """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits
+        (B, T, vocab_size) float32, and the state h and u, both (B, T, C).
 
         A later call for the same tokens takes up h and u from `stop` on (draft.py). What
         compile_decoding compiles."""
@@ -251,8 +247,8 @@ class Parcae(nn.Module):
     def run(self, layers, first, x, tokens, cache, t=0):
         """x (B, T, C) after some layers, of which the first has the number `first`, in loop t."""
         for i, block in enumerate(layers, first):
-            pair = None if cache is None else (*cache.pair_of(i, t), tokens.places, tokens.mask)
-            x = block(x, tokens.rope, tokens.value_embeds.get(i), pair)
+            kv = None if cache is None else (*cache.pair_of(i, t), tokens.places, tokens.mask)
+            x = block(x, tokens.rope, tokens.value_embeds.get(i), kv)
         return x
 
     def begin(self, idx, cache=None):

@@ -78,7 +78,7 @@ class Recorder:
         if key not in self.recordings:
             self.recordings[key] = Recording(self.advance, cache, start, stop, idx, h, u)
         position = cache.pos
-        cache.reserve(idx.shape[1])
+        cache.take(idx.shape[1])
         return self.recordings[key].replay(position, idx, h, u)
 
 

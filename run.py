@@ -6,8 +6,8 @@
     out/<name>/tokenizer.json
 
 One process at a time writes there. Files appear whole, and a run that replaces another one lies in
-the folder .new until its first checkpoint: then it is moved in, which the next train.py there ends
-where it was killed in between.
+the folder .new until its first checkpoint: then it is moved in. If that is interrupted, the next
+train.py there finishes it.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,8 +97,19 @@ def clear_up(path):
         new.rmdir()
 
 
+def finish_replacing(path):
+    """Move in what a killed process had begun to, before anything there is read."""
+    last = Path(path) / ".new" / "ckpt.pt"
+    if last.exists() and rank() == 0:
+        with lock(path):
+            clear_up(path)
+    while last.exists():  # other ranks wait for the first
+        time.sleep(0.1)
+
+
 def move_in(new):
     """Move the files of a run to where the one lies that it replaces."""
+    (new.parent / "eval.json").unlink(missing_ok=True)  # evaluate.py's, of the run replaced
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.replace(new / name, new.parent / name)
@@ -107,8 +119,6 @@ def move_in(new):
 
 def describe(args, model):
     """What config.json holds: every setting, and what else the numbers of a run depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
     device, dtype = model.wte.weight.device, model.compute_dtype
     cost = {}
     for accounting in ("exact", "paper"):
@@ -129,9 +139,17 @@ def describe(args, model):
             "ranks": world(),
             "threads": torch.get_num_threads(),
             "peak_flops": matmul_peak(device, dtype) * world(),
-            "git": git.stdout.strip() or None,
+            "git": git_revision(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
+
+
+def git_revision():
+    """The commit of this code; None where there is none, or no git."""
+    with contextlib.suppress(OSError):
+        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
+        return said.stdout.strip() or None
 
 
 class Run:

@@ -123,17 +123,17 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     model.eval()
     try:
         for _ in range(n):
-            if idx.shape[1] > capacity:  # the window slides: no cache
-                logits, _ = model(idx[:, -capacity:], recurrence=recurrence)
-            elif cache.pos == 0:  # prefill: the prompt, all at once
-                logits = model.lm_head(model.hidden(idx, recurrence, cache)[:, -1:]).float()
+            slides = idx.shape[1] > capacity  # the window: no cache
+            if slides or cache.pos == 0:  # or the prompt: all tokens at once
+                x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
+                logits = model.lm_head(x[:, -1:]).float()
             elif exit_threshold is not None:
                 new = idx[:, cache.pos:]
                 logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
                 if loops_used is not None:
                     loops_used.append(loops)
             else:  # one more token
-                logits = model.step(idx[:, cache.pos:], recurrence, cache)
+                logits, _, _ = model.advance(idx[:, cache.pos:], cache, 0, recurrence)
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)
             yield token
@@ -416,9 +416,9 @@ def main():
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run)
-    # token by token bfloat16 is no faster for small models on a CPU
-    exact = args.trace or device.type == "cpu" and args.dtype == "auto"
-    dtype = torch.float32 if exact else pick_dtype(device, args.dtype)
+    dtype = pick_dtype(device, args.dtype)
+    if args.trace or (device.type == "cpu" and args.dtype == "auto"):
+        dtype = torch.float32  # token by token bfloat16 is no faster for small models on a CPU
     cast(model, device, dtype)
     speed_up(model, args.compile)
 

@@ -23,6 +23,7 @@ from common import (
     some_path,
 )
 from model import INJECTIONS, PRESETS, ParcaeConfig
+from run import finish_replacing
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
@@ -98,7 +99,8 @@ def make_parser(about):
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the activations (default: bfloat16 where the machine multiplies it faster)")
-    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the layers (default: no)")
     add_model_flags(parser)
     return parser
 
@@ -114,7 +116,7 @@ def add_model_flags(parser):
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
         flag = "--" + field.name.replace("_", "-")
         value = getattr(default, field.name) if field.default is not None else None
-        about = f"{comments[field.name]} (default: {value})"
+        about = f"{comments.get(field.name, '')} (default: {value})"
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         elif field.type is str:
@@ -130,6 +132,7 @@ def parse_args(about, words=None):
     parser = make_parser(about)
     args = parser.parse_args(words)
     if args.resume:
+        finish_replacing(args.out)
         saved, model = stored_settings(parser, Path(args.out) / "config.json")
         known = argparse.Namespace(**vars(saved) | {"out": args.out})
         args = parser.parse_args(words, namespace=known)
@@ -151,7 +154,7 @@ def stored_settings(parser, file):
     for name, value in config["settings"].items():
         flag = "--" + name.replace("_", "-")
         default = parser.get_default(name)
-        if name == "out" or value is None or value is False and default is False:
+        if name == "out" or value is None:
             continue
         if value is True:
             words.append(flag)
@@ -176,7 +179,7 @@ def check_unchanged(saved, args, model):
     fixed = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
     for name in ("preset", "init_from", "seed", "accounting", *fixed):
         before, now = getattr(saved, name), getattr(args, name)
-        if now not in (before, model.get(name)):
+        if now not in (before, model.get(name)):  # its preset's value may be named as a flag
             was = "not given" if before is None else before
             raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")

@@ -40,7 +40,7 @@ from common import (
     read_json,
     run_script,
 )
-from data import EVAL_SEED, Loader, other_text, prepare
+from data import EVAL_SEED, EVAL_TOKENS, Loader, other_text, prepare
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
 from run import Run, check_free, clear_up, describe, held, rank, world
@@ -120,7 +120,11 @@ def config_of(args, tokenizer):
         return changed(read_config(args.out), given), None
     if args.init_from:
         start = read_start(args.init_from, tokenizer, args.data)
-        return changed(start.config, given), start.state_dict()
+        config = changed(start.config, given)
+        if config.tie_embeddings and not start.config.tie_embeddings:
+            raise UserError(f"--tie-embeddings: the head and the embedding of --init-from "
+                            f"{args.init_from} differ, one would be lost")
+        return config, start.state_dict()
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
     return ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size}), None
 
@@ -258,6 +262,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     device = model.wte.weight.device
     looped = model.config.n_recurrent > 0
     recurrence = recurrence if looped else [1]
+    batch_size = max(1, min(batch_size, EVAL_TOKENS // model.config.block_size))
     mine = range(rank(), max(world(), min(sequences, len(loader))), world())  # one at least
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
     read = torch.zeros((), device=device)
@@ -390,15 +395,17 @@ def train(s):
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
             stop = asked_to_stop(received, device)
-            # 5. now and then evaluate and save, but never over a good checkpoint
+            # 5. now and then save and evaluate, but never over a good checkpoint
             due = state["step"] % args.eval_every == 0 and spent(args, state) < 1
             if due and not skipped:
-                evaluate_and_save(s, loss)
+                save_and_evaluate(s, loss)
         bar.close()
-        if not skipped:
+        # a last step may be skipped by bad luck, and the model be good all the same
+        failed = skipped == MAX_SKIPPED or skipped > 0 and not loss_is_finite(s)
+        if not failed:
             run.save()  # a second signal does not interrupt it
 
-    if skipped and not stop:
+    if failed and not stop:
         checkpoint = f"{run.path / 'ckpt.pt'} is good, of step {run.saved}"
         good = "no checkpoint was saved" if run.saved is None else checkpoint
         raise UserError(f"loss or gradient was not finite {skipped} steps in a row, at step "
@@ -407,12 +414,19 @@ def train(s):
     return not stop
 
 
-def evaluate_and_save(s, train_loss):
-    """An evaluation on the way, at the mean recurrence, and a checkpoint."""
+def loss_is_finite(s):
+    """Whether the model still predicts, on a few val sequences."""
+    mean = s.model.config.mean_recurrence
+    values = evaluate(s.model, s.val_loader, s.micro, s.micro, [mean])
+    return all(map(math.isfinite, values["val_loss"].values()))
+
+
+def save_and_evaluate(s, train_loss):
+    """A checkpoint on the way, and an evaluation at the mean recurrence."""
     state, mean = s.run.state, s.model.config.mean_recurrence
+    s.run.save()
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
-    s.run.save()
     if rank() == 0:
         (loops, val_loss), = values["val_loss"].items()
         rate = state["tokens"] / state["seconds"]

@@ -67,6 +67,11 @@ def test_exit_thresholds(run):
     assert saved["exit"][0]["val_loss"] != saved["exit"][1]["val_loss"]
 
 
+def test_a_loss_that_is_off_the_scale_has_a_perplexity_all_the_same():
+    row = evaluate.row_of(1, [9000.0, 9100.0], [10, 10], 20)
+    assert row["val_loss"] == 905 and math.isfinite(row["perplexity"])
+
+
 def test_the_standard_error_is_the_spread_of_repeated_samples():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(50, 150, (2000, 20), generator=generator).double()

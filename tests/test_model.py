@@ -276,7 +276,7 @@ def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     cache = KVCache(model.config, len(tokens), 16, 3, tokens.device, dtype)
     with torch.no_grad():
         pieces = [
-            model.step(tokens[:, a:b], 3, cache)
+            model.advance(tokens[:, a:b], cache, 0, 3)[0]
             for a, b in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16))
         ]
     torch.testing.assert_close(
@@ -383,7 +383,7 @@ def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs
     assert last.shape == (6, 2, 16, 16)
     assert (first.data_ptr() == last.data_ptr()) == (kind == "shared")
     with pytest.raises(UserError, match="20 tokens do not fit a cache of 16"):
-        cache.reserve(20)
+        cache.take(20)
     assert cache.pos == 0
     if kind == "per-loop":  # a sixth loop would overwrite another's
         with pytest.raises(IndexError):
@@ -404,6 +404,6 @@ def test_a_loop_can_be_left_at_any_time(build, tokens):
         if loops == 2:
             model.readout(*state, caches[0])
             break
-    model.step(tokens[:, :9], 2, caches[1])
-    a, b = (model.step(tokens[:, 9:], 2, cache) for cache in caches)
+    model.advance(tokens[:, :9], caches[1], 0, 2)[0]
+    a, b = (model.advance(tokens[:, 9:], cache, 0, 2)[0] for cache in caches)
     torch.testing.assert_close(a, b)

@@ -39,7 +39,9 @@ def test_logits_are_those_of_every_place(build, tokens, dtype):
     cache = model.new_cache(len(tokens), 24, 3)  # more than is ever written
     model.advance = Recorder(model.advance)
     with torch.no_grad():
-        pieces = [model.step(tokens[:, a:b], 3, cache) for a, b in ((0, 5), (5, 6), (6, 16))]
+        pieces = [
+            model.advance(tokens[:, a:b], cache, 0, 3)[0] for a, b in ((0, 5), (5, 6), (6, 16))
+        ]
     close = 1e-5 if dtype == torch.float32 else 0.15
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=close, rtol=1e-4)
 
@@ -62,9 +64,9 @@ def test_a_full_cache_is_refused(build, tokens):
         cache.pos = 0
         model.advance = advance
         with torch.no_grad():
-            model.step(tokens[:, :8], 2, cache)
+            model.advance(tokens[:, :8], cache, 0, 2)[0]
             with pytest.raises(UserError, match="9 tokens do not fit a cache of 8"):
-                model.step(tokens[:, :1], 2, cache)
+                model.advance(tokens[:, :1], cache, 0, 2)[0]
     with pytest.raises(UserError, match="40 tokens do not fit block_size 32"):
         model.new_cache(1, 40, 2)
 

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, script
 
 import run as run_module
+import settings
 import train as train_module
 from data import open_shard, prepare
 from model import Parcae
@@ -317,6 +318,23 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     run = train("n", "--resume", "--max-steps", 30, code=2, tiny=[])
     assert "not finite 10 steps in a row, at step 12" in run.stderr
     assert log(train.out / "n")[-1]["skipped"] == 10
+    run = train("n", "--max-steps", 3, "--adamw-lr", 1e30, "--muon-lr", 1e30, "--overwrite", code=2)
+    assert "not finite 2 steps in a row" in run.stderr and "no checkpoint was saved" in run.stderr
+
+
+def test_a_last_step_that_is_not_finite_costs_no_other(train, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def clip_grad_norm_(*args):
+        norms.append(clip(*args) * (torch.nan if len(norms) == 2 else 1))
+        return norms[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+    train("s", "--max-steps", 3)
+    last = log(train.out / "s")[-1]
+    assert (last["step"], last["skipped"]) == (3, 1)
+    checkpoint = torch.load(train.out / "s" / "ckpt.pt", weights_only=True)
+    assert checkpoint["state"]["step"] == 3
 
 
 def test_training_starts_from_another_model(train, tmp_path):
@@ -506,16 +524,64 @@ def test_config_says_what_is_in_force_and_the_model_cannot_change(train):
 
 def test_a_kill_while_a_run_is_moved_in_leaves_the_rest_to_the_next(train):
     train("o", "--max-steps", 1)
-    train("p", "--max-steps", 2, "--muon-lr", 1e-3)
-    (train.out / "o" / ".new").mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(train.out / "p" / name, train.out / "o" / name)
-    for name in ("log.jsonl", "ckpt.pt"):
-        shutil.copy(train.out / "p" / name, train.out / "o" / ".new" / name)
-    train("o", "--resume", "--max-steps", 3, tiny=[])
+    train("p", "--max-steps", 2, "--muon-lr", 1e-3, "--seed", 3)
+    for moved in range(4):
+        shutil.copytree(train.out / "o", train.out / f"{moved}")
+        (train.out / f"{moved}" / ".new").mkdir()
+        for i, name in enumerate(FILES):
+            place = train.out / f"{moved}" / ("" if i < moved else ".new")
+            shutil.copy(train.out / "p" / name, place / name)
     train("p", "--resume", "--max-steps", 3, tiny=[])
-    assert losses(train.out / "o") == losses(train.out / "p")
-    assert not (train.out / "o" / ".new").exists()
+    for moved in range(4):
+        train(f"{moved}", "--resume", "--max-steps", 3, tiny=[])
+        assert losses(train.out / f"{moved}") == losses(train.out / "p")
+        config = json.loads((train.out / f"{moved}" / "config.json").read_text())
+        assert config["settings"]["seed"] == 3
+        assert not (train.out / f"{moved}" / ".new").exists()
+
+
+def test_an_evaluation_does_not_outlive_its_run(train):
+    train("o", "--max-steps", 1)
+    (train.out / "o" / "eval.json").write_text("{}")
+    train("o", "--resume", "--max-steps", 2, tiny=[])
+    assert (train.out / "o" / "eval.json").exists()
+    train("o", "--max-steps", 1, "--overwrite")
+    assert not (train.out / "o" / "eval.json").exists()
+
+
+def test_an_untied_head_is_not_tied_unnoticed(train):
+    train("u", "--no-tie-embeddings", "--max-steps", 1)
+    tied = "--init-from", train.out / "u", "--tie-embeddings", "--max-steps", 1
+    assert "one would be lost" in train("v", *tied, code=2, tiny=TINY[4:]).stderr
+    train("w", "--init-from", train.out / "u", "--max-steps", 1, tiny=TINY[4:])
+
+
+def test_a_run_needs_no_git(train, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    train("g", "--max-steps", 1)
+    assert json.loads((train.out / "g" / "config.json").read_text())["git"] is None
+
+
+def test_a_run_that_was_compiled_goes_on_without(train):
+    train("c", "--max-steps", 1)
+    file = train.out / "c" / "config.json"
+    config = json.loads(file.read_text())
+    config["settings"]["compile"] = True
+    file.write_text(json.dumps(config))
+    words = ["--resume", "--out", str(train.out / "c")]
+    assert settings.parse_args("", words).compile
+    assert not settings.parse_args("", [*words, "--no-compile"]).compile
+
+
+def test_a_checkpoint_is_written_before_it_is_evaluated(train, monkeypatch):
+    def states(*args, **options):
+        raise MemoryError("allocation failed")
+
+    monkeypatch.setattr(Parcae, "states", states)
+    run = train("m", "--max-steps", 9, "--eval-every", 4, code=2)
+    assert "not enough memory" in run.stderr
+    checkpoint = torch.load(train.out / "m" / "ckpt.pt", weights_only=True)
+    assert checkpoint["state"]["step"] == 4
 
 
 def test_a_kill_before_the_first_checkpoint_is_in_nobodys_way(train):
