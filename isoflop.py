@@ -80,25 +80,28 @@ def noise_of(budgets):
     seeds are few and parabolas leave more degrees of freedom.
 
     None where there is neither, or no noise at all."""
-    by_seeds, by_parabolas = [0.0, 0], [0.0, 0]  # sums of squares, degrees of freedom
-    for budget in budgets:
-        for seeds in budget.cells.values():
-            values = np.array(list(seeds.values()))
-            by_seeds[0] += ((values - values.mean()) ** 2).sum()
-            by_seeds[1] += len(values) - 1
-        left, freedom = left_over(budget, *bottom(budget, budget.log_loss)[1:])
-        by_parabolas[0] += left
-        by_parabolas[1] += freedom
-    enough = by_seeds[1] >= min(ENOUGH_SEEDS, max(1, by_parabolas[1]))
-    source, (squares, freedom) = ("seeds", by_seeds) if enough else ("parabolas", by_parabolas)
+    sums = {}  # source: (squares, degrees of freedom)
+    for source, left in (("seeds", left_by_seeds), ("parabolas", left_by_parabola)):
+        sums[source] = np.sum([(0, 0), *map(left, budgets)], axis=0)
+    few = sums["seeds"][1] < min(ENOUGH_SEEDS, max(1, sums["parabolas"][1]))
+    source = "parabolas" if few else "seeds"
+    squares, freedom = sums[source]
     if not squares:
         return None
-    return {"sd": math.sqrt(squares / freedom), "freedom": freedom, "source": source}
+    return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
 
 
-def left_over(budget, parabola, near):
-    """(squares that a parabola leaves over, in units of the noise of a single run, degrees of
+def left_by_seeds(budget):
+    """(squares that seeds leave over around the means of their cells, degrees of freedom)."""
+    cells = [np.array(list(seeds.values())) for seeds in budget.cells.values()]
+    squares = sum(((cell - cell.mean()) ** 2).sum() for cell in cells)
+    return squares, sum(map(len, cells)) - len(cells)
+
+
+def left_by_parabola(budget):
+    """(squares that the parabola leaves over, in units of the noise of a single run, degrees of
     freedom)."""
+    _, parabola, near = bottom(budget, budget.log_loss)
     if len(near) <= 3:
         return 0.0, 0
     left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
@@ -109,7 +112,7 @@ def lack_of_fit(squares, freedom, noise, seed=0):
     """How often chance alone, the noise of seeds, leaves so much over of means of runs: the tail of
     an F-test, by draws (numpy has no F distribution but those). Small: the fitted form is wrong.
 
-    squares, freedom: see left_over. None where there is nothing to test."""
+    squares, freedom: as of left_by_parabola. None where there is nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(seed).f(freedom, noise["freedom"], 20_000)
@@ -154,7 +157,7 @@ def optimum_of(budget, samples, cost, noise):
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
-        optimum["lack_of_fit"] = lack_of_fit(*left_over(budget, parabola, near), noise)
+        optimum["lack_of_fit"] = lack_of_fit(*left_by_parabola(budget), noise)
     if len(samples):
         ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # it holds its own point

@@ -230,7 +230,7 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
 
 def left_by_law(table):
     """(squares that the training law leaves over of mean log losses, degrees of freedom): see
-    isoflop.left_over."""
+    isoflop.left_by_parabola."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
         cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": budget.flops / cost}

@@ -6,12 +6,11 @@ import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
 from isoflop import (
-    bottom,
     budgets_of,
     gains,
     isoflop,
     lack_of_fit,
-    left_over,
+    left_by_parabola,
     line_through,
     noise_of,
 )
@@ -94,8 +93,7 @@ def test_what_is_no_parabola_shows_against_the_noise():
     for loss, most in ((wedge, 0.001), (parabolic, 1)):
         rows = sweep(loss, 0.001, seeds=3, recurrences=(1, 2, 4, 8, 16))
         budget = budgets_of(rows)[2]
-        _, parabola, near = bottom(budget, budget.log_loss)
-        chance = lack_of_fit(*left_over(budget, parabola, near), noise_of([budget]))
+        chance = lack_of_fit(*left_by_parabola(budget), noise_of([budget]))
         assert chance <= most and (most < 1 or chance > 0.01)
 
 
