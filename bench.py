@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -322,7 +323,8 @@ def draw(config, path):
     """The picture of inference memory against tokens in the cache."""
     double, loops = contenders(config)["plain, twice the parameters"], config.mean_recurrence
     even = break_even(config)
-    tokens = [10 ** (i / 20) * (even or 1e5) / 100 for i in range(81)]
+    middle = even or 1e5
+    tokens = np.geomspace(middle / 100, 100 * middle, 81).tolist()
     cases = [(f"looped, T = {loops}", config, loops, "k-"),
              (f"looped, T = {loops}, shared cache", config, 1, "k:"),
              (f"plain, twice the parameters ({double.n_layer} layers)", double, 1, "k--")]

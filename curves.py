@@ -13,7 +13,6 @@ With --watch, look at the picture in a viewer that follows its file (an editor's
 feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from common import (
     number,
     patient,
     read_json,
+    read_json_lines,
     run_script,
     some_path,
 )
@@ -50,9 +50,10 @@ def read_run(path):
     file = folder / "log.jsonl"
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
-    whole = file.read_text(errors="replace").split("\n")[:-1]  # the rest is just being written
+    lines, bad = read_json_lines(file)
     try:
-        lines = [json.loads(line) for line in whole]
+        if bad > 1 and not lines:  # one may be just being written
+            raise ValueError
         steps = [line for line in lines if line["kind"] == "train"]
         run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
         run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
@@ -64,7 +65,7 @@ def read_run(path):
         run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
-    return run | {"label": path.resolve().name}
+    return run | {"label": path.resolve().name.lstrip("_")}  # matplotlib hides what begins with _
 
 
 def evaluation(line):

@@ -53,8 +53,7 @@ EVAL_TOKENS = 8192  # read at once in an evaluation, which holds all their logit
 def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number
     of tokens."""
-    small, large = FORMATS
-    writer = ShardWriter(directory, split, small if tokenizer.n_vocab <= 2 ** 16 else large)
+    writer = ShardWriter(directory, split, tokenizer.n_vocab)
     with tqdm(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char", unit_scale=True,
               leave=False) as bar:
         for doc in docs:
@@ -68,9 +67,11 @@ def write_shards(directory, split, docs, tokenizer):
 class ShardWriter:
     """Writes tokens to {split}_000000.bin, ... as they come."""
 
-    def __init__(self, directory, split, magic):
-        self.directory, self.split, self.magic = directory, split, magic
-        self.version, self.dtype = FORMATS[magic]
+    def __init__(self, directory, split, n_vocab):
+        self.directory, self.split = directory, split
+        small, large = FORMATS
+        self.magic = small if n_vocab <= 2 ** 16 else large
+        self.version, self.dtype = FORMATS[self.magic]
         self.file, self.shards, self.total = None, 0, 0
 
     def write(self, tokens):
@@ -123,7 +124,8 @@ class Loader:
 
     Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
     share the work by asking for different ones. Within an epoch every window comes once, in random
-    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
+    order; each epoch cuts the shards at other places. (What remains of a shard after as many
+    windows as fit, less than one, is never read.) Raises UserError on missing or bad shards."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
@@ -193,7 +195,9 @@ def other_text(directory):
     """A sentence that says so where a data directory has bytes of another standard library than
     the tables in results/; or ""."""
     saved = read_json(Path(directory) / "tokenizer.json")
-    text = saved.get("text") or {"source": Path(directory).name}
+    text = saved.get("text")
+    if not isinstance(text, dict):
+        text = {"source": Path(directory).name}
     stdlib_bytes = saved.get("name") == "bytes" and text.get("source") == "stdlib"
     if not stdlib_bytes or text.get("sha256") == STDLIB_SHA256:
         return ""
@@ -228,6 +232,8 @@ def check_replaceable(directory):
         if not ours:
             raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: "
                             "choose another directory")
+    if (directory / "tokenizer.json").exists() and not any(directory.glob("*.bin")):
+        raise UserError(f"--out {directory} holds a tokenizer alone: choose another directory")
 
 
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a dataset on the Hugging Face hub, already in shards

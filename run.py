@@ -109,7 +109,8 @@ def finish_replacing(path):
 
 def move_in(new):
     """Move the files of a run to where the one lies that it replaces."""
-    (new.parent / "eval.json").unlink(missing_ok=True)  # evaluate.py's, of the run replaced
+    for name in ("eval.json", "core.json"):  # what was measured of the run that is replaced
+        (new.parent / name).unlink(missing_ok=True)
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.replace(new / name, new.parent / name)

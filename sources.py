@@ -90,6 +90,8 @@ def text_docs(files):
     """(train, val) lists of texts: of each file the first nine tenths and the last."""
     train, val = [], []
     for file in files:
+        if Path(file).exists() and not Path(file).is_file():
+            raise UserError(f"{file} is no file: it is read twice, as a pipe cannot be")
         try:
             size = sum(map(len, read_text(file)))
         except OSError as error:

@@ -17,7 +17,7 @@ import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
-from common import UserError, nothing_to_run, write_text
+from common import UserError, nothing_to_run, read_json, write_text
 
 EOT = "<|endoftext|>"
 BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it
@@ -53,8 +53,9 @@ CUT = regex.compile(r"(?r)(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L})")
 
 
 def pieces(text):
-    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters that
-    have the tokens of the whole. A text with no place to cut for so long is cut anywhere."""
+    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters. They
+    have the tokens of the whole where a tokenizer's words end before a space, as GPT's do. A text
+    with no place to cut for so long is cut anywhere."""
     parts = text
     if isinstance(text, str):
         parts = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
@@ -75,9 +76,12 @@ def encode(tokenizer, text, bar=None):
     Raises UserError."""
     for piece in pieces(text):
         try:
-            yield tokenizer.encode_to_numpy(piece, disallowed_special=())
-        except Exception as error:
+            tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in tiktoken is no Exception
             raise UserError(f"the tokenizer {tokenizer.name} fails on this text: {error}") from None
+        yield tokens
         if bar is not None:
             bar.update(len(piece))
 
@@ -187,7 +191,7 @@ def load_tokenizer(directory):
     """The tiktoken.Encoding of a data or run directory. Raises UserError."""
     path = Path(directory) / "tokenizer.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         if "model" in saved:
             raise UserError("this is Hugging Face's format; make it ours with: "
                             f"python published.py tokenizer {directory} --out DIR")
@@ -196,10 +200,9 @@ def load_tokenizer(directory):
         ids = saved.get("ids", range(len(saved["tokens"])))
         ranks = {base64.b64decode(token): i for token, i in zip(saved["tokens"], ids)}
         return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        said = str(error)
+        raise UserError(said if said.startswith(str(path)) else f"{path}: {said}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
 

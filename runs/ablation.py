@@ -1,8 +1,8 @@
 """What of the recipe matters? The table of runs/ablation.sh.
 
-    python -m runs.ablation out/ablation/*
+    python -m runs.ablation out/ablation out    of these runs: OUT/ablation.csv
 
-Runs are named VARIANT-SEED. Writes results/ablation.csv.
+Runs are named VARIANT-SEED.
 """
 
 from pathlib import Path
@@ -48,12 +48,16 @@ def print_table(rows):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
-    rows = [row for row in map(read_row, args.runs) if row]
+    paths = sorted(args.folder.iterdir()) if args.folder.is_dir() else []
+    rows = [row for row in map(read_row, paths) if row]
     if not rows:
-        raise UserError("none of these runs is finished")
-    write_csv("results/ablation.csv", rows, rows[0])
+        raise UserError(f"{args.folder} holds no finished run")
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise UserError("these runs were not all evaluated at the same numbers of loops")
+    write_csv(args.out / "ablation.csv", rows, rows[0])
     print_table(rows)
 
 

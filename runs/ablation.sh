@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Table 4 of the paper and the truncation of the gradient, small: one thing of a looped model
 # changed at a time. Twenty-five minutes on two cores, two runs at a time.
+# What comes out goes to out/; RESULTS=results replaces what is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -14,4 +15,4 @@ for seed in ${SEEDS:-0 1}; do
 done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile \
     --n-embd 32 --block-size 128 --batch-size 32 --max-steps 3000 \
     --muon-lr 3e-2 --adamw-lr 3e-2 --eval-every 1000 --eval-sequences 128
-python -m runs.ablation out/ablation/*
+python -m runs.ablation out/ablation "${RESULTS:-out}"

@@ -1,7 +1,7 @@
 """How much faster is drafting, compiling, weights of 8 bits, stopping early? Decoding of a trained
 run, every way in turns; on a GPU all but stopping early is replayed, see recording.py.
 
-    python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes results/draft.csv
+    python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes out/draft.csv
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
     python -m runs.draft --dtype float32 int8 --exit 0.03         also the ways that are not exact
 
@@ -62,7 +62,10 @@ def ways_of(args):
 @cache
 def load(run, device, dtype, compiled=False, recorded=True):
     """The model of a run for one way of decoding."""
-    model = cast(Parcae.from_pretrained(run), device, getattr(torch, dtype))
+    model = Parcae.from_pretrained(run)
+    if not model.config.n_recurrent:
+        raise UserError(f"{run} is a plain transformer: it has no fewer loops to draft with")
+    cast(model, device, getattr(torch, dtype))
     speed_up(model, compiled, recorded)
     return model
 
@@ -135,7 +138,7 @@ def main():
     add("--tokens", type=COUNT, default=100, metavar="N",
         help="new tokens for each of four prompts (default: %(default)s)")
     add("--rounds", type=COUNT, default=5, metavar="N", help="(default: %(default)s)")
-    add("--out", type=new_file, default="results/draft.csv", metavar="FILE",
+    add("--out", type=new_file, default="out/draft.csv", metavar="FILE",
         help="the table (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
         help="of the weights, see sample.py (default: float32)")

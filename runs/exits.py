@@ -1,6 +1,6 @@
 """What does a token that may stop early cost, by each exit rule? A table and a picture.
 
-    python -m runs.exits --run out/default --most 8      some minutes; results/exits.csv, exits.png
+    python -m runs.exits --run out/default --most 8      some minutes; out/exits.csv, exits.png
 
 Each token's loop ends when the number of a rule (sample.py, EXIT_RULES) falls below a threshold.
 Beside them: the same number of loops for every token. All read the same sequences, so that what a
@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import figures
-from common import LOOPS, Parser, UserError, run_script, some_path
+from common import Parser, UserError, number, run_script, some_path
 from evaluate import add_text_flags, bits_per_byte, early_exit, open_text, token_losses
 from model import Parcae
 from tables import write_csv
@@ -58,9 +58,9 @@ def parse_args():
     add("--run", type=some_path, default="out/default", metavar="DIR",
         help="run directory of train.py, of a looped model (default: %(default)s)")
     add_text_flags(add, 64)
-    add("--most", type=LOOPS, default=8, metavar="T",
+    add("--most", type=number(int, 2, 65536), default=8, metavar="T",
         help="loops that no token may exceed (default: %(default)s)")
-    add("--out", type=Path, default="results", metavar="DIR",
+    add("--out", type=Path, default="out", metavar="DIR",
         help="where exits.csv and exits.png go (default: %(default)s)")
     return parser.parse_args()
 
@@ -71,10 +71,11 @@ def main():
     model, tokenizer = Parcae.from_pretrained(args.run), load_tokenizer(args.run)
     if not model.config.n_recurrent:
         raise UserError(f"{args.run} is a plain transformer: it has no loop to leave")
-    if args.sequences < 2:
-        raise UserError("--sequences is 1, must be at least 2: one has no standard error")
     name, batches = open_text(args, model, tokenizer)
     windows = list(batches(1))
+    if len(windows) < 2:
+        raise UserError(f"{name} gives {len(windows)} sequence, must be at least 2: one has no "
+                        "standard error")
     rows = measure(model, windows, tokenizer, args.most)
     tokens = sum(targets.numel() for _, targets in windows)
     print(f"{args.run} on {tokens:,} tokens of {name}, at most {args.most} loops")

@@ -67,7 +67,7 @@ def parse_args():
     add_text_flags(add, 16)
     add("--loops", type=COUNT, default=32, metavar="T",
         help="loops to show (default: %(default)s)")
-    add("--out", type=Path, default="results", metavar="DIR",
+    add("--out", type=Path, default="out", metavar="DIR",
         help="directory for the pictures (default: %(default)s)")
     return parser.parse_args()
 

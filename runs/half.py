@@ -78,7 +78,9 @@ def read_row(path):
     with torch.device("meta"):  # only its cost is asked for
         model = Parcae(ParcaeConfig(**config["model"]))
     T = model.config.mean_recurrence if model.config.n_recurrent else 1
-    loss = done["val_loss"][str(T)]
+    loss = done["val_loss"].get(str(T))
+    if loss is None:
+        raise UserError(f"{path} was not evaluated at its own mean of {T} loops")
     return {
         "model": name, "rate": rate, "seed": seed,
         "parameters": config["parameters"],
@@ -214,7 +216,7 @@ def collect(args, name, read_row, columns):
 
 def main():
     args = parse_args(__doc__)
-    name = args.source.stem
+    name = args.source.name.removesuffix(".csv")
     rows = collect(args, f"{name}.csv", read_row, COLUMNS)
     runs = at_best_rate(rows)
     print_table(runs)

@@ -11,6 +11,7 @@
 #                                        4.1M tokens: 80 minutes of one core
 #   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
 #                                        20M tokens, minutes on a GPU (there with JOBS=14)
+# What comes out goes to out/; RESULTS=results replaces what is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -63,4 +64,4 @@ run() {  # model rate seed
     done
 } | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --no-value-embeds \
     --eval-every 1000 --eval-sequences 236
-python -m runs.half $out results
+python -m runs.half $out "${RESULTS:-out}"

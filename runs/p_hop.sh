@@ -3,6 +3,7 @@
 # times, on average; the same layer run once for as many tokens, and for as many FLOPs as the first
 # one; eight layers. A quarter of an hour on two cores for one seed; SEEDS="0 1 2" for the published
 # table.
+# What comes out goes to out/; RESULTS=results replaces what is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -19,4 +20,4 @@ for seed in ${SEEDS:-0}; do
 done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --data data/p-hop \
     --n-embd 64 --n-head 4 --no-value-embeds --block-size 192 --batch-size 32 \
     --muon-lr 3e-2 --adamw-lr 1e-2 --eval-sequences 64
-python -m runs.p_hop out/p-hop results
+python -m runs.p_hop out/p-hop "${RESULTS:-out}"

@@ -1,6 +1,6 @@
 """The paper by its own numbers: its best recurrences, under its count of FLOPs and the exact one.
 
-    python -m runs.paper      seconds; writes results/paper.csv and results/paper.png
+    python -m runs.paper --out out      seconds; writes OUT/paper.csv and OUT/paper.png
 
 Table 6 of "Parcae" (arXiv 2604.12946) gives the best mean recurrence of a grid at each budget. Its
 FLOPs count value embeddings as matmuls and leave out the tied head (appendix D), so a loop looks
@@ -10,6 +10,7 @@ and X/Y that does is kept, and asked for its optimum under the exact cost.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -144,12 +145,14 @@ def panel_of(name, rows):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--out", type=Path, default="out", metavar="DIR",
+                        help="directory for the table and the picture (default: %(default)s)")
+    args = parser.parse_args()
     figures.pyplot()  # said before the work where matplotlib is missing
     rows = [row for name in TABLE_6 for row in study(name)]
-    write_csv("results/paper.csv", rows, COLUMNS)
-    figures.paper("results/paper.png", [panel_of(name, rows) for name in TABLE_6])
-    print("wrote results/paper.csv, results/paper.png")
+    write_csv(args.out / "paper.csv", rows, COLUMNS)
+    figures.paper(args.out / "paper.png", [panel_of(name, rows) for name in TABLE_6])
+    print("wrote", args.out / "paper.csv", "and", args.out / "paper.png")
 
 
 if __name__ == "__main__":

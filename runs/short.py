@@ -40,7 +40,7 @@ def make_text(out):
     tokenizer = load_tokenizer(SOURCE)
     train = open_shard(SOURCE / "train_000000.bin")
     with whole_directory(out, data.check_replaceable) as directory:
-        writer = ShardWriter(directory, "train", next(iter(data.FORMATS)))
+        writer = ShardWriter(directory, "train", tokenizer.n_vocab)
         for start in np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int):
             writer.write(train[start:start + PIECE_TOKENS])
         writer.close()

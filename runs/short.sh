@@ -3,6 +3,7 @@
 # by the same layers run once, and by those layers looped in the last third of training only. How
 # low does each get, and after how many passes? Three seeds, near the lowest losses six: some 70
 # minutes of one core; TUNE=1 tries other learning rates for seed 0.
+# What comes out goes to out/; RESULTS=results replaces what is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -30,4 +31,4 @@ both() {  # rate seed passes ...
     fi
 } | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --data data/short \
     --eval-every 512 --eval-sequences 236  # 8 * 236 in the end: all of val
-python -m runs.short out/short results
+python -m runs.short out/short "${RESULTS:-out}"

@@ -22,7 +22,11 @@ def read_logs(folder):
             key = float(rate), rule
         except ValueError:
             raise UserError(f"{path} is not named RULE-RATE, as add-1e-2") from None
-        lines, _ = read_json_lines(path / "log.jsonl")
+        # A run that broke off before its first checkpoint, where it was to replace another.
+        file = path / ".new" / "log.jsonl"
+        if not file.exists():
+            file = path / "log.jsonl"
+        lines, _ = read_json_lines(file)
         if lines:
             runs[key] = lines
     if not runs:
@@ -37,14 +41,14 @@ def value(line, key, T):
 
 def summary(rate, rule, lines):
     """The table's row of a run. Losses are those of finished runs."""
-    done = lines[-1]
-    finished = done["kind"] == "done"
-    final = done if finished else {}
+    end = lines[-1]
+    finished = end["kind"] == "done"
+    final = end if finished else {}
     evaluations = [line for line in lines if line["kind"] in ("eval", "done")]
     last = evaluations[-1] if evaluations else {}
     return {
         "rule": rule, "rate": rate, "finished": finished,
-        "steps": done["step"], "skipped": done["skipped"],
+        "steps": end["step"], "skipped": end["skipped"],
         "val_loss_8": value(final, "val_loss", "8"),
         "val_loss_64": value(final, "val_loss", "64"),
         "state_rms_8": value(last, "state_rms", "8"),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Table 2 of the paper, small: which injection rule survives which learning rate? Six and a half
 # minutes on two cores, two runs at a time.
+# What comes out goes to out/; RESULTS=results replaces what is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -13,4 +14,4 @@ done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite \
     --n-embd 32 --block-size 128 --batch-size 32 --mean-recurrence 8 \
     --max-steps "${STEPS:-250}" --eval-every 20 --eval-sequences 32 \
     --eval-recurrence 1 2 4 8 16 32 64 || true  # those that break off exit with 2
-python -m runs.stability out/stability results
+python -m runs.stability out/stability "${RESULTS:-out}"

@@ -16,7 +16,7 @@ from conftest import ROOT, script
 import data
 import sources
 import tokenizer as tokenizing
-from data import Loader, UserError, open_shard, prepare
+from data import Loader, ShardWriter, UserError, open_shard, prepare
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
@@ -503,3 +503,28 @@ def test_data_tells_of_what_text_it_was_made(tmp_path):
     # as made before texts were told apart
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "stdlib" / "tokenizer.json")
     assert "is another text than that of the tables" in data.other_text(tmp_path / "stdlib")
+
+
+def test_what_cannot_be_read_twice_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    done = script("data.py", "text", tmp_path / "pipe", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "is no file" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_alone_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    save_tokenizer(make_tokenizer("bytes"), tmp_path / "mine" / "tokenizer.json")
+    (tmp_path / "text").write_text("some text " * 40)
+    done = script("data.py", "text", tmp_path / "text", "--out", tmp_path / "mine")
+    assert done.returncode == 2 and "holds a tokenizer alone" in done.stderr
+
+
+def test_large_token_ids_are_kept_by_whoever_writes_them(tmp_path):
+    tokens = np.array([1, 70_000, 65_536])
+    for n_vocab, dtype in ((70_001, np.uint32), (65_536, np.uint16)):
+        writer = ShardWriter(tmp_path, "train", n_vocab)
+        writer.write(tokens[tokens < n_vocab])
+        writer.close()
+        shard = open_shard(tmp_path / "train_000000.bin")
+        assert shard.dtype == dtype and shard.tolist() == tokens[tokens < n_vocab].tolist()

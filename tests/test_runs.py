@@ -206,17 +206,23 @@ def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
     assert (concat["finished"], concat["steps"], concat["val_loss_8"]) == ("False", "33", "nan")
     assert (concat["state_rms_8"], concat["spectral_radius"]) == ("5", "4.5")
     assert "33 (0)  broke off" in table.stdout
+    # A run that was to replace another and broke off before its first checkpoint counts, too.
+    make_run(tmp_path / "new", build(), {"kind": "train", "loss": float("nan"), "step": 12})
+    (tmp_path / "new").rename(tmp_path / "runs" / "add-1e-1" / ".new")
+    assert "12 (0)  broke off" in script("runs/stability.py", tmp_path / "runs", tmp_path).stdout
 
 
 def test_ablation_averages_the_seeds_of_a_variant(build, tmp_path):
-    (tmp_path / "results").mkdir()
     for seed, loss in ((0, 2.0), (1, 2.5)):
         line = {"kind": "done", "val_loss": {"1": 3.0, "4": loss}}
-        make_run(tmp_path / f"per-batch-{seed}", build(), line)
-    done = script("runs/ablation.py", "per-batch-0", "per-batch-1", cwd=tmp_path)
+        make_run(tmp_path / "runs" / f"per-batch-{seed}", build(), line)
+    done = script("runs/ablation.py", tmp_path / "runs", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| per-batch | 3.0000 | 2.2500 | 2.0, 2.5 | 1.23e+09 | 3 s |" in done.stdout
-    assert len(read_csv(tmp_path / "results" / "ablation.csv")) == 2
+    assert len(read_csv(tmp_path / "ablation.csv")) == 2
+    make_run(tmp_path / "runs" / "other-0", build(), {"kind": "done", "val_loss": {"4": 2.0}})
+    done = script("runs/ablation.py", tmp_path / "runs", tmp_path)
+    assert done.returncode == 2 and "the same numbers of loops" in done.stderr
 
 
 @pytest.fixture
@@ -311,7 +317,7 @@ def test_exits_are_measured_beside_fixed_depths(build, tmp_path):
         loops = [float(row["loops"]) for (name, _), row in rows.items() if name == rule]
         assert loops == sorted(loops, reverse=True) and 2 <= loops[-1] <= loops[0] <= 3
     one = script("runs/exits.py", *flags, "--sequences", 1)
-    assert one.returncode == 2 and "--sequences is 1, must be at least 2" in one.stderr
+    assert one.returncode == 2 and "gives 1 sequence, must be at least 2" in one.stderr
     make_run(tmp_path / "plain", build(vocab_size=320, n_recurrent=0, n_prelude=2))
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "plain" / "tokenizer.json")
     plain = script("runs/exits.py", *flags, "--run", tmp_path / "plain")
