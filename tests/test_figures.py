@@ -6,6 +6,7 @@ from conftest import ROOT
 
 import figures
 from common import UserError
+from isoflop import budgets_of
 
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])
@@ -13,14 +14,16 @@ LOSS = np.array([3.0, 2.5, 2.2, 2.1])
 INSIDE = {"flops": 1e12, "inside": True, "fitted_to": [2, 4, 8], "mu_rec": 4.0, "val_loss": 2.1,
           "parabola": [0.1, -0.3, 1.0], "ci": [2.0, 5.0], "tokens": 1e6, "at_most": None}
 EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": [None, None]}
+BUDGETS = budgets_of([{"flops": c, "mu_rec": mu, "tokens": c, "val_loss": loss, "seed": 0}
+                      for c in (1e12, 2e12, 3e12) for mu, loss in zip(X, LOSS)])
 PICTURES = {
     "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
               [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
     "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
     "one_dimension": ([(0.5, "settles", [0, 1, 1.5]), (1.1, "explodes", [0, 1, 2.1])],),
     "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
-    "isoflop": ([(c, {mu: {0: loss} for mu, loss in zip(X, LOSS)}) for c in (1e12, 2e12, 3e12)],
-                [INSIDE, EDGE], "a title"),
+    "isoflop": (BUDGETS, [INSIDE | {"flops": BUDGETS[0].flops},
+                          EDGE | {"flops": BUDGETS[1].flops}], "a title"),
     "optima": ([INSIDE, EDGE], {"flops": X * 1e12, "mu_rec": np.stack([X, X / 2, X * 2], 1),
                                 "tokens": np.stack([X, X / 2, X * 2], 1),
                                 "slopes": {"mu_rec": 0.4, "tokens": 0.78}}),
