@@ -282,7 +282,7 @@ def load_checkpoint(path):
 
 def fit_weights(model, weights, complaint):
     """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
-    is missing, unknown or of another shape."""
+    is missing, unknown or of another shape, or differs from another name of the same weights."""
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{complaint}: they are no state dict of names and tensors")
     expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
@@ -294,9 +294,19 @@ def fit_weights(model, weights, complaint):
         found = tuple(w.shape) if plain else "no plain tensor"
         if found != expected[name]:
             problems.append(f"{name} is {found}, must be {expected[name]}")
+    names = {}  # {address: the first name there}: a tied head is the embedding
+    for name, w in model.state_dict().items() if not problems else ():
+        first = names.setdefault(w.data_ptr(), name)
+        if first != name and not same_values(weights[first], weights[name]):
+            problems.append(f"{first} and {name} are the same weights here, and differ there: one "
+                            "would be lost")
     if problems:
         raise UserError(f"{complaint}: {'; '.join(problems)}")
     model.load_state_dict(weights)
+
+
+def same_values(a, b):
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def check_finite(model, path):

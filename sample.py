@@ -416,9 +416,9 @@ def main():
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run)
-    dtype = pick_dtype(device, args.dtype)
-    if args.trace or (device.type == "cpu" and args.dtype == "auto"):
-        dtype = torch.float32  # token by token bfloat16 is no faster for small models on a CPU
+    # token by token bfloat16 is no faster for small models on a CPU
+    in_float32 = args.trace or (device.type == "cpu" and args.dtype == "auto")
+    dtype = torch.float32 if in_float32 else pick_dtype(device, args.dtype)
     cast(model, device, dtype)
     speed_up(model, args.compile)
 

@@ -75,12 +75,8 @@ def encode(tokenizer, text, bar=None):
     """Yield the tokens of a text (see pieces) in arrays; a progress bar counts its characters.
     Raises UserError."""
     for piece in pieces(text):
-        try:
+        with told(f"the tokenizer {tokenizer.name} fails on this text"):
             tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic in tiktoken is no Exception
-            raise UserError(f"the tokenizer {tokenizer.name} fails on this text: {error}") from None
         yield tokens
         if bar is not None:
             bar.update(len(piece))
@@ -190,8 +186,8 @@ def save_tokenizer(tokenizer, path, text=None):
 def load_tokenizer(directory):
     """The tiktoken.Encoding of a data or run directory. Raises UserError."""
     path = Path(directory) / "tokenizer.json"
+    saved = read_json(path)
     try:
-        saved = read_json(path)
         if "model" in saved:
             raise UserError("this is Hugging Face's format; make it ours with: "
                             f"python published.py tokenizer {directory} --out DIR")
@@ -201,8 +197,7 @@ def load_tokenizer(directory):
         ranks = {base64.b64decode(token): i for token, i in zip(saved["tokens"], ids)}
         return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])
     except UserError as error:
-        said = str(error)
-        raise UserError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
 
@@ -222,16 +217,23 @@ def checked_encoding(name, pattern, ranks, special):
                                   special_tokens=special)
     with quiet_stderr():  # tiktoken prints a page of its own where it fails
         for text in PROBES:
-            try:
+            with told(f"its pattern fails on text such as {text[:5]!r}..."):
                 same = tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # a panic in tiktoken is no Exception
-                raise UserError(f"its pattern fails on text such as {text[:5]!r}...: "
-                                f"{error}") from None
             if not same:
                 raise UserError(f"its pattern loses part of text such as {text[:5]!r}...")
     return tokenizer
+
+
+@contextlib.contextmanager
+def told(complaint):
+    """What tiktoken raises in here becomes a UserError that begins with the complaint: its panics,
+    too, which are no Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{complaint}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -120,11 +120,7 @@ def config_of(args, tokenizer):
         return changed(read_config(args.out), given), None
     if args.init_from:
         start = read_start(args.init_from, tokenizer, args.data)
-        config = changed(start.config, given)
-        if config.tie_embeddings and not start.config.tie_embeddings:
-            raise UserError(f"--tie-embeddings: the head and the embedding of --init-from "
-                            f"{args.init_from} differ, one would be lost")
-        return config, start.state_dict()
+        return changed(start.config, given), start.state_dict()
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
     return ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size}), None
 

@@ -213,6 +213,15 @@ def test_foreign_files_are_refused(published):
             import_model(published)
 
 
+def test_a_tied_head_that_differs_is_not_lost_unnoticed(build, tmp_path):
+    export_model(build(), tmp_path)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    weights["lm_head.weight"] = next(w for n, w in weights.items() if "wte" in n) + 1
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="one would be lost"):
+        import_model(tmp_path)
+
+
 def test_models_on_the_hub_need_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     needed = "some/model is on the Hugging Face hub: pip install huggingface_hub"
