@@ -293,7 +293,7 @@ def show(title, rows, columns):
 
 
 def both(key):
-    """"predicted / measured (error)" of a row's entry, in MB."""
+    """A cell of a table: "predicted / measured (error)" of a row's entry, in MB."""
     def cell(row):
         predicted, measured = row[key]["predicted"], row[key]["measured"]
         return f"{predicted / MB:,.1f} / {measured / MB:,.1f} ({predicted / measured - 1:+.0%})"

@@ -95,6 +95,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
+        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ..."
         raise UserError(message.removeprefix("argument ").replace(": is ", " is ", 1))
 
 
@@ -111,12 +112,10 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         try:
             value = float(text)
-            if kind is int and text.strip().lstrip("+-").isdigit():
-                value = int(text)  # exact, however large
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
-        if kind is int and isinstance(value, float) and value.is_integer():
+        if kind is int and value.is_integer():
             value = int(value)
         if not math.isfinite(value) or not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
@@ -288,20 +287,22 @@ def fit_weights(model, weights, complaint):
     expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
-    for name in expected.keys() & weights.keys():
+    for name in expected:
+        if name not in weights:
+            continue
         w = weights[name]
         plain = w.layout == torch.strided and w.device.type != "meta"
         found = tuple(w.shape) if plain else "no plain tensor"
         if found != expected[name]:
             problems.append(f"{name} is {found}, must be {expected[name]}")
-    names = {}  # {address: the first name there}: a tied head is the embedding
-    for name, w in model.state_dict().items() if not problems else ():
-        first = names.setdefault(w.data_ptr(), name)
-        if first != name and not same_values(weights[first], weights[name]):
-            problems.append(f"{first} and {name} are the same weights here, and differ there: one "
-                            "would be lost")
     if problems:
         raise UserError(f"{complaint}: {'; '.join(problems)}")
+    names = {}  # {address: the first name there}: a tied head is the embedding
+    for name, w in model.state_dict().items():
+        first = names.setdefault(w.data_ptr(), name)
+        if first != name and not same_values(weights[first], weights[name]):
+            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
+                            "differ there: one would be lost")
     model.load_state_dict(weights)
 
 
@@ -430,7 +431,11 @@ def matmul_peak(device, dtype, size=2048):
 def keep_freed_memory():
     """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
     which on a CPU costs more than most element-wise operations."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc; Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)

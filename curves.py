@@ -219,7 +219,7 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
-    add("--out", type=new_file, default="curves.png", metavar="FILE",
+    add("--out", type=new_file, default="out/curves.png", metavar="FILE",
         help="the picture to write (default: %(default)s)")
     add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
         help="draw it again every so many seconds (30, if you name none) until every run has "

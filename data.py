@@ -55,7 +55,7 @@ def write_shards(directory, split, docs, tokenizer):
     of tokens."""
     writer = ShardWriter(directory, split, tokenizer.n_vocab)
     with tqdm(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char", unit_scale=True,
-              leave=False) as bar:
+              leave=False, disable=None) as bar:
         for doc in docs:
             writer.write(np.array([begin_token(tokenizer)]))
             for tokens in encode(tokenizer, doc, bar):

@@ -17,7 +17,7 @@ a token's keys and values are those of its last loop.
 import torch
 
 from common import UserError, nothing_to_run
-from sample import check, probabilities, stream
+from sample import check, check_predicts, probabilities, stream
 
 
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
@@ -68,22 +68,23 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
     dict that gets "drafted" and "kept" tokens, and "loops", how many ran one after the other.
     Once the context is full the window slides, and nothing is drafted. Raises UserError."""
     check(idx, temperature, top_k, top_p, None)
-    mean = model.config.mean_recurrence
-    recurrence = model.depths_of(1, mean if recurrence is None else recurrence)[0]
     if len(idx) != 1:
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
-    if not 1 <= draft < recurrence:
-        raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below recurrence")
     if ahead < 1:
         raise UserError(f"ahead is {ahead}, must be at least 1")
 
     def distribution(logits):
+        check_predicts(logits)
         return probabilities(logits, temperature, top_k, top_p)
     counts = {} if counts is None else counts
     counts.update(drafted=0, kept=0, loops=0)
     training = model.training
     model.eval()
     try:
+        recurrence, = model.depths_of(1, recurrence)
+        if not 1 <= draft < recurrence:
+            raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below "
+                            "recurrence")
         capacity = min(idx.shape[1] + n + 1, model.config.block_size)
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:

@@ -85,9 +85,9 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     token through a cache of that kind, as in generation."""
     losses = {}
     if kv_cache == "none":
-        for loops, (h, tokens) in enumerate(model.states(idx, max(recurrence)), start=1):
+        for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                losses[loops] = loss_of(model, model.readout(h, tokens), targets)
+                losses[loops] = loss_of(model, model.readout(h, inputs), targets)
         return losses
     for loops in recurrence:
         cache = model.new_cache(*idx.shape, loops, kv_cache)
@@ -164,8 +164,9 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
         losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
         for loops, loss in losses.items():
             nats[loops] += loss.double().sum(1).tolist()
-    baseline = nats[recurrence[0]]
-    rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
+    first, *others = recurrence
+    rows = [row_of(first, nats[first], tokens, n_bytes)]
+    rows += [row_of(loops, nats[loops], tokens, n_bytes, nats[first]) for loops in others]
     return rows, sum(tokens), n_bytes
 
 
@@ -260,7 +261,7 @@ def open_text(args, model, tokenizer):
 def line_of(row):
     """A row as text; in brackets the standard error, of which sequences it happened to read."""
     gain = ""
-    if "gain" in row and row["gain"]:
+    if "gain" in row:
         gain = f"   {row['gain']:+.4f} ({error_text(row['gain_standard_error'])})"
     return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} "
             f"({error_text(row['standard_error'])})  {row['perplexity']:10.3f}   "

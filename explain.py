@@ -1,5 +1,7 @@
 """What train.py tells a newcomer: the model and the measures before, what the losses say after."""
 
+import shlex
+
 import numpy as np
 
 from common import nothing_to_run
@@ -7,7 +9,7 @@ from common import nothing_to_run
 ENTROPY_OF = 1_000_000  # tokens that the entropy of single tokens is counted from
 
 
-def layers(n):
+def layers_text(n):
     return "1 layer" if n == 1 else f"{n} layers"
 
 
@@ -16,9 +18,9 @@ def model_text(config):
     channels = f"{config.n_embd} channels, context {config.block_size} tokens"
     if not config.n_recurrent:
         plain = config.n_prelude + config.n_coda
-        return f"{layers(plain)}, no loop; {channels}"
-    return (f"{layers(config.n_prelude)}, then a loop of {layers(config.n_recurrent)}, then "
-            f"{layers(config.n_coda)}; {channels}")
+        return f"{layers_text(plain)}, no loop; {channels}"
+    prelude, block, coda = map(layers_text, (config.n_prelude, config.n_recurrent, config.n_coda))
+    return f"{prelude}, then a loop of {block}, then {coda}; {channels}"
 
 
 def loop_text(config, settings):
@@ -61,7 +63,7 @@ def beginning(out, data, config, loader, record, dtype):
 
 def ending(out, config, losses):
     """The lines after training: what the losses {loops: nats} say, and what to try next."""
-    lines = []
+    lines, run = [], shlex.quote(str(out))
     mean = config.mean_recurrence
     if {1, mean} <= losses.keys() and mean > 1:
         gain = losses[1] - losses[mean]
@@ -70,11 +72,11 @@ def ending(out, config, losses):
                      f"{word} than run once.")
     lines.append("\nnext:")
     loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
-    lines.append(f'  python sample.py --run {out} --prompt "def "{loops}')
-    lines.append(f"  python curves.py {out} --out curves.png     # how its loss fell (matplotlib)")
+    lines.append(f'  python sample.py --run {run} --prompt "def "{loops}')
+    lines.append(f"  python curves.py {run}     # how its loss fell: out/curves.png (matplotlib)")
     if loops:
-        lines.append("  python train.py --mean-recurrence 1 --out out/fixed     # and your other "
-                     "flags: the same layers trained to run once: is the loop worth its time?")
+        lines.append("  python train.py ... --mean-recurrence 1 --out out/fixed     # ...: your "
+                     "other flags. The same layers run once: is the loop worth its time?")
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from common import UserError, nothing_to_run, whole_file
 
-MARKERS = "osD^vP*X<>"
 RED = "C3"
 
 
@@ -37,6 +36,11 @@ def save(figure, path):
             figure.savefig(file, dpi=150, format="png")
     finally:
         pyplot().close(figure)
+
+
+def marker(i):
+    """The marker of the i-th of several things."""
+    return "osD^vP*X<>"[i % 10]
 
 
 def shade(i, n):
@@ -91,7 +95,7 @@ def trace(path, tokens, tops, probabilities, moved):
         color = shade(t - 1, loops - 1)
         below.semilogy(moved[t], lw=1, color=color)
         below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
-    below.set(ylabel="|h - last h| / |h|", xlabel="token read (lines: loops 2, 3, ...)")
+    below.set(ylabel="|h_t - h_{t-1}| / |h_t|", xlabel="token read (lines: loops t = 2, 3, ...)")
     below.set_xticks(range(T), tokens, fontsize=7, parse_math=False)
     save(figure, path)
 
@@ -120,7 +124,7 @@ def one_dimension(path, curves):
     figure, [axes] = panels(1, 7.5, 3.8)
     for i, (a, label, h) in enumerate(curves):
         last, color = len(h) - 1, RED if a > 1 else shade(i, len(curves))
-        axes.plot(h, f"{MARKERS[i % 10]}-", ms=4, color=color)
+        axes.plot(h, f"{marker(i)}-", ms=4, color=color)
         axes.text(last + 0.4, h[-1], label, color=color, va="center")
     axes.set(xlim=(0, 1.5 * last), xticks=range(0, last + 1, 4), xlabel="loops t", ylabel="state h",
              title="h <- a h + 1, from h = 0: what a decides")
@@ -173,7 +177,7 @@ def isoflop(path, budgets, optima, title):
         color = shade(i, len(budgets))
         mu, log_loss = np.array([(mu, loss) for mu, seeds in budget.cells.items()
                                  for loss in seeds.values()]).T
-        parts = [(mu, log_loss, {"marker": MARKERS[i % 10], "ls": "", "ms": 5, "alpha": 0.7,
+        parts = [(mu, log_loss, {"marker": marker(i), "ls": "", "ms": 5, "alpha": 0.7,
                                  "label": f"{budget.flops:.2g} FLOPs"}),
                  (budget.mu, budget.log_loss, {"lw": 0.7, "ls": ":"})]
         lowest, optimum = budget.log_loss.min(), fitted.get(budget.flops)
@@ -226,11 +230,12 @@ def optima(path, points, law):
         if point["inside"] and np.isfinite(ends).all():
             mu.errorbar(point["flops"], point["mu_rec"], np.abs(ends - point["mu_rec"]), fmt="none",
                         color=RED, lw=1)
-        elif not point["inside"]:
-            marker = "v" if point["at_most"] else "^"
-            mu.plot(point["flops"], point["at_most"] or point["at_least"], marker, color=RED)
+    for key, arrow in (("at_most", "v"), ("at_least", "^")):
+        edges = [(point["flops"], point[key]) for point in points if point[key]]
+        if edges:
+            mu.plot(*zip(*edges), arrow, color=RED,
+                    label=f"lowest loss at the edge: {key.replace('_', ' ')} that")
     loops_axis(mu, labels["mu_rec"], "y")
-    mu.plot([], [], "v", color=RED, label="lowest loss at the edge: at most that")
     mu.legend(fontsize=8)
     save(figure, path)
 
@@ -260,11 +265,11 @@ def test_time(path, curves):
     figure, [axes] = panels(1, 6, 4.2)
     for i, curve in enumerate(curves):
         color, label = shade(i, len(curves)), f"mu_rec = {curve['mu_rec']:g}"
-        axes.plot(curve["T"], curve["loss"], MARKERS[i % 10], color=color, label=label)
+        axes.plot(curve["T"], curve["loss"], marker(i), color=color, label=label)
         axes.plot(curve["fit_T"], curve["fit_loss"], lw=1, color=color)
     loops_axis(axes, "loops T at test time")
     axes.set(ylabel="val loss (nats per token)",
-             title="Test-time loops at the largest budget: L(T) = L_inf + Z exp(-z T)")
+             title="Loops at test time, largest runs: L(T) = L_inf + Z exp(-z T)")
     axes.legend(fontsize=8)
     save(figure, path)
 
@@ -277,16 +282,13 @@ def half(path, models):
     models: dicts: "label"; "parameters"; "flops" of training; "losses" of the seeds; "looped"."""
     figure, both = panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
-        middle = (min(m[key] for m in models) + max(m[key] for m in models)) / 2
         for model in models:
             color, marker = (RED, "o") if model["looped"] else ("0.4", "s")
             x, losses = model[key] / unit, model["losses"]
             axes.plot([x] * len(losses), losses, marker, color=color, alpha=0.7)
-            # Names stand below their points and go towards the middle, where there is room.
-            side, shift = ("right", 5) if model[key] > middle else ("left", -5)
-            axes.annotate(model["label"], (x, min(losses)), xytext=(shift, -8), ha=side, va="top",
+            axes.annotate(model["label"], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
                           textcoords="offset points", fontsize=8, color=color)
-        axes.margins(0.12)
+        axes.margins(0.4, 0.12)  # room for the names
     both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
                 title="What it is worth: parameters")
     both[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")
@@ -323,9 +325,9 @@ def rates(path, groups, looped):
     groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
     figure, every = panels(len(groups), 3.2 * len(groups), 3.4)
     for axes, (title, models) in zip(every, groups.items()):
-        for (name, losses), marker in zip(models.items(), MARKERS):
+        for i, (name, losses) in enumerate(models.items()):
             means = np.array([np.mean(some) for some in losses.values()])
-            axes.semilogx([*losses], means - means.min(initial=np.inf), f"{marker}-", label=name,
+            axes.semilogx([*losses], means - means.min(initial=np.inf), f"{marker(i)}-", label=name,
                           color=RED if name == looped else None)
         ticks = sorted(set().union(*models.values()))
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
@@ -421,10 +423,10 @@ def stability(path, runs):
     left, right = figure.subfigures(1, 2, width_ratios=[4, 2.5 * len(rules)])
     loss = left.subplots()
     grid = right.subplots(2, len(rules), sharex="row", sharey="row", squeeze=False)
-    for rule, marker, (sizes, radii) in zip(rules, MARKERS, grid.T):
+    for i, (rule, (sizes, radii)) in enumerate(zip(rules, grid.T)):
         mine = [run for run in runs if run["rule"] == rule]
         losses = [run["loss"] for run in mine]
-        loss.semilogx([run["rate"] for run in mine], losses, f"{marker}-", label=rule)
+        loss.semilogx([run["rate"] for run in mine], losses, f"{marker(i)}-", label=rule)
         for run in mine:
             color = shade(rates.index(run["rate"]), len(rates))
             sizes.semilogy(run["loops"], run["size"], color=color)
@@ -448,11 +450,12 @@ def exits(path, rows):
     rows: dicts: "rule"; "loops", their mean over tokens; "above", nats more than with all loops;
     "above_error", its standard error. The rule "fixed" is as many loops for every token."""
     figure, [axes] = panels(1, 6, 4)
-    for rule, marker in zip(dict.fromkeys(row["rule"] for row in rows), MARKERS):
+    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
         x, y, error = ([row[key] for row in mine] for key in ("loops", "above", "above_error"))
         label, color = ("all tokens alike", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
-        axes.errorbar(x, y, error, marker=marker, ms=5, lw=1, capsize=2, label=label, color=color)
+        axes.errorbar(x, y, error, marker=marker(i), ms=5, lw=1, capsize=2, label=label,
+                      color=color)
     # A first loop that is far off would take all the height.
     high = max(row["above"] for row in rows if row["loops"] >= 2)
     axes.axhline(0, color="0.8", zorder=0)

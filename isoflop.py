@@ -18,7 +18,7 @@ import numpy as np
 
 from common import nothing_to_run
 from laws import interval
-from tables import SAME_BUDGET, trained_depth
+from tables import rows_by_budget
 
 # A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
 # they double. Further away the loss is none.
@@ -30,15 +30,19 @@ ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over ma
 class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
-    cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs that differ in mu_bwd
-    alone the cheapest counts, as in laws.token_cost; `isoflop` notes it."""
+    cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
+    and seed one counts, the others are `left_out`: the one with most tokens, which is the cheapest
+    mu_bwd as in laws.token_cost; if those are equal, the one with the higher loss."""
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean([math.log(row["flops"]) for row in rows]))
-        self.cells = {}
-        # The cheapest has the most tokens: it comes last.
+        self.cells, tokens = {}, {}
+        # what counts comes last
         for row in sorted(rows, key=lambda row: (row["mu_rec"], row["tokens"], row["val_loss"])):
             self.cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
+            tokens[row["mu_rec"]] = row["tokens"]
+        self.left_out = len(rows) - sum(map(len, self.cells.values()))
+        self.tokens = np.array(list(tokens.values()))
         self.mu = np.array(list(self.cells))
         self.log_mu = np.log(self.mu)
         self.seeds = np.array([len(seeds) for seeds in self.cells.values()])
@@ -47,12 +51,7 @@ class Budget:
 
 def budgets_of(rows):
     """[Budget] by rising FLOPs; rows: at T = mu_rec, of one accounting."""
-    groups = []
-    for row in sorted(rows, key=lambda row: row["flops"]):
-        if not groups or row["flops"] > SAME_BUDGET * groups[-1][0]["flops"]:
-            groups.append([])
-        groups[-1].append(row)
-    return [Budget(group) for group in groups]
+    return [Budget(group) for group in rows_by_budget(rows)]
 
 
 def bottom(budget, log_loss):
@@ -83,7 +82,8 @@ def noise_of(budgets):
     sums = {}  # source: (squares, degrees of freedom)
     for source, left in (("seeds", left_by_seeds), ("parabolas", left_by_parabola)):
         sums[source] = np.sum([(0, 0), *map(left, budgets)], axis=0)
-    few = sums["seeds"][1] < min(ENOUGH_SEEDS, max(1, sums["parabolas"][1]))
+    seeds, parabolas = (freedom for _, freedom in sums.values())
+    few = seeds == 0 or seeds < ENOUGH_SEEDS and seeds < parabolas
     source = "parabolas" if few else "seeds"
     squares, freedom = sums[source]
     if not squares:
@@ -202,17 +202,18 @@ def power_law(x, y, samples, low, high):
             "ci": interval(slopes, slope)}
 
 
-def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
-    """The optima of a table's budgets, their power laws, the noise of a run; and notes.
+def fit_parabolas(budgets, cost, resamples=RESAMPLES, seed=0):
+    """What --json writes of the runs without a law: {"isoflop": the optimum at each budget with
+    three recurrences; "power_laws" of these; "noise" of a run; "notes"}.
 
-    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost). Budgets with fewer
-    than three recurrences are left out. Returns (optima, power laws, noise, notes)."""
-    rows = trained_depth(rows)
-    budgets = budgets_of(rows)
-    noise = noise_of(budgets)
+    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost)."""
+    noise, notes = noise_of(budgets), []
     usable = [budget for budget in budgets if len(budget.mu) >= 3]
+    if len(usable) < len(budgets):
+        notes.append(f"isoFLOP: {len(budgets) - len(usable)} of {len(budgets)} budgets have fewer "
+                     "than three recurrences evaluated at T = mu_rec: no parabola")
     if not usable:
-        return [], {}, noise, ["isoFLOP: no budget has three recurrences evaluated at T = mu_rec"]
+        return {"isoflop": [], "power_laws": {}, "noise": noise, "notes": notes}
 
     samples = np.empty((0, len(usable)))
     if noise and resamples:
@@ -220,14 +221,13 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
     optima = [optimum_of(budget, samples[:, j], cost, noise)
               for j, budget in enumerate(usable)]
 
-    notes = []
-    alike = len(rows) - sum(budget.seeds.sum() for budget in budgets)
+    alike = sum(budget.left_out for budget in budgets)
     if alike:
         notes.append(f"isoFLOP: {alike} runs have the budget, recurrence and seed of another, and "
                      "are left out")
     if noise is None:
-        notes.append("isoFLOP: one seed and three recurrences a budget say nothing of the noise: "
-                     "no intervals")
+        notes.append("isoFLOP: no two runs differ in their seed alone, and no parabola leaves "
+                     "anything over: nothing is known of the noise, so no intervals")
     edges = sum(not optimum["inside"] for optimum in optima)
     if edges:
         notes.append(f"isoFLOP: {edges} of {len(optima)} budgets have their lowest loss at an "
@@ -235,7 +235,8 @@ def isoflop(rows, cost, resamples=RESAMPLES, seed=0):
     if len(optima) - edges < 2:
         notes.append(f"isoFLOP: {len(optima) - edges} optima inside the recurrences: "
                      "no exponent (it needs 2)")
-    return optima, power_laws(usable, samples, cost), noise, notes
+    return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise,
+            "notes": notes}
 
 
 def power_laws(budgets, samples, cost):
@@ -248,8 +249,11 @@ def power_laws(budgets, samples, cost):
     def log_tokens(log_mu):
         return x - np.log(cost(np.exp(log_mu)))
 
-    def log_tokens_or_bound(log_mu):  # at most so many loops: at least so many tokens
+    # Tokens fall as loops rise: "at most so many loops", -inf, is at least so many tokens, +inf,
+    # and the bounds change places.
+    def log_tokens_or_bound(log_mu):
         return np.where(np.isfinite(log_mu), log_tokens(log_mu.clip(low, high)), -log_mu)
+
     laws = {
         "mu_rec": power_law(x, log_mu, samples, low, high),
         "tokens": power_law(x, log_tokens_or_bound(log_mu), list(map(log_tokens_or_bound, samples)),

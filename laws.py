@@ -25,11 +25,11 @@ from tables import column, run_key
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
 
-# A parameter of a law. Fits start between low and high, in units of `scale`: the lowest loss, the
-# span of the losses, or 1. `domain`: "log" is above 0 and fitted as its logarithm, "from 0" may
-# reach 0, "any" may be anything. `per`: a law sees N and D in units of a middling run (units_of).
-# X in X N^-x is fitted so; ("N", "x") says that N0^x times it is X for N in parameters. Without
-# `per` a parameter is printed as it was fitted.
+# A parameter of a law.
+#   low, high: fits start between them, times `scale`
+#   scale: "lowest" loss, "span" of the losses, "one"
+#   domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any"
+#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0 (units_of), printed is X N0^x
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -296,7 +296,8 @@ MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked fo
 def token_cost(rows):
     """A function: mean recurrences (n,) -> FLOPs of a token, from what the runs of a table cost.
 
-    Of runs that differ in mu_bwd the cheapest count."""
+    Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
+    recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
     spent = {}
     for row in rows:
         flops, tokens = spent.get((row["mu_rec"], row["mu_bwd"]), (0, 0))
@@ -304,23 +305,34 @@ def token_cost(rows):
     costs = {}
     for (mu, _), (flops, tokens) in spent.items():
         costs[mu] = min(flops / tokens, costs.get(mu, math.inf))
-    return cost_between(costs)
+    rounded = all(row["mu_bwd"] == math.ceil(row["mu_rec"] / 2) for row in rows)
+    return cost_between(lower_hull(costs) if rounded else costs)
 
 
-def cost_between(costs):
-    """A function: mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
-
-    Straight lines between the recurrences that are no dearer than a mix of others: mu_bwd =
-    ceil(mu / 2) makes odd ones dear. Beyond the ends the first and the last line go on."""
+def lower_hull(costs):
+    """The recurrences that are no dearer than a mix of others; costs: {mean recurrence: FLOPs}."""
     hull = []
     for x, y in sorted(costs.items()):
         while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], (x, y)):
             hull.pop()
         hull.append((x, y))
-    known, cost = np.array(hull).T
-    first, last = (slope(*hull[:2]), slope(*hull[-2:])) if len(hull) > 1 else (0.0, 0.0)
-    return lambda mu: (np.interp(mu, known, cost) + first * np.minimum(0, mu - known[0])
-                       + last * np.maximum(0, mu - known[-1]))
+    return dict(hull)
+
+
+def cost_between(costs):
+    """A function: mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
+
+    Straight lines between them. Beyond the ends the first and the last line go on; below the first,
+    a token costs no less than in proportion."""
+    points = sorted(costs.items())
+    known, cost = np.array(points).T
+    first, last = (slope(*points[:2]), slope(*points[-2:])) if len(points) > 1 else (0.0, 0.0)
+
+    def cost_of(mu):
+        line = (np.interp(mu, known, cost) + first * np.minimum(0, mu - known[0])
+                + last * np.maximum(0, mu - known[-1]))
+        return np.maximum(line, cost[0] * np.minimum(1, mu / known[0]))
+    return cost_of
 
 
 def slope(a, b):

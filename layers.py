@@ -40,7 +40,7 @@ class ParcaeConfig:
     injection: str = "diagonal"  # how the state takes in the prelude's output, see INJECTIONS
     prelude_norm: bool = True  # normalise the prelude's output
     qk_norm: bool = True  # normalise queries and keys
-    value_embeds: bool = False  # gated per-token tables added to the values of every second layer
+    value_embeds: bool = False  # gated per-token tables for values: each second layer, the last
     tie_embeddings: bool = True  # the head is the embedding
     state_init: str = "normal"  # start state of the loop in training: normal or zero
     rope_base: float = 50_000.0  # of the rotary positions
@@ -76,7 +76,7 @@ class ParcaeConfig:
             if type(value) not in allowed:  # bool is an int to isinstance
                 raise TypeError(f"{field.name} is {value!r}, must be {words[kinds[0]]}")
             if type(value) in (int, float):
-                self.need(abs(value) < LARGEST, field.name, f"below {LARGEST:,}")
+                self.need(abs(value) < LARGEST, field.name, f"closer to 0 than {LARGEST:,}")
 
     def check_length(self, tokens):
         """Raise UserError for a sequence that is longer than block_size."""
@@ -233,11 +233,9 @@ class Attention(nn.Module):
         mask = None
         if kv is not None:
             keys, values, places, mask = kv
-            keys[:, :, places] = k
-            values[:, :, places] = v
-            k, v = keys, values
-            if mask is None:
-                k, v = keys[:, :, :places.stop], values[:, :, :places.stop]
+            keys[:, :, places], values[:, :, places] = k, v
+            held = places.stop if mask is None else None
+            k, v = keys[:, :, :held], values[:, :, :held]
 
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 

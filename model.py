@@ -2,8 +2,8 @@
 
     e       = Norm(P(tokens))                       prelude, once
     h_0     ~ N(0, sigma^2)                         start state
-    x       = A_bar * h_t + B_bar e                 injection: the old state shrinks, e comes again
-    h_{t+1} = x + what the recurrent block adds     its layers are residual; both again and again
+    x       = A_bar * h_t + B_bar e                 in each loop: the old state shrinks, e again
+    h_{t+1} = x + what the recurrent block adds     its layers are residual
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
 0 < A_bar < 1 shrinks the old state, and the layers read normalised input, so that what they add is
@@ -15,7 +15,8 @@ model is one that loops once (mean_recurrence=1).
 What differs from a textbook GPT, as in the published model:
 - RMSNorm before each layer; no biases; ReLU squared in the MLP, halved; embedding and head tied
 - rotary positions on adjacent pairs; queries and keys normalised after the rotation
-- optional value embeddings: every second layer adds a gated lookup of its token to its values
+- optional value embeddings: every second layer, and the last, adds a gated lookup of its token to
+  its values
 - linear weights start orthogonal, the layers' output projections at zero
 - every sequence of a training batch draws its own number of loops, and starts them from noise
 - gradient flows through a sequence's last `backprop_depth` loops only
@@ -63,22 +64,22 @@ CHUNK = 1024  # tokens whose logits are held at once in training, see HeadLoss
 
 
 @dataclass
-class Tokens:
-    """What the layers need to know of a batch of tokens."""
+class Inputs:
+    """What the layers read of a batch of tokens, beside the state."""
 
     x: torch.Tensor  # (B, T, C): their embeddings
     rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
-    places: slice | torch.Tensor  # theirs in the cache, see KVCache.reserve
+    places: slice | torch.Tensor  # their places in the cache, see KVCache.reserve
     mask: torch.Tensor | None = None
 
     def each(self, f):
-        """The same with f of each tensor that has rows."""
+        """The same Inputs, with f applied to each tensor that has a row for each sequence."""
         value_embeds = {layer: f(ve) for layer, ve in self.value_embeds.items()}
         return replace(self, x=f(self.x), value_embeds=value_embeds)
 
     def rows(self, count):
-        """Those of the first rows of the batch."""
+        """The Inputs of the first rows of the batch."""
         return self.each(lambda t: t[:count])
 
 
@@ -129,7 +130,7 @@ class Parcae(nn.Module):
 
     @property
     def dtype(self):
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.compute_dtype or self.wte.weight.dtype
 
     def new_cache(self, batch_size, capacity, recurrence, kind="per-loop"):
@@ -139,7 +140,8 @@ class Parcae(nn.Module):
 
     @property
     def init_std(self):
-        """Of the embeddings, and sigma of the state the loop starts from (published code)."""
+        """The standard deviation of the embeddings at the start of training, and of the noise from
+        which the loop starts, sigma (published code)."""
         return math.sqrt(2 / (5 * self.config.n_embd))
 
     @torch.no_grad()
@@ -162,10 +164,11 @@ class Parcae(nn.Module):
         targets). In train mode with more than CHUNK targets the logits are None, see HeadLoss.
 
         idx, targets: (B, T) int64; targets of -100 are ignored.
-        recurrence: loops for every sequence; depths: (B,) int64, loops for each; neither: drawn in
-            train mode, mean_recurrence in eval mode.
+        recurrence: loops for every sequence; depths: (B,) int64, loops for each, in place of
+            recurrence; neither: drawn in train mode, mean_recurrence in eval mode.
         In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
-        Raises UserError on bad shapes or depths."""
+        Raises UserError on depths below 1 or not one for each row, and on more than block_size
+        tokens."""
         # Rows are independent. Sorted deepest first, those that still loop are the first ones.
         depths = self.depths_of(len(idx), recurrence, depths)
         order = sorted(range(len(idx)), key=lambda row: -depths[row])
@@ -173,25 +176,25 @@ class Parcae(nn.Module):
         order = torch.tensor(order, device=idx.device)
 
         # the prelude, once
-        tokens, u, h = self.begin(idx[order])
+        inputs, u, h = self.begin(idx[order])
 
         # the loop: first without gradient, then each row's last backprop_depth loops with it
         last = self.config.backprop_depth if self.training else max(depths)
         without = [max(0, n - last) for n in depths]  # depths [9, 5, 2], the last 4: [5, 1, 0]
         with_gradient = [min(n, last) for n in depths]  # [4, 4, 2]
         with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
-            h = self.loop(h, u.detach(), tokens.each(torch.detach), without)
-        h = self.loop(h, u, tokens, with_gradient)
+            h = self.loop(h, u.detach(), inputs.each(torch.detach), without)
+        h = self.loop(h, u, inputs, with_gradient)
 
         # the coda, once; the rows in their own order again
-        x = self.readout(h, tokens)[order.argsort()]
+        x = self.readout(h, inputs)[order.argsort()]
         return self.head(x, targets)
 
-    def loop(self, h, u, tokens, rounds):
+    def loop(self, h, u, inputs, rounds):
         """The state (B, T, C) after rounds[i] more loops of each row i, the most of the first."""
         for t in range(rounds[0]):
             live = sum(n > t for n in rounds)  # the first rows: those that still loop
-            new = self.recurrent_pass(h[:live], u[:live], tokens.rows(live))
+            new = self.recurrent_pass(h[:live], u[:live], inputs.rows(live))
             h = torch.cat([new, h[live:]])
         return h
 
@@ -199,24 +202,24 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def states(self, idx, most, cache=None):
-        """Yield (state (B, T, C), tokens) after each loop 1, ..., most. For idx (B, T) int64:
+        """Yield (state (B, T, C), Inputs) after each loop 1, ..., most. For idx (B, T) int64:
 
-            for h, tokens in model.states(idx, 8):
-                logits = model.lm_head(model.readout(h, tokens))
+            for h, inputs in model.states(idx, 8):
+                logits = model.lm_head(model.readout(h, inputs))
 
         are the logits as if that loop were the last. Early exit is a `break`: a cache has moved on
         by T tokens already."""
-        tokens, u, h = self.begin(idx, cache)
+        inputs, u, h = self.begin(idx, cache)
         for t in range(most):
-            h = self.recurrent_pass(h, u, tokens, cache, t)
-            yield h, tokens
+            h = self.recurrent_pass(h, u, inputs, cache, t)
+            yield h, inputs
 
     def hidden(self, idx, recurrence, cache=None):
         """What the head reads, (B, T, C), after `recurrence` loops of every row."""
-        tokens, u, h = self.begin(idx, cache)
+        inputs, u, h = self.begin(idx, cache)
         for t in range(recurrence):
-            h = self.recurrent_pass(h, u, tokens, cache, t)
-        return self.readout(h, tokens, cache)
+            h = self.recurrent_pass(h, u, inputs, cache, t)
+        return self.readout(h, inputs, cache)
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
         """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits
@@ -225,38 +228,38 @@ class Parcae(nn.Module):
         A later call for the same tokens takes up h and u from `stop` on (draft.py). What
         compile_decoding compiles."""
         if start == 0:
-            tokens, u, h = self.begin(idx, cache)
+            inputs, u, h = self.begin(idx, cache)
         else:
-            tokens = self.look_up(idx, cache)
+            inputs = self.look_up(idx, cache)
         for t in range(start, stop):
-            h = self.recurrent_pass(h, u, tokens, cache, t)
-        return self.lm_head(self.readout(h, tokens, cache)).float(), h, u
+            h = self.recurrent_pass(h, u, inputs, cache, t)
+        return self.lm_head(self.readout(h, inputs, cache)).float(), h, u
 
     # ------------------------------------------------------------------------- their parts
 
     def look_up(self, idx, cache=None):
-        """The Tokens of idx (B, T); with a cache they take its next T places."""
+        """The Inputs of idx (B, T); with a cache they take its next T places."""
         T = idx.shape[1]
         self.config.check_length(T)
         places, mask = (slice(T), None) if cache is None else cache.reserve(T)
         x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
         cos, sin = self.rope[:, places].to(self.dtype)
         value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
-        return Tokens(x, (cos, sin), value_embeds, places, mask)
+        return Inputs(x, (cos, sin), value_embeds, places, mask)
 
-    def run(self, layers, first, x, tokens, cache, t=0):
+    def run(self, layers, first, x, inputs, cache, t=0):
         """x (B, T, C) after some layers, of which the first has the number `first`, in loop t."""
         for i, block in enumerate(layers, first):
-            kv = None if cache is None else (*cache.pair_of(i, t), tokens.places, tokens.mask)
-            x = block(x, tokens.rope, tokens.value_embeds.get(i), kv)
+            kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
+            x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
         return x
 
     def begin(self, idx, cache=None):
-        """What the loops need: the Tokens of idx (B, T); u = B_bar e, made once for all loops, and
+        """What the loops need: the Inputs of idx (B, T); u = B_bar e, made once for all loops, and
         h_0, both (B, T, C)."""
-        tokens = self.look_up(idx, cache)
-        e = self.norm_prelude(self.run(self.prelude, 0, tokens.x, tokens, cache))
-        return tokens, self.injection.input(e), self.start_state(e)
+        inputs = self.look_up(idx, cache)
+        e = self.norm_prelude(self.run(self.prelude, 0, inputs.x, inputs, cache))
+        return inputs, self.injection.input(e), self.start_state(e)
 
     def start_state(self, e):
         """h_0 (B, T, C): noise in training, the same for all rows; else zero."""
@@ -265,15 +268,15 @@ class Parcae(nn.Module):
             h = torch.randn_like(h) * self.init_std
         return h.expand_as(e)
 
-    def recurrent_pass(self, h, u, tokens, cache=None, t=0):
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
         """The state (B, T, C) after one more loop, number t = 0, 1, ... (eq. 3)."""
         h = self.injection(h, u)
-        return self.run(self.recurrent, self.config.n_prelude, h, tokens, cache, t)
+        return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
 
-    def readout(self, h, tokens, cache=None):
+    def readout(self, h, inputs, cache=None):
         """What the head reads, (B, T, C), of a state (B, T, C)."""
         first = self.config.n_prelude + self.config.n_recurrent
-        return self.norm_f(self.run(self.coda, first, self.C_proj(h), tokens, cache))
+        return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
 
     def head(self, x, targets=None):
         """Logits and loss, as of forward, from what the head reads, x (B, T, C)."""
@@ -298,13 +301,13 @@ class Parcae(nn.Module):
         mean = self.config.mean_recurrence
         if mean == 1 or not self.config.n_recurrent:
             return torch.ones(batch_size, dtype=torch.int64)
-        u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
-        u = (torch.arange(batch_size) + u) / batch_size
-        # where the distribution function P(Poisson <= k) reaches u; k to 12 standard deviations
-        most = mean + 12 * math.ceil(math.sqrt(mean)) + 12
-        k = torch.arange(most, dtype=torch.float64)
+        uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        quantile = (torch.arange(batch_size) + uniform) / batch_size
+        # where the distribution function P(Poisson <= k) reaches it; k to 12 standard deviations
+        end = mean + 12 * math.ceil(math.sqrt(mean)) + 12
+        k = torch.arange(end, dtype=torch.float64)
         cdf = torch.special.gammaincc(k + 1, torch.tensor(mean, dtype=torch.float64))
-        depths = torch.searchsorted(cdf, u).clamp(1, most - 1)
+        depths = torch.searchsorted(cdf, quantile).clamp(1, end - 1)
         return depths[torch.randperm(batch_size, generator=generator)]
 
     def depths_of(self, batch_size, recurrence=None, depths=None):
@@ -312,7 +315,7 @@ class Parcae(nn.Module):
         if depths is None and recurrence is None and self.training:
             depths = self.sample_depths(batch_size)
         if depths is None:
-            recurrence = self.config.mean_recurrence if recurrence is None else int(recurrence)
+            recurrence = self.config.mean_recurrence if recurrence is None else recurrence
             depths = [recurrence] * batch_size
         elif depths.shape != (batch_size,):
             raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), "

@@ -26,11 +26,6 @@ def grid(size, cost, budgets, recurrences, seeds):
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
 
-def made_up(rows, losses):
-    """The rows with these losses."""
-    return [row | {"val_loss": float(loss)} for row, loss in zip(rows, losses)]
-
-
 def simulate(fit, rows, cost, noise, repeats, seed=0):
     """What the two methods find in made-up sweeps of a law with noise (relative) in the losses.
 
@@ -46,7 +41,8 @@ def simulate(fit, rows, cost, noise, repeats, seed=0):
         exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
         found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
 
-    every = isoflop.budgets_of(made_up(rows, np.exp(log_loss[0])))
+    # of these only the recurrences and seeds are used: the losses are those of each sweep
+    every = isoflop.budgets_of([row | {"val_loss": 1.0} for row in rows])
     means = log_loss.reshape(repeats, len(every), len(every[0].mu), -1).mean(-1)  # over seeds
     mu = np.array([[isoflop.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
                    for one in means])
@@ -57,21 +53,33 @@ def simulate(fit, rows, cost, noise, repeats, seed=0):
     return found
 
 
-def spread(samples):
-    """The middle and the central 95 % of samples as text."""
+def central(samples):
+    """(low, middle, high): the middle and the central 95 % of samples without NaN, None of fewer
+    than 20. Some may be infinite."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
+        return None
+    return np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
+
+
+def loops_text(log_mu, fewest, most):
+    """mu* and its interval as text, from logarithms; infinite ones are at the edge of what is
+    tried."""
+    found = central(log_mu)
+    if found is None:
         return "-"
-    low, middle, high = np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def spread_of_loops(log_mu, fewest, most):
-    """The same of mu*, from its logarithms: infinite ones are at the edge of what is tried."""
     low, middle, high = (f"<= {fewest}" if end == -math.inf else f">= {most}" if end == math.inf
-                         else f"{math.exp(end):.2f}" for end in
-                         np.quantile(log_mu, [0.025, 0.5, 0.975], method="nearest"))
+                         else f"{math.exp(end):.2f}" for end in found)
     return f"{middle} [{low}, {high}]"
+
+
+def exponent_text(samples):
+    """An exponent, its interval and half of its width as text."""
+    found = central(samples)
+    if found is None:
+        return "unknown"
+    low, middle, high = found
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}], half width {(high - low) / 2:.2f}"
 
 
 def design(args, out, table):
@@ -94,7 +102,7 @@ def design(args, out, table):
     print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
     for j, c in enumerate(budgets):
         (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
-        by_law, by_parabola = (spread_of_loops(some, recurrences[0], recurrences[-1])
+        by_law, by_parabola = (loops_text(some, recurrences[0], recurrences[-1])
                                for some in (law, parabola))
         print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:23s}   {by_parabola:20s}   "
               f"{np.isfinite(parabola).mean():5.0%}")
@@ -102,20 +110,11 @@ def design(args, out, table):
     print(f"\nexponent of mu*: true {true:.2f}")
     for name, label in (("law", "the law"), ("parabola", "parabolas")):
         samples = found[name]["exponent"]
-        print(f"  by {label:9s}  {spread(samples):20s}   half width "
-              f"{half_width(samples)}, no exponent in {np.isnan(samples).mean():.0%} of sweeps")
+        print(f"  by {label:9s}  {exponent_text(samples)}; none in "
+              f"{np.isnan(samples).mean():.0%} of sweeps")
     if not np.isfinite(true):
         print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
               "larger budgets are needed")
-
-
-def half_width(samples):
-    """Half of the central 95 % as text."""
-    samples = samples[np.isfinite(samples)]
-    if len(samples) < 20:
-        return "unknown"
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return f"{(high - low) / 2:.2f}"
 
 
 if __name__ == "__main__":

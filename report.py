@@ -11,10 +11,10 @@ from tables import column
 # What the papers found, printed beside our numbers; SLOPES are the exponents of mu* and D* (§5.2).
 SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
 PUBLISHED = {
-    "phi": "0.46 [0.41, 0.53]",
-    "training_law": "1.3 % (140M), 0.8 % (370M)",
-    "unified": "0.85 to 1.31 %",
-    "given_loss": "0.10 to 0.17 %",
+    "phi": "0.46 [0.41, 0.53] in arXiv 2604.21106",
+    "training_law": "1.3 % (140M), 0.8 % (370M) in Parcae",
+    "unified": "0.85 to 1.31 % in Parcae",
+    "given_loss": "0.10 to 0.17 % in Parcae",
 }
 
 
@@ -28,12 +28,18 @@ def span(ci, edges=(False, False)):
     return f"[{'<= ' if edges[0] else ''}{low}, {'>= ' if edges[1] else ''}{high}]"
 
 
+def chance_text(chance, form):
+    """What isoflop.lack_of_fit says, as text; form: of what is fitted."""
+    share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
+    return f"if it were {form}, the noise of seeds would miss it by so much in {share} of sweeps"
+
+
 def report(out):
     """Print the fits beside the published figures."""
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
     if out.get("noise"):
         report_noise(out["noise"])
-    if out["isoflop"]:
+    if out["isoflop"] or out["gain"]:
         report_optima(out)
     if out["isoflop"] or "frontier" in out.get("training_law", {}):
         report_exponents(out)
@@ -45,18 +51,18 @@ def report(out):
 def report_laws(out):
     """Print the laws that were fitted."""
     if "training_law" in out:
-        report_law("training_law", "training law", out["training_law"])
+        report_law("training law", out["training_law"], PUBLISHED["training_law"], out["looped"])
     if "unified" in out:
-        report_law("unified", "unified law", out["unified"])
+        report_law("unified law", out["unified"], PUBLISHED["unified"])
         error = out["unified"]["held_out_error_given_loss"]
         if error is not None:
             print(f"  ... the loss at T = mu_rec taken as measured: {error:.2%}   "
                   f"published: {PUBLISHED['given_loss']}")
     for name, law in out["laws"].items():
-        report_law(name, f"{name} law", law)
+        report_law(f"{name} law", law)
     if out["test_time"]:
         errors = [run["error"] for run in out["test_time"]]
-        print(f"test-time law, {len(errors)} runs of the largest budget: mean error "
+        print(f"test-time law, each recurrence's largest run ({len(errors)}): mean error "
               f"{np.mean(errors):.2%}, largest {max(errors):.2%} (of the losses fitted)")
     if "recurrence_worth" in out:
         worth = out["recurrence_worth"]
@@ -78,17 +84,17 @@ def value_text(value, ci):
     return f"{rounded(value, 4)} {span(ci)}"
 
 
-def loops_text(value, ci, edges=None):
-    """mu* and its interval as text; edges: of a frontier, the ends of what was searched."""
-    if edges is None and None not in ci:
-        edges = ci[0] <= MU[0], ci[1] >= MU[-1]
-    return f"{rounded(value)} {span(ci, edges or (False, False))}"
+def frontier_text(mu, ci):
+    """mu* by a law and its interval as text: at an end of what was searched it is but a bound."""
+    bound = "<= " if mu <= MU[0] else ">= " if mu >= MU[-1] else ""
+    edges = (ci[0] <= MU[0], ci[1] >= MU[-1]) if None not in ci else (False, False)
+    return f"{bound}{rounded(mu)} {span(ci, edges)}"
 
 
 def optimum_text(optimum):
     """mu* at a budget by parabola; optimum: of isoflop.optimum_of."""
     if optimum["inside"]:
-        return loops_text(optimum["mu_rec"], optimum["ci"], optimum["ci_at_edge"])
+        return f"{rounded(optimum['mu_rec'])} {span(optimum['ci'], optimum['ci_at_edge'])}"
     if optimum["at_most"]:
         return f"at most {optimum['at_most']:g}"
     return f"at least {optimum['at_least']:g}"
@@ -98,19 +104,20 @@ def report_optima(out):
     """Print the optimum at each budget, by parabola and by law, and what looping gains there."""
     print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
           "gain over mu_rec = 1 [95 %]")
-    gain_at = {gain["flops"]: gain for gain in out["gain"]}
     frontier = out.get("training_law", {}).get("frontier", {"optima": []})
-    law_at = {optimum["flops"]: optimum for optimum in frontier["optima"]}
-    for optimum in out["isoflop"]:
-        by_law, gained = "", ""
-        if optimum["flops"] in law_at:
-            by_law = loops_text(*(law_at[optimum["flops"]][key] for key in ("mu_rec", "ci")))
-        if optimum["flops"] in gain_at:
-            gained = gain_text(gain_at[optimum["flops"]])
-        print(f"{optimum['flops']:10.3g}   {optimum_text(optimum):24s} {by_law:24s} {gained}")
-        if optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
-            print(f"             not a parabola: noise leaves so much over in "
-                  f"{optimum['lack_of_fit']:.1%} of cases")
+    parabola_at, gain_at, law_at = ({one["flops"]: one for one in some} for some in
+                                    (out["isoflop"], out["gain"], frontier["optima"]))
+    for flops in sorted(parabola_at.keys() | gain_at.keys()):
+        optimum = parabola_at.get(flops)
+        by_runs = optimum_text(optimum) if optimum else "-"
+        by_law = "-"
+        if flops in law_at:
+            by_law = frontier_text(law_at[flops]["mu_rec"], law_at[flops]["ci"])
+        gained = gain_text(gain_at[flops]) if flops in gain_at else "-"
+        print(f"{flops:10.3g}   {by_runs:24s} {by_law:24s} {gained}")
+        if optimum and optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
+            said = chance_text(optimum["lack_of_fit"], "one")
+            print(f"             not a parabola: {said}")
 
 
 def gain_text(gain):
@@ -144,29 +151,29 @@ def report_exponents(out):
         for law, method, missing in lines:
             said = missing if law["ci"][0] is None else span(law["ci"])
             print(f"    C^{law['exponent']:.2f} {said}, by {method}")
-    if "far_exponents" in training:
-        size = training["far_exponents"]["params"]
-        print("    By the law these are mean slopes where mu* > 1 at these budgets: it is no power "
-              f"law. Far above,\n    mu* nears C^{size['exponent']:.2f} {span(size['ci'])}.")
+        if name == "mu_rec" and any("law" in method for _, method, _ in lines):
+            size = training["far_exponents"]["params"]
+            print("    By the law this is the mean slope where mu* > 1 at these budgets: it is no "
+                  f"power law. Far above,\n    mu* nears C^{size['exponent']:.2f} "
+                  f"{span(size['ci'])}.")
     print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
 
 
-def report_law(key, label, law):
-    """Print the parameters of a law and its errors."""
+def report_law(label, law, published=None, looped=True):
+    """Print the parameters of a law and its errors. published: the paper's error."""
     said = []
     for name, ci in law["ci"].items():
         value = "not determined" if name in law["undetermined"] else rounded(law[name])
         said.append(f"{name} {value} {span(ci)}")
     print(f"{label}: {', '.join(said)}")
     if law["held_out_error"] is not None:
-        looped = key in PUBLISHED and "compute_optimal" not in law
-        published = f"   published: {PUBLISHED[key]}" if looped else ""
+        beside = f"   published: {published}" if published and looped else ""
         print("  error on the largest budget, fitted without it: "
-              f"{law['held_out_error']:.2%}{published}")
+              f"{law['held_out_error']:.2%}{beside}")
     if law.get("lack_of_fit") is not None and law["lack_of_fit"] < 0.05:
-        print("  it is not quite right: noise leaves so much over in "
-              f"{law['lack_of_fit']:.1%} of cases")
-    for name, of in law.get("compute_optimal", {}).items():
+        print(f"  it is not quite right: {chance_text(law['lack_of_fit'], 'right')}")
+    best = {} if looped else law.get("far_exponents", {})
+    for name, of in best.items():
         print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
 
 # ----------------------------------------------------------------------------- pictures

@@ -87,7 +87,7 @@ def clear_up(path):
     new = Path(path) / ".new"
     if (new / "ckpt.pt").exists():  # killed while it moved a run in: the checkpoint goes last
         move_in(new)
-    for name in FILES if new.exists() else ():  # of a run that came to no checkpoint
+    for name in FILES:  # of a run that came to no checkpoint
         (new / name).unlink(missing_ok=True)
     for folder in (Path(path), new):
         for file in folder.glob(".*.tmp"):
@@ -212,6 +212,9 @@ class Run:
     def resume(self):
         """Load the checkpoint. Raises UserError that names what is damaged."""
         file = self.path / "ckpt.pt"
+        if not file.exists():
+            raise UserError(f"{file} does not exist, the run ended before its first checkpoint: "
+                            "start it again, without --resume")
         checkpoint = load_checkpoint(file)
         for name in ("model", "optimizers", "state"):
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):

@@ -67,11 +67,19 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
 
 
 def choose(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Draw tokens (B, 1) from logits (B, vocab_size)."""
+    """Draw tokens (B, 1) from logits (B, vocab_size). Raises UserError if they are not finite."""
+    check_predicts(logits)
     if temperature < GREEDY:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1,
                              generator=generator)
+
+
+def check_predicts(logits):
+    """Raise UserError where logits are not finite."""
+    if not logits.isfinite().all():
+        raise UserError("the model predicts nothing at this number of loops: its state has grown "
+                        "beyond all bounds (GUIDE.md, section 2)")
 
 
 # When has a token looped enough? When what a rule measures falls below a threshold. It looks at the
@@ -94,8 +102,8 @@ def settle(model, idx, most, cache, threshold, rule="kl"):
     The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
     last = None
-    for loops, (h, tokens) in enumerate(model.states(idx, most, cache), start=1):
-        logits = model.lm_head(model.readout(h, tokens, cache)).float()
+    for loops, (h, inputs) in enumerate(model.states(idx, most, cache), start=1):
+        logits = model.lm_head(model.readout(h, inputs, cache)).float()
         now = Look(h, logits.log_softmax(-1))
         if loops > 1 and EXIT_RULES[rule](now, last) < threshold:
             break
@@ -113,15 +121,14 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     end early. The cache serves until the context is full; from then on the window slides, which
     moves every token in it, and each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
-    config = model.config
-    recurrence = model.depths_of(1, config.mean_recurrence if recurrence is None else recurrence)[0]
-    capacity = min(idx.shape[1] + n, config.block_size)
+    capacity = min(idx.shape[1] + n, model.config.block_size)
     if exit_threshold is not None:
         kv_cache = "shared"
-    cache = model.new_cache(len(idx), capacity, recurrence, kv_cache)
     training = model.training
     model.eval()
     try:
+        recurrence, = model.depths_of(1, recurrence)
+        cache = model.new_cache(len(idx), capacity, recurrence, kv_cache)
         for _ in range(n):
             slides = idx.shape[1] > capacity  # the window: no cache
             if slides or cache.pos == 0:  # or the prompt: all tokens at once
@@ -173,8 +180,8 @@ def trace(model, idx, recurrence, last):
     (loops, last, vocab_size), and how far the loop moved the state, |h - last h| / |h|, (loops,
     last)."""
     probs, moved, before = [], [], 0
-    for h, tokens in model.states(idx, recurrence):
-        shown = model.readout(h, tokens)[0, -last:]
+    for h, inputs in model.states(idx, recurrence):
+        shown = model.readout(h, inputs)[0, -last:]
         probs.append(model.lm_head(shown).float().softmax(-1))
         moved.append(((h - before).norm(dim=-1) / h.norm(dim=-1))[0, -last:])
         before = h
@@ -207,8 +214,8 @@ def draw_page(model, tokenizer, idx, recurrence, path):
     """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Each loop's
     are taken as it comes: `trace` would keep all probabilities."""
     tops = []
-    for h, tokens in model.states(idx, recurrence):
-        probs = model.lm_head(model.readout(h, tokens))[0].float().softmax(-1)   # (T, vocab_size)
+    for h, inputs in model.states(idx, recurrence):
+        probs = model.lm_head(model.readout(h, inputs))[0].float().softmax(-1)   # (T, vocab_size)
         top = probs.topk(5)
         tops.append([[(text_of(tokenizer, i), p) for i, p in zip(*row)]
                      for row in zip(top.indices.tolist(), top.values.tolist())])
@@ -312,7 +319,8 @@ def recurrences_of(args, config):
     if not config.n_recurrent:
         if args.draft:
             raise UserError("--draft needs a model that loops: this one is a plain transformer")
-        print("a plain transformer: nothing loops, --recurrence has no effect")
+        if args.recurrence:
+            print("a plain transformer: nothing loops, --recurrence has no effect")
         return [1]
     if args.draft and args.draft >= min(recurrences):
         raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
@@ -352,14 +360,14 @@ def until(tokens, end, made):
             return
 
 
-def before(row, end):
+def text_before(row, end):
     """The tokens of a row, a list, that come before the token `end`."""
     return row[:row.index(end)] if end in row else row
 
 
 def new_tokens(args, model, idx, recurrence, loops_used, counts):
     """The stream of tokens (samples, 1) that the flags ask for; see stream and draft_stream."""
-    from draft import draft_stream  # which draws by functions of this file
+    from draft import draft_stream  # here, since draft.py imports this file
 
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p,
@@ -389,7 +397,7 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             pass
     seconds = time.perf_counter() - start
 
-    rows = [before(row, end) for row in torch.cat(made, dim=1).tolist()]
+    rows = [text_before(row, end) for row in torch.cat(made, dim=1).tolist()]
     if args.samples > 1:
         for i, row in enumerate(rows, start=1):
             text = "".join(decode_stream(tokenizer, row))

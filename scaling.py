@@ -35,7 +35,7 @@ from common import (
     run_script,
     write_text,
 )
-from isoflop import budgets_of, gains, isoflop, lack_of_fit
+from isoflop import budgets_of, fit_parabolas, gains, lack_of_fit
 from laws import (
     LAWS,
     RESAMPLES,
@@ -47,10 +47,25 @@ from laws import (
     token_cost,
 )
 from plan import design
-from report import draw, loops_text, optimum_text, report, value_text
-from tables import SAME_BUDGET, column, distinct, read_tables, run_key, trained_depth
+from report import draw, frontier_text, optimum_text, report, value_text
+from tables import (
+    column,
+    distinct,
+    read_tables,
+    rows_by_budget,
+    run_key,
+    same_budget,
+    trained_depth,
+)
 
 HERE = Path(__file__).parent
+COMMANDS = (
+    ("fit", "Fit the laws to a table of runs, print and draw them.", "out/sweep --json fit.json"),
+    ("predict", "The best recurrence and tokens for a budget, by the law fitted to a table.",
+     "--flops 1e14"),
+    ("design", "What a sweep would find and cost, by simulation, before it is run.",
+     "--budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2"),
+)
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
 # ----------------------------------------------------------------------------- all fits of a table
@@ -88,40 +103,41 @@ def reasons_against(law, rows):
     return reasons
 
 
-def split_largest(rows):
-    """(the rows of smaller budgets, those of the largest).
-
-    All are smaller where the runs share no budgets, having been planned by another accounting."""
-    top = column(rows, "flops").max() / SAME_BUDGET
-    smaller, largest = [], []
-    for row in rows:
-        (largest if row["flops"] >= top else smaller).append(row)
+def fit_without_largest(law, rows, notes):
+    """(a fit to all but the largest budget, the rows of that). None, and a note says why, where
+    that cannot be."""
+    *smaller, largest = rows_by_budget(rows)
+    seen = sum(smaller, [])
+    reasons = reasons_against(law, seen) if seen else ["there is one budget"]
     if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
-        return rows, []
-    return smaller, largest
+        # also where the runs were planned by another accounting and share no budgets in this one
+        reasons = ["it has fewer than three recurrences"]
+    if reasons:
+        notes.append(f"{law} law: no error on the largest budget, fitted without it "
+                     f"({'; '.join(reasons)})")
+        return None
+    return fit_law(law, seen, resamples=0), largest
 
 
-def fit_and_hold_out(law, rows, resamples):
-    """(what --json writes of a law, the fit, (a fit to all but the largest budget, the rows of
-    that)); None in place of the last where too few rows are left."""
-    fit = fit_law(law, rows, resamples=resamples)
-    result, held_out = fit.summary() | {"held_out_error": None}, None
-    seen, unseen = split_largest(rows)
-    if unseen and not reasons_against(law, seen):
-        held_out = fit_law(law, seen, resamples=0), unseen
-        result["held_out_error"] = held_out[0].error(unseen)
-    return result, fit, held_out
+def summary_of(fit, without_largest):
+    """What --json writes of a law. without_largest: what fit_without_largest returns."""
+    error = None
+    if without_largest:
+        smaller, unseen = without_largest
+        error = smaller.error(unseen)
+    return fit.summary() | {"held_out_error": error}
 
 
-def fit_unified(rows, resamples):
+def fit_unified(rows, resamples, notes):
     """What --json writes of the unified law.
 
     Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
     measured."""
-    result, _, held_out = fit_and_hold_out("unified", rows, resamples)
+    without_largest = fit_without_largest("unified", rows, notes)
+    result = summary_of(fit_law("unified", rows, resamples=resamples), without_largest)
     result["held_out_error_given_loss"] = None
-    if held_out:
-        fit, unseen = held_out
+    if without_largest:
+        fit, unseen = without_largest
         measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
         unseen = [row for row in unseen if run_key(row) in measured]
         if unseen:
@@ -145,14 +161,12 @@ def fit_worth(rows, resamples):
 
 
 def fit_test_time(rows):
-    """[(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs."""
-    shown = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        most = shown.get(row["mu_rec"])
-        if row["mu_rec"] > 1 and (most is None or row["flops"] > SAME_BUDGET * most.flops):
-            shown[row["mu_rec"]] = run_key(row)
+    """[(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs, and of
+    those the lowest seed."""
     result = []
-    for _, run in sorted(shown.items()):
+    for mu in sorted({row["mu_rec"] for row in rows} - {1}):
+        largest = rows_by_budget([row for row in rows if row["mu_rec"] == mu])[-1]
+        run = run_key(min(largest, key=lambda row: row["seed"]))
         data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
         if len(data) >= 4 and distinct(data, "val_loss") > 1:
             fit = fit_law("test time", data, starts=16, resamples=0)
@@ -179,13 +193,15 @@ class Table:
     every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
     those at T = mu_rec. `cost`: FLOPs of a token by mu_rec; `budgets`: see isoflop.budgets_of.
     `fit` is the training law's, None where it could not be fitted; `test_time`: of
-    fit_test_time. `left_out`: how many runs of other models the table has."""
+    fit_test_time. `left_out`: how many runs of other models the table has; `not_counted`: how many
+    have no row of this accounting."""
 
     def __init__(self, every_row, accounting):
         self.every_row, self.accounting = every_row, accounting
         mine = [row for row in every_row if row["accounting"] == accounting]
         self.at_every_T = main_model(mine)
         self.left_out = runs_in(mine) - runs_in(self.at_every_T)
+        self.not_counted = len(set(map(without_flops, every_row)) - set(map(without_flops, mine)))
         names = distinct(self.at_every_T, "model")
         self.model = self.at_every_T[0]["model"] if names == 1 else f"{names} models"
         self.rows = trained_depth(self.at_every_T)
@@ -204,27 +220,30 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     the same law. Returns (a dict for --json, the Table)."""
     table = Table(every_row, accounting)
     rows = table.rows
-    out = {"model": table.model, "accounting": accounting,
+    out = {"model": table.model, "accounting": accounting, "looped": table.looped(),
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "notes": []}
     one_size = table.looped() and sizes(rows) <= 1
     if one_size:
-        out["isoflop"], out["power_laws"], out["noise"], out["notes"] = isoflop(rows, table.cost)
+        out |= fit_parabolas(table.budgets, table.cost)
         out["gain"] = gains(table.budgets, out["noise"])
     elif table.looped():
         out["notes"].append("the optimum at equal FLOPs: not computed, the runs called "
                             f"{table.model} have {sizes(rows)} sizes")
     if table.left_out:
         out["notes"].append(f"{table.left_out} runs of other models are left out")
+    if table.not_counted:
+        out["notes"].append(f"{table.not_counted} runs have no {accounting} FLOPs and are left out")
 
     if can_fit("training", rows, out["notes"]):
-        law, table.fit, _ = fit_and_hold_out("training", rows, resamples)
+        table.fit = fit_law("training", rows, resamples=resamples)
+        law = summary_of(table.fit, fit_without_largest("training", rows, out["notes"]))
         out["training_law"] = law
         law["lack_of_fit"] = None
         if one_size:
             law["lack_of_fit"] = lack_of_fit(*left_by_law(table), out["noise"])
             law["frontier"], law["other_accounting"] = frontiers(table, bool(out["isoflop"]))
-        law["compute_optimal" if not table.looped() else "far_exponents"] = far_exponents(table.fit)
+        law["far_exponents"] = far_exponents(table.fit)
     return out, table
 
 
@@ -233,8 +252,8 @@ def left_by_law(table):
     isoflop.left_by_parabola."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
-        cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": budget.flops / cost}
-                 for mu, cost in zip(budget.mu, table.cost(budget.mu))]
+        cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": tokens}
+                 for mu, tokens in zip(budget.mu, budget.tokens)]
         left = budget.log_loss - np.log(table.fit.predict(cells))
         squares += (budget.seeds * left ** 2).sum()
         freedom += len(cells)
@@ -243,6 +262,11 @@ def left_by_law(table):
 
 def runs_in(rows):
     return len({run_key(row) for row in rows})
+
+
+def without_flops(row):
+    """What is the same for a run by any accounting."""
+    return run_key(row)._replace(flops=None)
 
 
 def can_fit(law, rows, notes):
@@ -288,13 +312,16 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
     every_model = trained_depth(row for row in every_row if row["accounting"] == accounting)
     if table.looped():
         if can_fit("unified", table.at_every_T, out["notes"]):
-            out["unified"] = fit_unified(table.at_every_T, resamples)
+            out["unified"] = fit_unified(table.at_every_T, resamples, out["notes"])
         if can_fit("worth", every_model, out["notes"]):
             out["recurrence_worth"] = fit_worth(every_model, resamples)
         table.test_time = fit_test_time(table.at_every_T)
-    own_laws = [name for name in LAWS if name not in PUBLISHED_LAWS]
-    out["laws"] = {name: fit_and_hold_out(name, table.rows, resamples)[0] for name in own_laws
-                   if can_fit(name, table.rows, out["notes"])}
+    out["laws"] = {}
+    for name in LAWS:
+        if name not in PUBLISHED_LAWS and can_fit(name, table.rows, out["notes"]):
+            out["laws"][name] = summary_of(
+                fit_law(name, table.rows, resamples=resamples),
+                fit_without_largest(name, table.rows, out["notes"]))
     out["test_time"] = [numbers for _, _, numbers in table.test_time]
     return out, table
 
@@ -324,11 +351,11 @@ def predict(args):
     sampled = frontier(fit, rows[0], table.cost, flops, fit.samples)
     for label, value, samples, unit in zip(("mu*", "D*", "loss"), best, sampled,
                                            ("loops", "tokens", "nats per token")):
-        said = loops_text if label == "mu*" else value_text
+        said = frontier_text if label == "mu*" else value_text
         print(f"{label:4s} = {said(value[0], interval(samples, value[0]))} {unit}")
 
     for optimum in out["isoflop"]:
-        if max(flops / optimum["flops"], optimum["flops"] / flops) < SAME_BUDGET:
+        if same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
     tried = column(rows, "mu_rec")
     if not tried.min() < best[0][0] < tried.max():
@@ -373,13 +400,13 @@ def parse_args(words):
     """The command's settings; `fit` where no command is given."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
-    fits = commands.add_parser("fit", help="fit the laws and draw")
-    predicts = commands.add_parser("predict", help="the best recurrence and tokens for a budget")
-    designs = commands.add_parser("design", help="what a sweep would find, before it is run")
+    fits, predicts, designs = (commands.add_parser(name, help=does, description=f"{does}\n\n"
+                                                   f"    python scaling.py {name} {example}")
+                               for name, does, example in COMMANDS)
     for command in (fits, predicts, designs):
         command.add_argument("--tables" if command is designs else "tables", nargs="*",
                              metavar="DIR|CSV",
-                             help="runs or tables (default: results/sweep*.csv)")
+                             help="runs or tables to fit (default: results/sweep*.csv)")
         command.add_argument("--accounting", metavar="NAME",
                              help="FLOPs to fit by (default: exact, if the table has it)")
 
@@ -395,8 +422,10 @@ def parse_args(words):
 
     add = designs.add_argument
     add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
-    add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU")
-    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
+        help="mean recurrences to try at each budget")
+    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
+        help="seeds of each cell, such as 0 1 2 for three (default: 0)")
     add("--noise", type=POSITIVE, metavar="SD",
         help="of a run's loss, relative (default: the tables')")
     add("--speed", type=POSITIVE, default=2.8e10, metavar="F",

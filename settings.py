@@ -17,6 +17,7 @@ from common import (
     SEED,
     Parser,
     UserError,
+    new_directory,
     nothing_to_run,
     number,
     read_json,
@@ -29,17 +30,10 @@ DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
 
 
-def preset(name):
-    """An argparse type."""
-    if name not in PRESETS:
-        raise argparse.ArgumentTypeError(f"is {name}, must be one of {', '.join(PRESETS)}")
-    return name
-
-
 def make_parser(about):
     parser = Parser(description=about)
     add = parser.add_argument
-    add("--out", type=some_path, default="out/default", metavar="DIR",
+    add("--out", type=new_directory, default="out/default", metavar="DIR",
         help="run directory to write (default: %(default)s)")
     add("--resume", action="store_true",
         help="continue the run in --out with its settings; flags given here change them")
@@ -48,7 +42,7 @@ def make_parser(about):
         help="print what config.json would say, the cost of a token among it, and stop")
     add("--data", type=some_path, default=DEFAULT_DATA, metavar="DIR",
         help="of data.py (default: %(default)s, made if missing)")
-    add("--preset", type=preset, default="parcae-nano", metavar="NAME",
+    add("--preset", choices=PRESETS, default="parcae-nano", metavar="NAME",
         help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
     add("--init-from", type=some_path, metavar="DIR",
         help="start from the weights of another run, in place of --preset; flags of the model "
@@ -56,8 +50,8 @@ def make_parser(about):
 
     add = parser.add_argument_group("budget (the first one spent ends the run; default: "
                                     f"{DEFAULT_STEPS} steps)").add_argument
-    add("--max-steps", type=number(float, 1), metavar="N", help="optimiser steps")
-    add("--max-tokens", type=number(float, 1), metavar="D", help="training tokens")
+    add("--max-steps", type=COUNT, metavar="N", help="optimiser steps")
+    add("--max-tokens", type=COUNT, metavar="D", help="training tokens")
     add("--max-flops", type=number(float, 1), metavar="C",
         help="training FLOPs, counted from the depths really drawn")
     add("--accounting", choices=("exact", "paper"), default="exact",
@@ -78,7 +72,7 @@ def make_parser(about):
     add("--adamw-lr", type=POSITIVE, default=3e-2, metavar="LR",
         help="peak learning rate of AdamW (default: %(default)s)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
-        help="last part of the run, where it falls to 0 (default: %(default)s)")
+        help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.2,
         help="of Muon, falls to 0 over the run (default: %(default)s)")
     add("--grad-clip", type=POSITIVE, default=1.0,
@@ -115,7 +109,9 @@ def add_model_flags(parser):
     comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
         flag = "--" + field.name.replace("_", "-")
-        value = getattr(default, field.name) if field.default is not None else None
+        value = getattr(default, field.name)
+        if field.default is None:  # it follows from others, as mlp_width does
+            value = None
         about = f"{comments.get(field.name, '')} (default: {value})"
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
@@ -137,7 +133,7 @@ def parse_args(about, words=None):
         known = argparse.Namespace(**vars(saved) | {"out": args.out})
         args = parser.parse_args(words, namespace=known)
         check_unchanged(saved, args, model)
-    if args.max_steps is args.max_tokens is args.max_flops is None:
+    if not (args.max_steps or args.max_tokens or args.max_flops):
         args.max_steps = DEFAULT_STEPS
     return args
 

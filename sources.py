@@ -118,7 +118,8 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     chances = rng.random(strings.shape)
     docs = []
     rows = zip(strings, chances)
-    for string, chance in tqdm(rows, total=len(strings), desc="p-hop", unit="doc", leave=False):
+    for string, chance in tqdm(rows, total=len(strings), desc="p-hop", unit="doc", leave=False,
+                               disable=None):
         docs.append(p_hop_doc(string.tolist(), chance.tolist(), hops))
     return docs[:n_train], docs[n_train:]
 

@@ -47,6 +47,7 @@ from tables import (
     model_columns,
     read_csv,
     rows_of_run,
+    same_budget,
 )
 from train import setup
 
@@ -86,7 +87,7 @@ class Cell:
         own = {"accounting": accounting, "seed": self.seed} | model_columns(self.plan["model"])
         for name in ("params_core", "params_noncore"):
             own[name] = self.plan["cost"][accounting][name]
-        near = [row for row in rows if abs(row["flops"] / self.flops - 1) < SAME_BUDGET - 1]
+        near = [row for row in rows if same_budget(row["flops"], self.flops)]
         return any(own.items() <= row.items() for row in near)
 
     def check(self):
@@ -222,6 +223,7 @@ def run_cells(cells, jobs, table):
             for cell in cells:
                 if cell.process:
                     cell.process.terminate()  # it saves and stops
+            raise
     results = [(cell, future.result()) for cell, future in futures.items()]
     return [(cell, failure) for cell, failure in results if failure is not None]
 
@@ -240,7 +242,11 @@ def sweep(args, flags):
         return
     # Runs that are finished and not in the table: it is a new one, or the sweep was killed then.
     add_rows(table, sum((rows_of_run(cell.path) for cell in new), []))
-    failed = run_cells(todo, args.jobs, table)
+    try:
+        failed = run_cells(todo, args.jobs, table)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        raise
     if table.exists():
         print(f"wrote {table}; fit it with: python scaling.py fit {table}")
     for cell, failure in failed:

@@ -50,6 +50,8 @@ def read_csv(path):
     rows = []
     for number, line in lines:
         try:
+            if None in line:  # a decimal comma, say
+                raise UserError("it has more cells than the first line")
             rows.append({name: table_value(name, line[name]) for name in COLUMNS})
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
@@ -62,7 +64,9 @@ def table_value(name, said):
     if said is None:
         raise UserError(f"{name} is missing: the line is too short")
     if kind is str:
-        return str(said)
+        if not said.strip():
+            raise UserError(f"{name} is empty")
+        return said
     try:
         value = float(said)
     except ValueError:
@@ -241,6 +245,21 @@ RunKey = namedtuple("RunKey", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "
 def run_key(row):
     """The RunKey of a row: rows of one run differ in the loops at evaluation alone."""
     return RunKey(*(row[name] for name in RunKey._fields))
+
+
+def rows_by_budget(rows):
+    """Lists of rows, by rising FLOPs: those of one budget each."""
+    groups = []
+    for row in sorted(rows, key=lambda row: row["flops"]):
+        if not groups or row["flops"] > SAME_BUDGET * groups[-1][0]["flops"]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def same_budget(flops, others):
+    """Whether two numbers of FLOPs, or one and an array, are of the same budget."""
+    return np.abs(np.log(flops / others)) < np.log(SAME_BUDGET)
 
 
 def distinct_budgets(budgets):

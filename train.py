@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -182,7 +183,7 @@ def spent(args, state):
 def draw_depths(model, args, progress, step_seed):
     """Loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
     size, generator = args.batch_size, torch.Generator().manual_seed(step_seed)
-    if progress < args.loop_from:
+    if progress < args.loop_from or not model.config.n_recurrent:
         return torch.ones(size, dtype=torch.int64)
     if args.depth_sampling == "fixed":
         return torch.full((size,), model.config.mean_recurrence)
@@ -234,20 +235,22 @@ def update(model, optimizers, args, loss, progress):
     return loss, norm, finite
 
 
-def count(state, args, model, depths, seconds):
-    """Add a step to what is spent; returns its tokens and its exact FLOPs, whatever --accounting
-    says."""
+def add_step(state, args, model, depths, seconds):
+    """Add a step to what is spent. Returns its tokens, and its exact FLOPs: MFU is of those,
+    whatever --accounting counts for the budget."""
     config = model.config
     tokens = args.batch_size * config.block_size
     loops = depths.double().mean().item()
     with_gradient = depths.clamp(max=config.backprop_depth).double().mean().item()
-    flops = {name: tokens * model.flops_per_token(loops, with_gradient, accounting=name)
-             for name in {"exact", args.accounting}}
-    step = {"step": 1, "samples": args.batch_size, "tokens": tokens,
-            "flops": flops[args.accounting], "seconds": seconds}
-    for kind, amount in step.items():
-        state[kind] += amount
-    return tokens, flops["exact"]
+
+    def flops(accounting):
+        return tokens * model.flops_per_token(loops, with_gradient, accounting=accounting)
+    state["step"] += 1
+    state["samples"] += args.batch_size
+    state["tokens"] += tokens
+    state["flops"] += flops(args.accounting)
+    state["seconds"] += seconds
+    return tokens, flops("exact")
 
 
 @torch.no_grad()
@@ -259,27 +262,27 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     looped = model.config.n_recurrent > 0
     recurrence = recurrence if looped else [1]
     batch_size = max(1, min(batch_size, EVAL_TOKENS // model.config.block_size))
-    mine = range(rank(), max(world(), min(sequences, len(loader))), world())  # one at least
+    sequences = max(world(), min(sequences, len(loader)))  # one for each rank at least
+    mine = range(rank(), sequences, world())
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
-    read = torch.zeros((), device=device)
     model.eval()
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluating", delay=1, leave=False,
                       disable=rank() > 0 or None):  # None: where no terminal is
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
-        read += len(idx)
-        for loops, (h, tokens) in enumerate(model.states(idx, max(recurrence)), start=1):
+        for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
                 # each metric is a line; logits: (B, T, vocab_size)
-                logits, loss = model.head(model.readout(h, tokens), targets)
+                logits, loss = model.head(model.readout(h, inputs), targets)
                 sums["val_loss", loops] += loss * len(idx)  # nats per token
+                # a mean of squares: means add up over sequences, their roots do not
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)
     model.train()
 
-    total = torch.stack([read, *sums.values()])
+    means = torch.stack([*sums.values()]) / sequences
     if world() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(means)
     values = defaultdict(dict)
-    for (metric, loops), mean in zip(sums, (total[1:] / total[0]).tolist()):
+    for (metric, loops), mean in zip(sums, means.tolist()):
         values[metric][loops] = mean
     squares = values.pop("state_ms")
     if looped:
@@ -293,7 +296,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 def inexact(before, record):
     """Lines that say why a run goes on otherwise than without the interruption. before, record:
     what config.json said and says."""
-    def facts(config):
+    def facts(config):  # {name: value} of what a rounding may depend on, whatever level it is at
         flags = {f"--{name.replace('_', '-')}": value for name, value in config["settings"].items()}
         return (config.get("versions") or {}) | config | flags
     was, now = facts(before), facts(record)
@@ -306,10 +309,9 @@ def inexact(before, record):
     return lines
 
 
-def begin(s):
-    """Start the run or load its checkpoint; says what is trained. False where it is finished."""
+def start_or_resume(s):
+    """Start the run or load its checkpoint. False, and says so, where the run is finished."""
     args, run, record = s.args, s.run, s.record
-    say = print if rank() == 0 else lambda *words: None
     if args.resume:
         before = read_json(run.path / "config.json")
         run.resume()
@@ -323,12 +325,13 @@ def begin(s):
             say(line)
     else:
         run.start(record, s.tokenizer)
-    difference = other_text(args.data)
-    if difference:
-        say(difference)
-    say(explain.beginning(args.out, args.data, s.model.config, s.loader, record,
-                          s.model.compute_dtype))
     return True
+
+
+def say(text):
+    """Print on one rank."""
+    if rank() == 0:
+        print(text)
 
 
 @contextlib.contextmanager
@@ -382,7 +385,7 @@ def train(s):
             state["skipped"] += not finite
             # 4. count tokens and FLOPs, log
             seconds = time.perf_counter() - start
-            tokens, flops = count(state, args, model, depths, seconds)
+            tokens, flops = add_step(state, args, model, depths, seconds)
             mfu = flops / seconds / s.record["peak_flops"]
             run.log("train", loss=loss, grad_norm=norm,
                     lr=args.muon_lr * schedule(progress, args.cooldown),
@@ -391,38 +394,41 @@ def train(s):
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
             stop = asked_to_stop(received, device)
-            # 5. now and then save and evaluate, but never over a good checkpoint
-            due = state["step"] % args.eval_every == 0 and spent(args, state) < 1
-            if due and not skipped:
-                save_and_evaluate(s, loss)
+            # 5. now and then evaluate, and save what still predicts
+            if state["step"] % args.eval_every == 0 and spent(args, state) < 1:
+                evaluate_and_save(s, loss)
         bar.close()
-        # a last step may be skipped by bad luck, and the model be good all the same
-        failed = skipped == MAX_SKIPPED or skipped > 0 and not loss_is_finite(s)
-        if not failed:
+        # the loss of a step is of the weights before its update: look at what it left
+        works = skipped < MAX_SKIPPED and still_predicts(s)
+        if works:
             run.save()  # a second signal does not interrupt it
 
-    if failed and not stop:
-        checkpoint = f"{run.path / 'ckpt.pt'} is good, of step {run.saved}"
-        good = "no checkpoint was saved" if run.saved is None else checkpoint
-        raise UserError(f"loss or gradient was not finite {skipped} steps in a row, at step "
-                        f"{state['step']}: try a lower --muon-lr (it is {args.muon_lr}) or "
-                        f"--adamw-lr (it is {args.adamw_lr}); {good}")
+    if not works and not stop:
+        saved = f"{run.path / 'ckpt.pt'} is of step {run.saved}"
+        raise UserError(f"the loss or its gradient is not finite, at step {state['step']}: try a "
+                        f"lower --muon-lr (it is {args.muon_lr}) or --adamw-lr (it is "
+                        f"{args.adamw_lr}), or undo what else you changed; "
+                        f"{'no checkpoint was saved' if run.saved is None else saved}")
     return not stop
 
 
-def loss_is_finite(s):
-    """Whether the model still predicts, on a few val sequences."""
-    mean = s.model.config.mean_recurrence
-    values = evaluate(s.model, s.val_loader, s.micro, s.micro, [mean])
-    return all(map(math.isfinite, values["val_loss"].values()))
+def still_predicts(s):
+    """Whether the loss is finite, on a few val sequences."""
+    values = evaluate(s.model, s.val_loader, s.micro, s.micro, [s.model.config.mean_recurrence])
+    return is_finite(values["val_loss"])
 
 
-def save_and_evaluate(s, train_loss):
-    """A checkpoint on the way, and an evaluation at the mean recurrence."""
+def is_finite(losses):
+    return all(map(math.isfinite, losses.values()))
+
+
+def evaluate_and_save(s, train_loss):
+    """An evaluation on the way, at the mean recurrence, and a checkpoint if its loss is finite."""
     state, mean = s.run.state, s.model.config.mean_recurrence
-    s.run.save()
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
+    if is_finite(values["val_loss"]):
+        s.run.save()
     if rank() == 0:
         (loops, val_loss), = values["val_loss"].items()
         rate = state["tokens"] / state["seconds"]
@@ -444,7 +450,7 @@ def report(s):
           "recurrence T   val loss (nats per token)")
     for loops, loss in values["val_loss"].items():
         print(f"{loops:12d}   {loss:.4f}")
-    print(f"\na sample (more with: python sample.py --run {args.out}):")
+    print(f"\na sample (more with: python sample.py --run {shlex.quote(args.out)}):")
     device = s.model.wte.weight.device
     prompt = torch.tensor([[begin_token(s.tokenizer)]], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -465,13 +471,19 @@ def main():
         if rank() == 0:
             check_free(args)  # once more, now that nobody else can write there
             clear_up(args.out)
-        if begin(s):
+        if start_or_resume(s):
+            difference = other_text(args.data)
+            if difference:
+                say(difference)
+            say(explain.beginning(args.out, args.data, s.model.config, s.loader, s.record,
+                                  s.model.compute_dtype))
             if train(s):
                 report(s)
-            elif rank() == 0:
-                saved = "nothing was saved" if s.run.saved is None else f"saved at {s.run.saved}"
-                print(f"stopped at step {s.run.state['step']}, {saved}; "
-                      f"go on with: python train.py --resume --out {args.out}")
+            elif s.run.saved is None:
+                say(f"stopped at step {s.run.state['step']}, nothing was saved")
+            else:
+                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; "
+                    f"go on with: python train.py --resume --out {shlex.quote(args.out)}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
         time.sleep(0.5)  # while it is still on its way out of the barrier, too

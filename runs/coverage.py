@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import isoflop
 from common import COUNT, Parser, number, run_script
+from isoflop import budgets_of, fit_parabolas
 from laws import MU, fit_law, frontier, frontier_exponents, interval
-from plan import grid, made_up
+from plan import grid
 from scaling import default_tables, exponents_of, fit_optima
 from tables import read_tables
 
@@ -51,8 +51,9 @@ def law_truth():
 
 def by_parabola(rows, cost, seed):
     """({flops: interval of mu*}, interval of the exponent)."""
-    optima, laws, _, _ = isoflop.isoflop(rows, cost, resamples=300, seed=seed)
-    intervals = dict(zip(BUDGETS, (optimum["ci"] for optimum in optima)))
+    found = fit_parabolas(budgets_of(rows), cost, resamples=300, seed=seed)
+    intervals = dict(zip(BUDGETS, (optimum["ci"] for optimum in found["isoflop"])))
+    laws = found["power_laws"]
     return intervals, laws["mu_rec"]["ci"] if laws else [None, None]
 
 
@@ -80,7 +81,8 @@ def coverage(truth, repeats, noise, methods, seed=0):
     counts = {name: {key: [0, 0, 0] for key in (*BUDGETS, "exponent")} for name in methods}
     for i in tqdm(range(repeats), desc=f"noise {noise:.1%}", leave=False, disable=None):
         rng = np.random.default_rng([seed, i])
-        noisy = made_up(rows, losses * np.exp(noise * rng.standard_normal(len(rows))))
+        drawn = losses * np.exp(noise * rng.standard_normal(len(rows)))
+        noisy = [row | {"val_loss": float(loss)} for row, loss in zip(rows, drawn)]
         for name, method in methods.items():
             intervals, ci = method(noisy, cost, i)
             held = {c: holds(of, best[c]) for c, of in intervals.items()}

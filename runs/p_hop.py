@@ -38,9 +38,9 @@ def accuracies(model, docs):
     right = {T: [] for T in loops}
     for batch in docs.split(100):
         # One pass reads all T: what the head makes of the state after each loop.
-        for t, (h, tokens) in enumerate(model.states(batch[:, :-1], max(loops)), start=1):
+        for t, (h, inputs) in enumerate(model.states(batch[:, :-1], max(loops)), start=1):
             if t in loops:
-                x = model.readout(h, tokens)
+                x = model.readout(h, inputs)
                 answers = model.lm_head(x[:, 2::3]).argmax(-1)  # at each symbol
                 right[t].append(answers == batch[:, 3::3])
     result = {}

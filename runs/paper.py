@@ -17,7 +17,7 @@ import torch
 
 import figures
 from common import Parser, run_script
-from laws import cost_between
+from laws import cost_between, lower_hull
 from model import PRESETS, Parcae, ParcaeConfig
 from tables import write_csv
 
@@ -39,7 +39,7 @@ def preset_size(preset, accounting):
             model = Parcae(ParcaeConfig(**PRESETS[preset] | {"mean_recurrence": mu}))
             costs[mu] = model.flops_per_token(accounting=accounting)
     noncore, core = model.matmul_params(accounting)
-    return {"params_noncore": noncore, "params_core": core}, cost_between(costs)
+    return {"params_noncore": noncore, "params_core": core}, cost_between(lower_hull(costs))
 
 
 def costs_and_size(name):

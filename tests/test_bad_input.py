@@ -189,6 +189,7 @@ FLAGS = [
     (SAMPLE, "--run", "t.txt"),
     (SAMPLE, "--run", "some/model"),
     (SAMPLE, "--tokens", "1e400"),
+    (SAMPLE, "--tokens", 400 * "1"),
     (SAMPLE, "--top-k", "0"),
     (SAMPLE, "--run", ""),
     (EVALUATE, "--recurrence", "99999999999"),

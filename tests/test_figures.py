@@ -12,7 +12,8 @@ X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])
 
 INSIDE = {"flops": 1e12, "inside": True, "fitted_to": [2, 4, 8], "mu_rec": 4.0, "val_loss": 2.1,
-          "parabola": [0.1, -0.3, 1.0], "ci": [2.0, 5.0], "tokens": 1e6, "at_most": None}
+          "parabola": [0.1, -0.3, 1.0], "ci": [2.0, 5.0], "tokens": 1e6, "at_most": None,
+          "at_least": None}
 EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": [None, None]}
 BUDGETS = budgets_of([{"flops": c, "mu_rec": mu, "tokens": c, "val_loss": loss, "seed": 0}
                       for c in (1e12, 2e12, 3e12) for mu, loss in zip(X, LOSS)])

@@ -7,8 +7,8 @@ from sweeps import BUDGETS, cost, parabolic, sweep
 
 from isoflop import (
     budgets_of,
+    fit_parabolas,
     gains,
-    isoflop,
     lack_of_fit,
     left_by_parabola,
     line_through,
@@ -16,8 +16,13 @@ from isoflop import (
 )
 
 
+def optima_of(rows, resamples=1000):
+    found = fit_parabolas(budgets_of(rows), cost, resamples)
+    return [found[name] for name in ("isoflop", "power_laws", "noise", "notes")]
+
+
 def test_the_optimum_of_exact_data_is_the_laws():
-    optima, laws, noise, notes = isoflop(sweep(parabolic), cost, resamples=50)
+    optima, laws, _, notes = optima_of(sweep(parabolic), resamples=50)
     expected = [4 * (c / 4e12) ** 0.4 for c in BUDGETS]
     assert [o["mu_rec"] for o in optima] == pytest.approx(expected, rel=1e-6)
     for o in optima:
@@ -35,7 +40,7 @@ def test_a_lowest_loss_at_the_edge_is_a_bound_and_no_number():
              if row["flops"] <= 2e12]
     rows += [row for row in sweep(lambda row: parabolic(row, 12), noise=1e-4, seeds=2)
              if row["flops"] == 16e12]
-    optima, laws, _, notes = isoflop(rows, cost)
+    optima, laws, _, notes = optima_of(rows)
     assert [o["inside"] for o in optima] == [False, False, True, True, False]
     assert [o["at_most"] for o in optima] == [1, 1, None, None, None]
     assert optima[-1]["at_least"] == 16 and optima[-1]["mu_rec"] is None
@@ -47,7 +52,7 @@ def test_a_lowest_loss_at_the_edge_is_a_bound_and_no_number():
 
 
 def test_a_table_of_edges_gives_no_exponent():
-    optima, laws, _, notes = isoflop(sweep(lambda row: parabolic(row, 0.3), 0.002), cost)
+    optima, laws, _, notes = optima_of(sweep(lambda row: parabolic(row, 0.3), 0.002))
     assert not any(o["inside"] for o in optima) and laws == {}
     assert "no exponent" in notes[-1]
 
@@ -57,12 +62,12 @@ def test_a_parabola_sees_its_window_alone():
     # Far from the optimum the loss is no parabola. It must not matter there.
     bent = [row | {"val_loss": row["val_loss"] * (1.5 if row["mu_rec"] == 64 else 1)}
             for row in rows]
-    assert [o["mu_rec"] for o in isoflop(bent, cost, 0)[0]] == pytest.approx(
-        [o["mu_rec"] for o in isoflop(rows, cost, 0)[0]])
+    assert [o["mu_rec"] for o in optima_of(bent, 0)[0]] == pytest.approx(
+        [o["mu_rec"] for o in optima_of(rows, 0)[0]])
 
 
 def test_an_interval_holds_its_own_point_and_says_where_it_meets_the_edge():
-    optima, laws, _, _ = isoflop(sweep(lambda row: parabolic(row, 2), 0.004, seed=3), cost)
+    optima, laws, _, _ = optima_of(sweep(lambda row: parabolic(row, 2), 0.004, seed=3))
     for o in optima:
         if o["inside"]:
             assert o["ci"][0] <= o["mu_rec"] <= o["ci"][1]
@@ -142,7 +147,7 @@ def test_the_largest_of_several_gains_by_nothing_is_no_gain(seeds):
 
 def test_runs_that_differ_in_something_else_are_noted():
     rows = sweep(parabolic)
-    _, _, _, notes = isoflop(rows + [rows[3] | {"mu_bwd": 9}], cost, 0)
+    _, _, _, notes = optima_of(rows + [rows[3] | {"mu_bwd": 9}], 0)
     assert "1 runs have the budget, recurrence and seed of another" in notes[0]
 
 
@@ -150,6 +155,6 @@ def test_of_runs_that_differ_in_mu_bwd_the_cheapest_counts_in_any_order():
     rows = sweep(parabolic)
     dearer = [row | {"mu_bwd": 99, "tokens": row["tokens"] / 2, "val_loss": row["val_loss"] * 1.1}
               for row in rows]
-    expected = isoflop(rows, cost, 0)[0]
+    expected = optima_of(rows, 0)[0]
     for every in (rows + dearer, dearer + rows):
-        assert isoflop(every, cost, 0)[0] == expected
+        assert optima_of(every, 0)[0] == expected

@@ -7,7 +7,17 @@ from sweeps import chinchilla, evaluated, parametric, sweep
 import laws
 import report
 import scaling
-from laws import POWER, Law, Parameter, cost_between, fit_law, frontier, frontier_exponents
+from laws import (
+    POWER,
+    Law,
+    Parameter,
+    cost_between,
+    fit_law,
+    frontier,
+    frontier_exponents,
+    lower_hull,
+    token_cost,
+)
 from tables import column, read_csv, trained_depth
 
 
@@ -130,7 +140,19 @@ def test_the_frontier_is_where_the_slopes_are_equal():
 
 def test_the_cost_between_recurrences():
     # Odd recurrences round mu_bwd up: dearer than a mix of their neighbours.
-    cost = cost_between({1: 30.0, 2: 40.0, 3: 70.0, 4: 80.0, 8: 160.0})
+    cost = cost_between(lower_hull({1: 30.0, 2: 40.0, 3: 70.0, 4: 80.0, 8: 160.0}))
     assert cost(np.array([1, 1.5, 2, 3, 4, 8, 16])) == pytest.approx(
         [30, 35, 40, 60, 80, 160, 320])
     assert cost_between({4: 80.0})(7) == 80  # one recurrence says nothing of others
+    # The first line goes on below the first, but not below what is in proportion.
+    assert cost_between({4: 80.0, 8: 240.0})(np.array([1, 3])) == pytest.approx([20, 60])
+
+
+def test_a_gradient_through_a_given_number_of_loops_makes_none_dear():
+    def dear(mu):
+        return 1e5 * (1 + mu + 2 * min(mu, 4))
+    rows = [row | {"mu_bwd": min(row["mu_rec"], 4), "tokens": row["flops"] / dear(row["mu_rec"])}
+            for row in sweep(parametric, recurrences=(1, 2, 4, 8, 16))]
+    cost = token_cost(rows)
+    for mu in (1, 2, 4, 8, 16):
+        assert cost(mu) == pytest.approx(dear(mu))

@@ -8,7 +8,7 @@ import torch
 from conftest import save_run, script
 
 from model import KVCache, Parcae, UserError
-from sample import NO_TOKEN, before, choose, generate, settle, trace, until
+from sample import NO_TOKEN, choose, generate, settle, text_before, trace, until
 from tokenizer import (
     begin_token,
     decode_stream,
@@ -79,6 +79,16 @@ def test_mistakes_get_one_line(run_directory, flags, message):
     assert not run.stdout
 
 
+@pytest.mark.parametrize("flags", [[], ["--temperature", "0"], ["--draft", "1"]])
+def test_a_state_beyond_all_bounds_is_said_to_be_so(build, run_directory, flags):
+    model = build(vocab_size=320, injection="concat", qk_norm=False)
+    with torch.no_grad():
+        model.injection.W *= 100
+    save_run(model, run_directory)
+    run = sample(run_directory, "--recurrence", "64", "--prompt", "a", *flags)
+    assert run.returncode == 2 and "its state has grown beyond all bounds" in run.stderr
+
+
 def test_samples_are_made_together_and_each_is_one_of_its_own(run_directory):
     flags = ["--prompt", "a", "--tokens", "30", "--ignore-eot", "--top-k", "250"]
     done = sample(run_directory, *flags, "--samples", "3", "--device", "cpu")
@@ -98,7 +108,7 @@ def test_texts_are_made_until_each_has_ended():
     drawn = torch.tensor([[1, 2, end, 3], [4, end, 5, 6]])
     made, every = [], []
     assert len(list(until(drawn.split(1, dim=1), end, made))) == len(made) == 3
-    assert [before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
+    assert [text_before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
     assert len(list(until(drawn.split(1, dim=1), NO_TOKEN, every))) == 4
 
 

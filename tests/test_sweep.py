@@ -65,7 +65,8 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
-    process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped; the same command goes on" in said
     logs = list(tmp_path.glob("sweep/*/log.jsonl"))
     done = [log for log in logs if '"done"' in log.read_text()]
     before = {log: log.stat().st_mtime_ns for log in done}

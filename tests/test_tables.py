@@ -24,6 +24,8 @@ def test_a_table_survives_writing_and_bad_rows_are_named(tmp_path):
     for broken, said in (
         (start + ",nan,0", "line 3: val_loss is nan"),
         ("x,1", "line 3: params_noncore is missing"),
+        (start + ",1,5,0", "line 3: it has more cells"),  # a decimal comma
+        ("," + start.split(",", 1)[1] + ",1,0", "line 3: model is empty"),
         (start + ",abc,0", "line 3: val_loss is 'abc'"),
         (start + ",1,0.5", "line 3: seed is '0.5', must be a whole number"),
     ):

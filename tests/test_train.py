@@ -316,10 +316,37 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     checkpoint["model"]["wte.weight"][:] = torch.nan
     torch.save(checkpoint, tmp_path / "n" / "ckpt.pt")
     run = train("n", "--resume", "--max-steps", 30, code=2, tiny=[])
-    assert "not finite 10 steps in a row, at step 12" in run.stderr
+    assert "not finite, at step 12" in run.stderr and "ckpt.pt is of step 2" in run.stderr
     assert log(train.out / "n")[-1]["skipped"] == 10
     run = train("n", "--max-steps", 3, "--adamw-lr", 1e30, "--muon-lr", 1e30, "--overwrite", code=2)
-    assert "not finite 2 steps in a row" in run.stderr and "no checkpoint was saved" in run.stderr
+    assert "not finite, at step 3" in run.stderr and "no checkpoint was saved" in run.stderr
+
+
+def test_weights_that_predict_nothing_replace_no_checkpoint(train):
+    """The loss of a step is of the weights before its update."""
+    train("b", "--max-steps", 2)
+    good = weights(train.out / "b")
+    flags = ["--muon-lr", 1e30, "--adamw-lr", 1e30, "--cooldown", 0]
+    for steps, every in ((3, 400), (9, 1)):  # the last step breaks them; one on the way
+        run = train("b", "--resume", "--max-steps", steps, "--eval-every", every, *flags, code=2,
+                    tiny=[])
+        assert "ckpt.pt is of step 2" in run.stderr
+    again = weights(train.out / "b")
+    assert all(torch.equal(again[name], w) for name, w in good.items())
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_so(train):
+    train("b", "--max-steps", 2)
+    (train.out / "b" / "ckpt.pt").unlink()
+    run = train("b", "--resume", code=2, tiny=[])
+    assert "ended before its first checkpoint: start it again, without --resume" in run.stderr
+
+
+def test_a_plain_transformer_loops_once_in_the_log(train):
+    for depths in ("fixed", "per-batch", "per-sequence"):
+        train("p", "--preset", "gpt-nano", "--max-steps", 1, "--depth-sampling", depths,
+              "--overwrite")
+        assert log(train.out / "p")[0]["mean_depth"] == 1
 
 
 def test_a_last_step_that_is_not_finite_costs_no_other(train, monkeypatch):
@@ -377,7 +404,7 @@ def test_training_starts_from_another_model(train, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--preset", "huge"], "--preset is huge, must be one of parcae-140m"),
+        (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
         (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
         (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"),
         (["--eval-recurrence", "-1"], "--eval-recurrence is"),
