@@ -454,7 +454,8 @@ def report(s):
     device = s.model.wte.weight.device
     prompt = torch.tensor([[begin_token(s.tokenizer)]], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = stream(s.model, prompt, 300, temperature=0.7, generator=generator)
+    length = min(300, s.model.config.block_size - 1)  # beyond the context each token costs a pass
+    tokens = stream(s.model, prompt, length, temperature=0.7, generator=generator)
     for text in decode_stream(s.tokenizer, tokens):
         print(text, end="", flush=True)
     print()
