@@ -38,7 +38,7 @@ def make_data(folder):
 
 @pytest.mark.parametrize("args, said", [
     (["--budgets", "0", "--recurrences", "1"], "--budgets is 0.0, must be at least 1"),
-    (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "--preset is huge"),
+    (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
     (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--max-steps", "2"], "--max-steps is not for"),
@@ -66,7 +66,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped; the same command goes on" in said
+    assert process.returncode == 130 and b"stopped; the same command goes on" in said
     logs = list(tmp_path.glob("sweep/*/log.jsonl"))
     done = [log for log in logs if '"done"' in log.read_text()]
     before = {log: log.stat().st_mtime_ns for log in done}
