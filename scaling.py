@@ -415,7 +415,7 @@ def parse_args(words):
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
         help="where figures go (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
-        help="of the bootstrap of the laws (default: %(default)s)")
+        help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
 
     add = predicts.add_argument
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
