@@ -351,7 +351,7 @@ def machine_name(device):
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--preset", default="parcae-micro", metavar="NAME",
+    add("--preset", choices=LOOPED, default="parcae-micro", metavar="NAME",
         help=f"looped model, one of {', '.join(LOOPED)} (default: %(default)s)")
     add("--context", type=COUNT, metavar="N",
         help="tokens of a sequence (default: the preset's block_size)")
@@ -373,8 +373,6 @@ def parse_args():
     add("--out", type=new_directory, default="out/bench", metavar="DIR",
         help="where the JSON and the figure go (default: %(default)s)")
     args = parser.parse_args()
-    if args.preset not in LOOPED:
-        parser.error(f"--preset is {args.preset}, must be one of {', '.join(LOOPED)}")
     if args.dtype == "int8" and args.only != "decode":
         parser.error("--dtype int8 is for generation: give --only decode")
     return args

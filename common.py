@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -95,8 +96,10 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ..."
-        raise UserError(message.removeprefix("argument ").replace(": is ", " is ", 1))
+        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ...", as do choices
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        raise UserError(re.sub(r": invalid choice: (.*) \(choose from (.*)\)$",
+                               r" is \1, must be one of \2", message))
 
 
 def number(kind, low, high=math.inf, above=False):

@@ -51,16 +51,16 @@ def read_run(path):
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
     lines, bad = read_json_lines(file)
-    no_log = UserError(f"{file} is not the log of a run of train.py")
+    no_log = f"{file} is not the log of a run of train.py"
     if bad > 1 and not lines:  # a single bad line may be just being written
-        raise no_log
+        raise UserError(no_log)
     try:
         steps = [line for line in lines if line["kind"] == "train"]
         run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
         run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
         run["done"] = bool(lines) and lines[-1]["kind"] == "done"
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise no_log from None
+        raise UserError(no_log) from None
     config = read_json(folder / "config.json")
     try:
         run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)

@@ -283,9 +283,9 @@ def half(path, models):
     figure, both = panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
         for model in models:
-            color, marker = (RED, "o") if model["looped"] else ("0.4", "s")
+            color, shape = (RED, "o") if model["looped"] else ("0.4", "s")
             x, losses = model[key] / unit, model["losses"]
-            axes.plot([x] * len(losses), losses, marker, color=color, alpha=0.7)
+            axes.plot([x] * len(losses), losses, shape, color=color, alpha=0.7)
             axes.annotate(model["label"], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
                           textcoords="offset points", fontsize=8, color=color)
         axes.margins(0.4, 0.12)  # room for the names
@@ -304,8 +304,8 @@ def worth(path, points, f, laws):
     for i, (phi, line) in enumerate(laws.items()):
         axes.plot(f, line, color=shade(i, len(laws)), lw=1, label=f"phi = {phi:g}")
     for p in points:
-        color, marker = (RED, "o") if p["ours"] else ("k", "s")
-        axes.plot(p["f"], p["worth"], marker, color=color)
+        color, shape = (RED, "o") if p["ours"] else ("k", "s")
+        axes.plot(p["f"], p["worth"], shape, color=color)
         # a name stands to the left where another point is to the right
         crowded = any(0 < q["f"] - p["f"] < 0.2 and abs(q["worth"] - p["worth"]) < 0.1
                       for q in points)

@@ -208,6 +208,13 @@ def fit_parabolas(budgets, cost, resamples=RESAMPLES, seed=0):
 
     cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost)."""
     noise, notes = noise_of(budgets), []
+    alike = sum(budget.left_out for budget in budgets)
+    if alike:
+        notes.append(f"isoFLOP: {alike} runs have the budget, recurrence and seed of another, and "
+                     "are left out")
+    if noise is None:
+        notes.append("isoFLOP: no two runs differ in their seed alone, and no parabola leaves "
+                     "anything over: nothing is known of the noise, so no intervals")
     usable = [budget for budget in budgets if len(budget.mu) >= 3]
     if len(usable) < len(budgets):
         notes.append(f"isoFLOP: {len(budgets) - len(usable)} of {len(budgets)} budgets have fewer "
@@ -221,13 +228,6 @@ def fit_parabolas(budgets, cost, resamples=RESAMPLES, seed=0):
     optima = [optimum_of(budget, samples[:, j], cost, noise)
               for j, budget in enumerate(usable)]
 
-    alike = sum(budget.left_out for budget in budgets)
-    if alike:
-        notes.append(f"isoFLOP: {alike} runs have the budget, recurrence and seed of another, and "
-                     "are left out")
-    if noise is None:
-        notes.append("isoFLOP: no two runs differ in their seed alone, and no parabola leaves "
-                     "anything over: nothing is known of the noise, so no intervals")
     edges = sum(not optimum["inside"] for optimum in optima)
     if edges:
         notes.append(f"isoFLOP: {edges} of {len(optima)} budgets have their lowest loss at an "

@@ -302,10 +302,11 @@ def token_cost(rows):
     for row in rows:
         flops, tokens = spent.get((row["mu_rec"], row["mu_bwd"]), (0, 0))
         spent[row["mu_rec"], row["mu_bwd"]] = flops + row["flops"], tokens + row["tokens"]
-    costs = {}
-    for (mu, _), (flops, tokens) in spent.items():
-        costs[mu] = min(flops / tokens, costs.get(mu, math.inf))
-    rounded = all(row["mu_bwd"] == math.ceil(row["mu_rec"] / 2) for row in rows)
+    cheapest = {}  # mu_rec: (FLOPs, mu_bwd)
+    for (mu, mu_bwd), (flops, tokens) in spent.items():
+        cheapest[mu] = min((flops / tokens, mu_bwd), cheapest.get(mu, (math.inf, 0)))
+    costs = {mu: cost for mu, (cost, _) in cheapest.items()}
+    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
     return cost_between(lower_hull(costs) if rounded else costs)
 
 

@@ -40,7 +40,7 @@ class ParcaeConfig:
     injection: str = "diagonal"  # how the state takes in the prelude's output, see INJECTIONS
     prelude_norm: bool = True  # normalise the prelude's output
     qk_norm: bool = True  # normalise queries and keys
-    value_embeds: bool = False  # gated per-token tables for values: each second layer, the last
+    value_embeds: bool = False  # gated per-token tables for values, every second layer and the last
     tie_embeddings: bool = True  # the head is the embedding
     state_init: str = "normal"  # start state of the loop in training: normal or zero
     rope_base: float = 50_000.0  # of the rotary positions

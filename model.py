@@ -2,7 +2,7 @@
 
     e       = Norm(P(tokens))                       prelude, once
     h_0     ~ N(0, sigma^2)                         start state
-    x       = A_bar * h_t + B_bar e                 in each loop: the old state shrinks, e again
+    x       = A_bar * h_t + B_bar e                 each loop shrinks the old state, adds e again
     h_{t+1} = x + what the recurrent block adds     its layers are residual
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
@@ -31,6 +31,7 @@ Loops are `recurrence` (asked for), `depths` (of each row) or t (the one that ru
 """
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -322,8 +323,9 @@ class Parcae(nn.Module):
                             "one for each sequence")
         else:
             depths = depths.tolist()
-        if min(depths) < 1:
-            raise UserError(f"recurrence is {min(depths)}, must be at least 1")
+        fewest = min(depths)
+        if fewest < 1 or not isinstance(fewest, numbers.Integral):
+            raise UserError(f"recurrence is {fewest}, must be at least 1, a whole number")
         return depths
 
     # ------------------------------------------------------------------------- compiling

@@ -78,8 +78,8 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
 def check_predicts(logits):
     """Raise UserError where logits are not finite."""
     if not logits.isfinite().all():
-        raise UserError("the model predicts nothing at this number of loops: its state has grown "
-                        "beyond all bounds (GUIDE.md, section 2)")
+        raise UserError("what the model predicts after so many loops is not finite: its state may "
+                        "have grown without bound (GUIDE.md, section 2)")
 
 
 # When has a token looped enough? When what a rule measures falls below a threshold. It looks at the
@@ -177,8 +177,8 @@ def check(idx, temperature, top_k, top_p, exit_threshold):
 @torch.no_grad()
 def trace(model, idx, recurrence, last):
     """What the model would predict after each loop at the last tokens of idx (1, T), probabilities
-    (loops, last, vocab_size), and how far the loop moved the state, |h - last h| / |h|, (loops,
-    last)."""
+    (loops, last, vocab_size), and how far the loop moved the state, |h_t - h_{t-1}| / |h_t|,
+    (loops, last)."""
     probs, moved, before = [], [], 0
     for h, inputs in model.states(idx, recurrence):
         shown = model.readout(h, inputs)[0, -last:]

@@ -106,12 +106,13 @@ def reasons_against(law, rows):
 def fit_without_largest(law, rows, notes):
     """(a fit to all but the largest budget, the rows of that). None, and a note says why, where
     that cannot be."""
-    *smaller, largest = rows_by_budget(rows)
-    seen = sum(smaller, [])
+    top = column(rows, "flops").max()
+    seen = [row for row in rows if not same_budget(row["flops"], top)]
+    largest = [row for row in rows if same_budget(row["flops"], top)]
     reasons = reasons_against(law, seen) if seen else ["there is one budget"]
     if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
         # also where the runs were planned by another accounting and share no budgets in this one
-        reasons = ["it has fewer than three recurrences"]
+        reasons.append("it has fewer than three recurrences")
     if reasons:
         notes.append(f"{law} law: no error on the largest budget, fitted without it "
                      f"({'; '.join(reasons)})")

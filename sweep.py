@@ -192,7 +192,7 @@ def work(cell, slots, jobs, stop, table):
         failure = cell.run(environment)
         if failure is None:
             add_rows(table, rows_of_run(cell.path))
-        return failure
+        return None if stop.is_set() else failure  # it was told to stop
     except (UserError, OSError) as error:  # the other cells go on
         return str(error)
     finally:
@@ -202,7 +202,7 @@ def work(cell, slots, jobs, stop, table):
 def run_cells(cells, jobs, table):
     """Run cells, `jobs` at a time, largest first, one GPU each where there are several.
 
-    Returns [(cell, why)] of those that failed."""
+    Returns ([(cell, why)] of those that failed, whether it was stopped)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     stop = threading.Event()
     slots = list(range(jobs))  # what tells runs side by side apart
@@ -223,9 +223,9 @@ def run_cells(cells, jobs, table):
             for cell in cells:
                 if cell.process:
                     cell.process.terminate()  # it saves and stops
-            raise
     results = [(cell, future.result()) for cell, future in futures.items()]
-    return [(cell, failure) for cell, failure in results if failure is not None]
+    failed = [(cell, failure) for cell, failure in results if failure is not None]
+    return failed, stop.is_set()
 
 
 def sweep(args, flags):
@@ -242,15 +242,14 @@ def sweep(args, flags):
         return
     # Runs that are finished and not in the table: it is a new one, or the sweep was killed then.
     add_rows(table, sum((rows_of_run(cell.path) for cell in new), []))
-    try:
-        failed = run_cells(todo, args.jobs, table)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on")
-        raise
+    failed, stopped = run_cells(todo, args.jobs, table)
     if table.exists():
         print(f"wrote {table}; fit it with: python scaling.py fit {table}")
     for cell, failure in failed:
         print(f"failed: {cell.path}: {failure}", file=sys.stderr)
+    if stopped:
+        print("stopped; the same command goes on")
+        sys.exit(130)
     if failed:
         sys.exit(1)
 

@@ -394,41 +394,39 @@ def train(s):
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
             stop = asked_to_stop(received, device)
-            # 5. now and then evaluate, and save what still predicts
-            if state["step"] % args.eval_every == 0 and spent(args, state) < 1:
-                evaluate_and_save(s, loss)
+            # 5. now and then save and evaluate, if there is something to
+            due = state["step"] % args.eval_every == 0 and spent(args, state) < 1 and not stop
+            if due and still_predicts(s):
+                save_and_evaluate(s, loss)
         bar.close()
-        # the loss of a step is of the weights before its update: look at what it left
         works = skipped < MAX_SKIPPED and still_predicts(s)
         if works:
             run.save()  # a second signal does not interrupt it
 
     if not works and not stop:
+        what = f"loss or gradient was not finite {skipped} steps in a row"
+        if not skipped:
+            what = "the val loss is not finite"
         saved = f"{run.path / 'ckpt.pt'} is of step {run.saved}"
-        raise UserError(f"the loss or its gradient is not finite, at step {state['step']}: try a "
-                        f"lower --muon-lr (it is {args.muon_lr}) or --adamw-lr (it is "
-                        f"{args.adamw_lr}), or undo what else you changed; "
-                        f"{'no checkpoint was saved' if run.saved is None else saved}")
+        raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
+                        f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo what else "
+                        f"you changed; {'no checkpoint was saved' if run.saved is None else saved}")
     return not stop
 
 
 def still_predicts(s):
-    """Whether the loss is finite, on a few val sequences."""
+    """Whether the loss is finite on a few val sequences: that of a step is of the weights before
+    its update, and no checkpoint may be replaced by what predicts nothing."""
     values = evaluate(s.model, s.val_loader, s.micro, s.micro, [s.model.config.mean_recurrence])
-    return is_finite(values["val_loss"])
+    return all(map(math.isfinite, values["val_loss"].values()))
 
 
-def is_finite(losses):
-    return all(map(math.isfinite, losses.values()))
-
-
-def evaluate_and_save(s, train_loss):
-    """An evaluation on the way, at the mean recurrence, and a checkpoint if its loss is finite."""
+def save_and_evaluate(s, train_loss):
+    """A checkpoint on the way, and an evaluation at the mean recurrence."""
     state, mean = s.run.state, s.model.config.mean_recurrence
+    s.run.save()
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
-    if is_finite(values["val_loss"]):
-        s.run.save()
     if rank() == 0:
         (loops, val_loss), = values["val_loss"].items()
         rate = state["tokens"] / state["seconds"]

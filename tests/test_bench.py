@@ -92,7 +92,7 @@ def test_runs_alternate_after_a_warm_up():
 
 def test_mistakes_get_one_line(tmp_path):
     for flags, message in (
-        (["--preset", "gpt-nano"], "--preset is gpt-nano, must be one of parcae-140m"),
+        (["--preset", "gpt-nano"], "--preset is 'gpt-nano', must be one of 'parcae-140m'"),
         (["--recurrence", "0"], "--recurrence is 0"),
         (["--context", "0"], "--context is 0"),
     ):

@@ -156,3 +156,9 @@ def test_a_gradient_through_a_given_number_of_loops_makes_none_dear():
     cost = token_cost(rows)
     for mu in (1, 2, 4, 8, 16):
         assert cost(mu) == pytest.approx(dear(mu))
+    # By the rule ceil(mu / 2) odd ones are left out; a run more, with another mu_bwd, changes none.
+    rows = sweep(parametric, recurrences=(1, 2, 3, 4))
+    rows = [row | {"tokens": row["flops"] / (1e5 * (row["mu_rec"] + 2 * row["mu_bwd"]))}
+            for row in rows]
+    more = rows[1] | {"mu_bwd": 2, "tokens": rows[1]["tokens"] / 1.5}
+    assert token_cost(rows)(3) == token_cost([*rows, more])(3) == pytest.approx(6e5)

@@ -305,7 +305,7 @@ def test_bad_configs_are_refused(kwargs, message):
 
 def test_bad_calls_are_refused(build, tokens):
     model = build()
-    for recurrence in (0, -1):
+    for recurrence in (0, -1, 2.5):
         with pytest.raises(UserError, match=f"recurrence is {recurrence}, must be at least 1"):
             model(tokens, recurrence=recurrence)
     with pytest.raises(UserError, match="depths has shape"):

@@ -408,7 +408,7 @@ def test_nothing_of_the_users_is_replaced(run_directory, tmp_path, action):
 
 @pytest.mark.parametrize("words, said", [
     (["import", "none"], "none holds no model"), (["export", "none"], "none holds no model"),
-    (["tokenizer", "none.json"], "none.json does not exist"), (["sell", "run"], "invalid choice"),
+    (["tokenizer", "none.json"], "none.json does not exist"), (["sell", "run"], "is 'sell', must"),
     (["import", "run"], "is a run directory of this project"), (["import", ""], "is empty")])
 def test_mistakes_get_one_line_and_leave_nothing(run_directory, tmp_path, words, said):
     done = script("published.py", *words, "--out", "new", cwd=tmp_path)

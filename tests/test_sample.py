@@ -86,7 +86,7 @@ def test_a_state_beyond_all_bounds_is_said_to_be_so(build, run_directory, flags)
         model.injection.W *= 100
     save_run(model, run_directory)
     run = sample(run_directory, "--recurrence", "64", "--prompt", "a", *flags)
-    assert run.returncode == 2 and "its state has grown beyond all bounds" in run.stderr
+    assert run.returncode == 2 and "its state may have grown without bound" in run.stderr
 
 
 def test_samples_are_made_together_and_each_is_one_of_its_own(run_directory):

@@ -38,7 +38,7 @@ def make_data(folder):
 
 @pytest.mark.parametrize("args, said", [
     (["--budgets", "0", "--recurrences", "1"], "--budgets is 0.0, must be at least 1"),
-    (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "invalid choice: 'huge'"),
+    (["--budgets", "1e9", "--recurrences", "1", "--preset", "huge"], "--preset is 'huge'"),
     (["--budgets", "1e9", "--recurrences", "1", "--seed", "3"], "--seed is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--seed=3"], "--seed=3 is not for a sweep"),
     (["--budgets", "1e9", "--recurrences", "1", "--max-steps", "2"], "--max-steps is not for"),

@@ -316,10 +316,11 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     checkpoint["model"]["wte.weight"][:] = torch.nan
     torch.save(checkpoint, tmp_path / "n" / "ckpt.pt")
     run = train("n", "--resume", "--max-steps", 30, code=2, tiny=[])
-    assert "not finite, at step 12" in run.stderr and "ckpt.pt is of step 2" in run.stderr
+    assert "not finite 10 steps in a row, at step 12" in run.stderr
+    assert "ckpt.pt is of step 2" in run.stderr
     assert log(train.out / "n")[-1]["skipped"] == 10
     run = train("n", "--max-steps", 3, "--adamw-lr", 1e30, "--muon-lr", 1e30, "--overwrite", code=2)
-    assert "not finite, at step 3" in run.stderr and "no checkpoint was saved" in run.stderr
+    assert "not finite 2 steps in a row" in run.stderr and "no checkpoint was saved" in run.stderr
 
 
 def test_weights_that_predict_nothing_replace_no_checkpoint(train):
@@ -331,6 +332,7 @@ def test_weights_that_predict_nothing_replace_no_checkpoint(train):
         run = train("b", "--resume", "--max-steps", steps, "--eval-every", every, *flags, code=2,
                     tiny=[])
         assert "ckpt.pt is of step 2" in run.stderr
+        assert ("the val loss is not finite" in run.stderr) == (steps == 3)
     again = weights(train.out / "b")
     assert all(torch.equal(again[name], w) for name, w in good.items())
 
@@ -404,7 +406,7 @@ def test_training_starts_from_another_model(train, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
+        (["--preset", "huge"], "--preset is 'huge', must be one of 'parcae-140m'"),
         (["--max-flops", "0"], "--max-flops is 0.0, must be at least 1"),
         (["--mean-recurrence", "0"], "mean_recurrence is 0, must be at least 1"),
         (["--eval-recurrence", "-1"], "--eval-recurrence is"),
