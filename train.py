@@ -415,9 +415,9 @@ def train(s):
 
 
 def still_predicts(s):
-    """Whether the loss is finite on a few val sequences: that of a step is of the weights before
-    its update, and no checkpoint may be replaced by what predicts nothing."""
-    values = evaluate(s.model, s.val_loader, s.micro, s.micro, [s.model.config.mean_recurrence])
+    """Whether the loss is finite on a val sequence of each rank: that of a step is of the weights
+    before its update, and no checkpoint may be replaced by what predicts nothing."""
+    values = evaluate(s.model, s.val_loader, 1, 1, [s.model.config.mean_recurrence])
     return all(map(math.isfinite, values["val_loss"].values()))
 
 
