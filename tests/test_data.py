@@ -349,7 +349,7 @@ def test_shakespeare_is_checked(tmp_path, monkeypatch):
     (["text"], "SOURCE text needs files"), (["stdlib", "x.txt"], "takes no files, got x.txt"),
     (["fineweb-edu", "--tokenizer", "bytes"], "--tokenizer is bytes, must be gpt2"),
     (["stdlib", "--shards", "2"], "--shards is for SOURCE fineweb-edu"),
-    (["fineweb-edu", "x.txt"], "takes no files, got x.txt"), (["moon"], "SOURCE is 'moon', must be one of 'stdlib'"),
+    (["fineweb-edu", "x.txt"], "takes no files, got x.txt"), (["moon"], "SOURCE is 'moon', must"),
     (["fineweb-edu", "--shards", "0"], "--shards is 0, must be 1 to 99"),
     (["text", "none.txt"], "none.txt: No such file"),
     (["text", "model.py", "--tokenizer", "bpe:9"], "tokenizer is 'bpe:9'")])
