@@ -164,9 +164,8 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
         losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
         for loops, loss in losses.items():
             nats[loops] += loss.double().sum(1).tolist()
-    first, *others = recurrence
-    rows = [row_of(first, nats[first], tokens, n_bytes)]
-    rows += [row_of(loops, nats[loops], tokens, n_bytes, nats[first]) for loops in others]
+    baseline = nats[recurrence[0]]
+    rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
     return rows, sum(tokens), n_bytes
 
 
@@ -261,7 +260,7 @@ def open_text(args, model, tokenizer):
 def line_of(row):
     """A row as text; in brackets the standard error, of which sequences it happened to read."""
     gain = ""
-    if "gain" in row:
+    if row.get("gain"):  # the first row has none on itself
         gain = f"   {row['gain']:+.4f} ({error_text(row['gain_standard_error'])})"
     return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} "
             f"({error_text(row['standard_error'])})  {row['perplexity']:10.3f}   "

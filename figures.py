@@ -95,7 +95,8 @@ def trace(path, tokens, tops, probabilities, moved):
         color = shade(t - 1, loops - 1)
         below.semilogy(moved[t], lw=1, color=color)
         below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
-    below.set(ylabel="|h_t - h_{t-1}| / |h_t|", xlabel="token read (lines: loops t = 2, 3, ...)")
+    below.set(ylabel="$|h_t - h_{t-1}|$ / $|h_t|$",
+              xlabel="token read (lines: loops t = 2, 3, ...)")
     below.set_xticks(range(T), tokens, fontsize=7, parse_math=False)
     save(figure, path)
 

@@ -51,7 +51,11 @@ def report(out):
 def report_laws(out):
     """Print the laws that were fitted."""
     if "training_law" in out:
-        report_law("training law", out["training_law"], PUBLISHED["training_law"], out["looped"])
+        law, looped = out["training_law"], out["looped"]
+        report_law("training law", law, PUBLISHED["training_law"] if looped else None)
+        if not looped:
+            for name, of in law["far_exponents"].items():
+                print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
     if "unified" in out:
         report_law("unified law", out["unified"], PUBLISHED["unified"])
         error = out["unified"]["held_out_error_given_loss"]
@@ -142,16 +146,16 @@ def report_exponents(out):
             if law["defined"] is not None:
                 missing = f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
             lines.append((law, "parabolas", missing))
-        for accounting, laws in by_law.items():
-            if laws.get(name, {}).get("exponent") is not None:
-                lines.append((laws[name], f"the training law, {accounting} FLOPs",
-                              "no interval"))
+        of_laws = [(laws[name], f"the training law, {accounting} FLOPs", "no interval")
+                   for accounting, laws in by_law.items()
+                   if laws.get(name, {}).get("exponent") is not None]
+        lines += of_laws
         published = f"published: C^{SLOPES[name]:.2f}"
         print(f"{label} grows as ({published if lines else 'no exponent'})")
         for law, method, missing in lines:
             said = missing if law["ci"][0] is None else span(law["ci"])
             print(f"    C^{law['exponent']:.2f} {said}, by {method}")
-        if name == "mu_rec" and any("law" in method for _, method, _ in lines):
+        if name == "mu_rec" and of_laws:
             size = training["far_exponents"]["params"]
             print("    By the law this is the mean slope where mu* > 1 at these budgets: it is no "
                   f"power law. Far above,\n    mu* nears C^{size['exponent']:.2f} "
@@ -159,7 +163,7 @@ def report_exponents(out):
     print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
 
 
-def report_law(label, law, published=None, looped=True):
+def report_law(label, law, published=None):
     """Print the parameters of a law and its errors. published: the paper's error."""
     said = []
     for name, ci in law["ci"].items():
@@ -167,14 +171,11 @@ def report_law(label, law, published=None, looped=True):
         said.append(f"{name} {value} {span(ci)}")
     print(f"{label}: {', '.join(said)}")
     if law["held_out_error"] is not None:
-        beside = f"   published: {published}" if published and looped else ""
+        beside = f"   published: {published}" if published else ""
         print("  error on the largest budget, fitted without it: "
               f"{law['held_out_error']:.2%}{beside}")
     if law.get("lack_of_fit") is not None and law["lack_of_fit"] < 0.05:
         print(f"  it is not quite right: {chance_text(law['lack_of_fit'], 'right')}")
-    best = {} if looped else law.get("far_exponents", {})
-    for name, of in best.items():
-        print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
 
 # ----------------------------------------------------------------------------- pictures
 

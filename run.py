@@ -50,6 +50,12 @@ def world():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def say(text):
+    """Print on the first rank alone."""
+    if rank() == 0:
+        print(text)
+
+
 def check_is_run(path):
     """Raise UserError where a directory has files of a run's names that are not a run's."""
     there = [name for name in FILES if (path / name).exists()]
@@ -239,15 +245,14 @@ class Run:
         said."""
         file = self.path / "log.jsonl"
         if not file.exists():
-            if rank() == 0:
-                print(f"{file} is missing, a new one begins")
+            say(f"{file} is missing, a new one begins")
             return []
         lines, bad = read_json_lines(file)
         whole = [line for line in lines
                  if line.get("kind") and isinstance(line.get("step"), int)]
         bad += len(lines) - len(whole)
-        if bad and rank() == 0:
-            print(f"{file}: {bad} unreadable line(s) left out")
+        if bad:
+            say(f"{file}: {bad} unreadable line(s) left out")
         return [line for line in whole if line["step"] <= self.state["step"]]
 
 

@@ -360,7 +360,7 @@ def until(tokens, end, made):
             return
 
 
-def text_before(row, end):
+def tokens_before(row, end):
     """The tokens of a row, a list, that come before the token `end`."""
     return row[:row.index(end)] if end in row else row
 
@@ -397,7 +397,7 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             pass
     seconds = time.perf_counter() - start
 
-    rows = [text_before(row, end) for row in torch.cat(made, dim=1).tolist()]
+    rows = [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()]
     if args.samples > 1:
         for i, row in enumerate(rows, start=1):
             text = "".join(decode_stream(tokenizer, row))

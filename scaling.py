@@ -59,13 +59,13 @@ from tables import (
 )
 
 HERE = Path(__file__).parent
-COMMANDS = (
-    ("fit", "Fit the laws to a table of runs, print and draw them.", "out/sweep --json fit.json"),
-    ("predict", "The best recurrence and tokens for a budget, by the law fitted to a table.",
-     "--flops 1e14"),
-    ("design", "What a sweep would find and cost, by simulation, before it is run.",
-     "--budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2"),
-)
+COMMANDS = {  # name: (what it does, its flags in an example)
+    "fit": ("Fit the laws to a table of runs, print and draw them.", "out/sweep --json fit.json"),
+    "predict": ("The best recurrence and tokens for a budget, by the law fitted to a table.",
+                "--flops 1e14"),
+    "design": ("What a sweep would find and cost, by simulation, before it is run.",
+               "--budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2"),
+}
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
 # ----------------------------------------------------------------------------- all fits of a table
@@ -401,27 +401,26 @@ def parse_args(words):
     """The command's settings; `fit` where no command is given."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
-    fits, predicts, designs = (commands.add_parser(name, help=does, description=f"{does}\n\n"
-                                                   f"    python scaling.py {name} {example}")
-                               for name, does, example in COMMANDS)
-    for command in (fits, predicts, designs):
-        command.add_argument("--tables" if command is designs else "tables", nargs="*",
-                             metavar="DIR|CSV",
-                             help="runs or tables to fit (default: results/sweep*.csv)")
-        command.add_argument("--accounting", metavar="NAME",
-                             help="FLOPs to fit by (default: exact, if the table has it)")
+    adders = {}
+    for name, (does, example) in COMMANDS.items():
+        about = f"{does}\n\n    python scaling.py {name} {example}"
+        adders[name] = add = commands.add_parser(name, help=does, description=about).add_argument
+        add("--tables" if name == "design" else "tables", nargs="*", metavar="DIR|CSV",
+            help="runs or tables to fit (default: results/sweep*.csv)")
+        add("--accounting", metavar="NAME",
+            help="FLOPs to fit by (default: exact, if the table has it)")
 
-    add = fits.add_argument
+    add = adders["fit"]
     add("--json", type=new_file, metavar="FILE", help="write every fitted number")
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
         help="where figures go (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
         help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
 
-    add = predicts.add_argument
+    add = adders["predict"]
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
 
-    add = designs.add_argument
+    add = adders["design"]
     add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
     add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
         help="mean recurrences to try at each budget")

@@ -251,15 +251,15 @@ def rows_by_budget(rows):
     """Lists of rows, by rising FLOPs: those of one budget each."""
     groups = []
     for row in sorted(rows, key=lambda row: row["flops"]):
-        if not groups or row["flops"] > SAME_BUDGET * groups[-1][0]["flops"]:
+        if not groups or not same_budget(row["flops"], groups[-1][0]["flops"]):
             groups.append([])
         groups[-1].append(row)
     return groups
 
 
-def same_budget(flops, others):
-    """Whether two numbers of FLOPs, or one and an array, are of the same budget."""
-    return np.abs(np.log(flops / others)) < np.log(SAME_BUDGET)
+def same_budget(flops, other):
+    """Whether two numbers of FLOPs are of the same budget."""
+    return max(flops / other, other / flops) <= SAME_BUDGET
 
 
 def distinct_budgets(budgets):

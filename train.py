@@ -44,7 +44,7 @@ from common import (
 from data import EVAL_SEED, EVAL_TOKENS, Loader, other_text, prepare
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
-from run import Run, check_free, clear_up, describe, held, rank, world
+from run import Run, check_free, clear_up, describe, held, rank, say, world
 from sample import stream
 from settings import DEFAULT_DATA, parse_args
 from tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
@@ -328,12 +328,6 @@ def start_or_resume(s):
     return True
 
 
-def say(text):
-    """Print on one rank."""
-    if rank() == 0:
-        print(text)
-
-
 @contextlib.contextmanager
 def caught_signals():
     """A list that gets the signals that ask to stop, while the block runs."""
@@ -394,7 +388,7 @@ def train(s):
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
             stop = asked_to_stop(received, device)
-            # 5. now and then save and evaluate, if there is something to
+            # 5. now and then save and evaluate, but never over a good checkpoint
             due = state["step"] % args.eval_every == 0 and spent(args, state) < 1 and not stop
             if due and still_predicts(s):
                 save_and_evaluate(s, loss)
@@ -404,13 +398,15 @@ def train(s):
             run.save()  # a second signal does not interrupt it
 
     if not works and not stop:
-        what = f"loss or gradient was not finite {skipped} steps in a row"
-        if not skipped:
-            what = "the val loss is not finite"
-        saved = f"{run.path / 'ckpt.pt'} is of step {run.saved}"
+        what = "the val loss is not finite"
+        if skipped:
+            what = f"loss or gradient was not finite {skipped} steps in a row"
+        saved = "no checkpoint was saved"
+        if run.saved is not None:
+            saved = f"{run.path / 'ckpt.pt'} is of step {run.saved}"
         raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
                         f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo what else "
-                        f"you changed; {'no checkpoint was saved' if run.saved is None else saved}")
+                        f"you changed; {saved}")
     return not stop
 
 
@@ -478,11 +474,12 @@ def main():
                                   s.model.compute_dtype))
             if train(s):
                 report(s)
-            elif s.run.saved is None:
-                say(f"stopped at step {s.run.state['step']}, nothing was saved")
             else:
-                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; "
-                    f"go on with: python train.py --resume --out {shlex.quote(args.out)}")
+                saved = "nothing was saved"
+                if s.run.saved is not None:
+                    saved = (f"saved at {s.run.saved}; go on with: python train.py --resume --out "
+                             f"{shlex.quote(args.out)}")
+                say(f"stopped at step {s.run.state['step']}, {saved}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
         time.sleep(0.5)  # while it is still on its way out of the barrier, too

@@ -31,8 +31,7 @@ def row_of_table(rule, threshold, row):
     return {"rule": rule, "threshold": threshold, "loops": round(row["recurrence"], 3),
             "val_loss": round(row["val_loss"], 5),
             "standard_error": round(row["standard_error"], 5),
-            "above": round(-row.get("gain", 0.0), 5),  # the first row has no other to gain on
-            "above_error": round(row.get("gain_standard_error", 0.0), 5)}
+            "above": round(-row["gain"], 5), "above_error": round(row["gain_standard_error"], 5)}
 
 
 def measure(model, windows, tokenizer, most):

@@ -8,7 +8,7 @@ import torch
 from conftest import save_run, script
 
 from model import KVCache, Parcae, UserError
-from sample import NO_TOKEN, choose, generate, settle, text_before, trace, until
+from sample import NO_TOKEN, choose, generate, settle, tokens_before, trace, until
 from tokenizer import (
     begin_token,
     decode_stream,
@@ -108,7 +108,7 @@ def test_texts_are_made_until_each_has_ended():
     drawn = torch.tensor([[1, 2, end, 3], [4, end, 5, 6]])
     made, every = [], []
     assert len(list(until(drawn.split(1, dim=1), end, made))) == len(made) == 3
-    assert [text_before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
+    assert [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
     assert len(list(until(drawn.split(1, dim=1), NO_TOKEN, every))) == 4
 
 
