@@ -51,10 +51,12 @@ def beginning(out, data, config, loader, record, dtype):
              f"  model    {model_text(config)}"]
     if config.n_recurrent:
         lines.append(f"  loop     {loop_text(config, record['settings'])}")
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
     lines += [
         f"  data     {data}: {len(loader) * config.block_size:,} train tokens",
-        f"  machine  {record['ranks']} x {record['device']}, {str(dtype).removeprefix('torch.')}; "
-        f"MFU: the share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s, what its matmuls reach",
+        f"  machine  {record['ranks']} x {record['device']}, {threads}, "
+        f"{str(dtype).removeprefix('torch.')}; MFU: the share of "
+        f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s, what its matmuls reach",
         f"  loss     in nats per token; {single_token_entropy(loader):.2f} is knowing how frequent "
         "each token is, and nothing else",
     ]

@@ -28,6 +28,7 @@ from common import (
     fit_weights,
     load_checkpoint,
     lock,
+    machine_name,
     matmul_peak,
     nothing_to_run,
     read_json,
@@ -124,8 +125,9 @@ def move_in(new):
         new.rmdir()
 
 
-def describe(args, model):
-    """What config.json holds: every setting, and what else the numbers of a run depend on."""
+def describe(args, model, before):
+    """What config.json holds: every setting, and what else the numbers of a run depend on. before:
+    what it says of a run that goes on, else {}."""
     device, dtype = model.wte.weight.device, model.compute_dtype
     cost = {}
     for accounting in ("exact", "paper"):
@@ -133,19 +135,20 @@ def describe(args, model):
         cost[accounting] = {"params_noncore": once, "params_core": core,
                             "flops_per_token": model.flops_per_token(accounting=accounting)}
     not_stored = ("out", "resume", "overwrite", "dry_run")
-    on_gpu = device.type == "cuda"
+    machine = {"device": str(device), "dtype": str(dtype), "machine": machine_name(device),
+               "ranks": world(), "threads": torch.get_num_threads()}
+    # MFU is a share of one peak for all of a run, as long as it stays on a machine
+    peak = before.get("peak_flops")
+    if not isinstance(peak, float) or not machine.items() <= before.items():
+        peak = matmul_peak(device, dtype) * world()
     return {"settings": {k: v for k, v in vars(args).items() if k not in not_stored},
             "model": asdict(model.config),
             "data": args.data,
             "text": read_json(Path(args.data) / "tokenizer.json").get("text"),
             "parameters": sum(p.numel() for p in model.parameters()),
             "cost": cost,
-            "device": str(device),
-            "dtype": str(dtype),
-            "machine": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-            "ranks": world(),
-            "threads": torch.get_num_threads(),
-            "peak_flops": matmul_peak(device, dtype) * world(),
+            **machine,
+            "peak_flops": peak,
             "git": git_revision(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}

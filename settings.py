@@ -15,6 +15,7 @@ from common import (
     LOOPS,
     POSITIVE,
     SEED,
+    SMALL,
     Parser,
     UserError,
     new_directory,
@@ -93,6 +94,9 @@ def make_parser(about):
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the activations (default: bfloat16 where the machine multiplies it faster)")
+    add("--threads", type=number(int, 1, 1024), metavar="N",
+        help=f"threads of the CPU (default: 1 for models of up to {SMALL} channels, whose losses "
+        "then do not depend on the number of cores; else OMP_NUM_THREADS or all cores)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile the layers (default: no)")
     add_model_flags(parser)
@@ -129,9 +133,12 @@ def parse_args(about, words=None):
     args = parser.parse_args(words)
     if args.resume:
         finish_replacing(args.out)
-        saved, model = stored_settings(parser, Path(args.out) / "config.json")
+        file = Path(args.out) / "config.json"
+        saved, model = stored_settings(parser, file)
         known = argparse.Namespace(**vars(saved) | {"out": args.out})
         args = parser.parse_args(words, namespace=known)
+        if args.data is None:
+            raise UserError(f"{file} names no data that the run read: give --data DIR")
         check_unchanged(saved, args, model)
     if not (args.max_steps or args.max_tokens or args.max_flops):
         args.max_steps = DEFAULT_STEPS
@@ -162,7 +169,10 @@ def stored_settings(parser, file):
             words.append(f"{flag}={value}")
     model = config.get("model")
     try:
-        return parser.parse_args(words), model if isinstance(model, dict) else {}
+        saved = parser.parse_args(words)
+        if config["settings"].get("data") is None:
+            saved.data = None  # the default is another text
+        return saved, model if isinstance(model, dict) else {}
     except UserError as error:
         raise UserError(f"{file}, settings: {error}") from None
 

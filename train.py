@@ -40,6 +40,7 @@ from common import (
     pick_dtype,
     read_json,
     run_script,
+    use_threads,
 )
 from data import EVAL_SEED, EVAL_TOKENS, Loader, other_text, prepare
 from layers import read_config
@@ -64,7 +65,8 @@ class Setup:
     val_loader: Loader
     tokenizer: object
     run: Run
-    record: dict  # what config.json holds
+    before: dict  # what config.json says of a run that goes on, else {}
+    record: dict  # what it says from now on
     micro: int  # sequences of a forward pass
 
 
@@ -83,6 +85,7 @@ def setup(args):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     config, weights = config_of(args, tokenizer)
+    use_threads(config.n_embd, args.threads)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
                           for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
 
@@ -93,7 +96,9 @@ def setup(args):
                     f"--init-from {args.init_from} does not fit these flags of the model")
     model.compute_dtype = pick_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
-    return Setup(args, model, loader, val_loader, tokenizer, run, describe(args, model), micro)
+    before = read_json(run.path / "config.json") if args.resume else {}
+    record = describe(args, model, before)
+    return Setup(args, model, loader, val_loader, tokenizer, run, before, record, micro)
 
 
 def setup_device(args):
@@ -304,6 +309,12 @@ def inexact(before, record):
              for name in ("device", "dtype", "threads", "ranks", "torch", "--micro-batch",
                           "--compile")
              if name in was and was[name] != now[name]]
+    lines += [f"goes on with --{name.replace('_', '-')} {value}, which the run had not recorded"
+              for name, value in record["settings"].items()
+              if name not in before["settings"] and value is not None]
+    if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
+        lines.append(f"MFU is a share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s from here on, "
+                     "the log so far has it of another machine's")
     if before.get("text", record["text"]) != record["text"]:
         lines.append(f"goes on with another text, of {record['data']}")
     return lines
@@ -313,7 +324,6 @@ def start_or_resume(s):
     """Start the run or load its checkpoint. False, and says so, where the run is finished."""
     args, run, record = s.args, s.run, s.record
     if args.resume:
-        before = read_json(run.path / "config.json")
         run.resume()
         lines = run.read_log()
         if spent(args, run.state) == 1 and lines and lines[-1]["kind"] == "done":
@@ -321,7 +331,7 @@ def start_or_resume(s):
             say(f"{args.out} is finished: to go on, give a larger {' and '.join(limits)}")
             return False
         run.go_on(record, lines)
-        for line in inexact(before, record):
+        for line in inexact(s.before, record):
             say(line)
     else:
         run.start(record, s.tokenizer)

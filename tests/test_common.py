@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import new_directory, new_file, whole_file
+from common import matmul_peak, new_directory, new_file, whole_file
 
 
 def run(code, **options):
@@ -75,6 +75,36 @@ def test_a_full_disk_leaves_what_was_whole(full_disk, tmp_path):
         with pytest.raises((OSError, RuntimeError)), whole_file(path, "wb") as file:
             write(file)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_its_own_or_measured(monkeypatch, name, peak):
+    def measured(*size, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "randn", measured)
+    if peak:
+        assert matmul_peak(torch.device("cuda"), torch.bfloat16) == peak
+    else:
+        with pytest.raises(InterruptedError):
+            matmul_peak(torch.device("cuda"), torch.bfloat16)
 
 
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):

@@ -640,6 +640,45 @@ def test_another_text_or_arithmetic_is_said(train, tmp_path, corpus):
     assert "goes on up to rounding: --micro-batch was None, is 4" in other.stdout
 
 
+def test_mfu_is_a_share_of_one_peak_as_long_as_a_run_stays_on_its_machine(train, monkeypatch):
+    monkeypatch.setattr(run_module, "matmul_peak", lambda device, dtype: next(peaks))
+    peaks = iter([1e12, 2e12])
+    train("m", "--max-steps", 1)
+    same = train("m", "--resume", "--max-steps", 2, tiny=[])
+    assert peak_flops(train.out / "m") == 1e12 and "MFU is a share" not in same.stdout
+    monkeypatch.setattr(run_module, "machine_name", lambda device: "another")
+    other = train("m", "--resume", "--max-steps", 3, tiny=[])
+    assert peak_flops(train.out / "m") == 2e12
+    assert "MFU is a share of 2,000 GFLOP/s from here on" in other.stdout
+
+
+def peak_flops(path):
+    return json.loads((path / "config.json").read_text())["peak_flops"]
+
+
+def test_a_run_goes_on_with_its_own_settings_or_says_which_are_missing(train, corpus):
+    train("s", "--max-steps", 1)
+    file = train.out / "s" / "config.json"
+    config = json.loads(file.read_text())
+    del config["settings"]["data"], config["settings"]["grad_clip"]
+    file.write_text(json.dumps(config))
+    before = tree(train.out / "s")
+    lost = script("train.py", "--resume", "--max-steps", 2, "--out", train.out / "s")
+    assert lost.returncode == 2 and "names no data that the run read: give --data" in lost.stderr
+    assert tree(train.out / "s") == before
+    said = train("s", "--resume", "--max-steps", 2, tiny=[]).stdout  # with --data
+    assert "goes on with --grad-clip 1.0, which the run had not recorded" in said
+
+
+def test_small_models_compute_alike_on_any_number_of_cores(train, monkeypatch):
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    train("small", "--max-steps", 1)
+    train("asked", "--max-steps", 1, "--threads", 3)
+    train("wide", "--max-steps", 1, "--n-embd", 128)
+    assert counts == [1, 3]  # the wide one keeps what PyTorch takes
+
+
 def test_a_copied_run_goes_on_where_it_lies(train, corpus):
     train("first", "--max-steps", 2)
     before = tree(train.out / "first")
