@@ -16,12 +16,12 @@ import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -49,7 +49,7 @@ from tables import (
     rows_of_run,
     same_budget,
 )
-from train import setup
+from train import caught_signals, setup
 
 TRAIN = Path(__file__).parent / "train.py"
 # settings in which a run that is there may differ from a plan: plans are of any budget and seed
@@ -73,7 +73,8 @@ class Cell:
     def __init__(self, folder, flops, mu, seed, flags, plan):
         self.path = folder / f"C{flops:.3g}-mu{mu}-seed{seed}"
         self.flops, self.mu, self.seed, self.plan = flops, mu, seed, plan
-        self.process = None  # while it trains
+        self.process, self.stopped = None, False
+        self.starting = threading.Lock()  # a stop comes before a start or after it
         self.flags = ["--out", self.path, "--max-flops", repr(flops), "--mean-recurrence", str(mu),
                       "--seed", str(seed), *flags]
 
@@ -109,16 +110,26 @@ class Cell:
     def run(self, environment):
         """Train, or go on with an interrupted run. Returns why it failed, None if it finished."""
         resume = ["--resume"] if (self.path / "ckpt.pt").exists() else []
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "output.txt", "w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, TRAIN, *self.flags, *resume],
-                stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
-            self.process.wait()
+        with self.starting:
+            if self.stopped:
+                return "it was stopped before it began"
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.path / "output.txt", "w") as file:
+                self.process = subprocess.Popen(
+                    [sys.executable, TRAIN, *self.flags, *resume],
+                    stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
+        self.process.wait()
         if self.state()["kind"] == "done":
             return None
         said = (self.path / "output.txt").read_text(errors="replace").strip().splitlines()
         return said[-1] if said else "it printed nothing"
+
+    def stop(self):
+        """Have the run save and stop, or never start."""
+        with self.starting:
+            self.stopped = True
+            if self.process:
+                self.process.terminate()
 
 
 def make_cells(args, flags):
@@ -134,6 +145,10 @@ def make_cells(args, flags):
     plans = {}
     for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None):
         plans[mu] = dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)  # of any budget and seed
+    device = plans[args.recurrences[0]]["settings"]["device"]
+    if ":" in device and torch.cuda.device_count() > 1:
+        raise UserError(f"--device is {device}: a sweep deals its runs to all GPUs that it sees; "
+                        "choose some of them with CUDA_VISIBLE_DEVICES")
     grid = itertools.product(budgets, sorted({*args.recurrences}), sorted({*args.seeds}))
     return [Cell(folder, flops, mu, seed, flags, plans[mu]) for flops, mu, seed in grid]
 
@@ -180,16 +195,30 @@ def spent(cells):
     return sum(min(cell.state()["flops"], cell.flops) for cell in cells)
 
 
+def share(slot, jobs):
+    """The environment of the run in one of `jobs` slots: its share of the threads and GPUs that
+    this process was given. Threads that the user gave are those of each process."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // jobs)
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    count = torch.cuda.device_count()
+    if count > 1:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers or names, in our numbers' order
+        names = given.split(",")[:count] if given else range(count)
+        environment["CUDA_VISIBLE_DEVICES"] = str(names[slot % len(names)]).strip()
+    return environment
+
+
 def work(cell, slots, jobs, stop, table):
     """Train a cell and add its rows to the table. Returns why it failed, or None."""
     if stop.is_set():
         return None
     slot = slots.pop()
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     try:
-        failure = cell.run(environment)
+        failure = cell.run(share(slot, jobs))
         if failure is None:
             add_rows(table, rows_of_run(cell.path))
         return None if stop.is_set() else failure  # it was told to stop
@@ -203,26 +232,23 @@ def run_cells(cells, jobs, table):
     """Run cells, `jobs` at a time, largest first, one GPU each where there are several.
 
     Returns ([(cell, why)] of those that failed, whether it was stopped)."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
-    stop = threading.Event()
     slots = list(range(jobs))  # what tells runs side by side apart
     bar = tqdm(total=sum(cell.flops for cell in cells), initial=spent(cells), unit="FLOP",
                unit_scale=True, desc="sweep", disable=None)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, bar:
+    with caught_signals() as received, concurrent.futures.ThreadPoolExecutor(jobs) as pool, bar:
+        # as an Event, whose lock is not for signal handlers: one may interrupt another
+        stop = SimpleNamespace(is_set=lambda: bool(received))
         futures = {cell: pool.submit(work, cell, slots, jobs, stop, table)
                    for cell in sorted(cells, key=lambda cell: -cell.flops)}
-        try:
-            while not all(future.done() for future in futures.values()):
-                time.sleep(1)
-                results = [future.result() for future in futures.values() if future.done()]
-                failed = len(results) - results.count(None)
-                bar.n = spent(cells)
-                bar.set_postfix_str(f"{len(results)} of {len(cells)} cells, {failed} failed")
-        except KeyboardInterrupt:
-            stop.set()
+        while not stop.is_set() and not all(future.done() for future in futures.values()):
+            time.sleep(1)
+            results = [future.result() for future in futures.values() if future.done()]
+            failed = len(results) - results.count(None)
+            bar.n = spent(cells)
+            bar.set_postfix_str(f"{len(results)} of {len(cells)} cells, {failed} failed")
+        if stop.is_set():
             for cell in cells:
-                if cell.process:
-                    cell.process.terminate()  # it saves and stops
+                cell.stop()
     results = [(cell, future.result()) for cell, future in futures.items()]
     failed = [(cell, failure) for cell, failure in results if failure is not None]
     return failed, stop.is_set()

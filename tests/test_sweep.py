@@ -1,8 +1,10 @@
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, script
@@ -85,8 +87,8 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     assert len(rows) == 2 * 6
 
     # Other settings are another sweep.
-    error = run(*args[:-1], "bfloat16", cwd=tmp_path, code=2).stderr
-    assert "was run with other settings (dtype)" in error
+    error = run(*args, "--batch-size", "8", cwd=tmp_path, code=2).stderr
+    assert "was run with other settings (batch_size)" in error
 
     # A table that was lost is made of the runs, without training.
     table = tmp_path / "sweep" / "table.csv"
@@ -105,6 +107,71 @@ def test_a_sweep_does_not_train_beside_its_orphans(tmp_path):
                     *SMALL, cwd=tmp_path, code=2).stderr
     assert "is in use by process" in error
     assert list(cell.iterdir()) == []
+
+
+@pytest.mark.parametrize("given, count, expected", [
+    (None, 2, ["0", "1", "0"]),
+    ("2,5", 2, ["2", "5", "2"]),
+    ("GPU-aa, MIG-bb,7", 3, ["GPU-aa", "MIG-bb", "7"]),
+    ("3,-1,4", 1, [None] * 3),  # one GPU: all runs use it, as the sweep would
+    ("3,1,-1,4", 2, ["3", "1", "3"]),  # what stands behind -1 is not visible
+])
+def test_a_sweep_keeps_to_the_gpus_that_it_was_given(given, count, expected, monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    found = [sweep.share(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)]
+    assert found == expected
+
+
+def test_a_sweep_over_several_gpus_refuses_to_be_told_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "dry_run", lambda flags: {"settings": {"device": "cuda:1"}})
+    args = SimpleNamespace(budgets=[1e9], recurrences=[1], seeds=[0], eval_recurrence=[1],
+                           out=tmp_path)
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 1)
+    assert len(sweep.make_cells(args, [])) == 1
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device is cuda:1: .* CUDA_VISIBLE_DEVICES"):
+        sweep.make_cells(args, [])
+
+
+@pytest.mark.parametrize("given, jobs, expected", [
+    (None, 1, 6), (None, 2, 3), (None, 4, 1), (None, 9, 1), ("1", 1, 1), ("2", 4, 2)])
+def test_a_sweep_keeps_to_the_cores_and_threads_that_it_was_given(given, jobs, expected,
+                                                                  monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert sweep.share(0, jobs)["OMP_NUM_THREADS"] == str(expected)
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
+    assert sweep.share(0, jobs)["OMP_NUM_THREADS"] == given or str(64 // jobs)
+
+
+@pytest.mark.parametrize("module, name", [(sweep, "share"), (subprocess, "Popen")])
+def test_a_stop_between_a_check_and_a_start_is_not_missed(module, name, tmp_path, monkeypatch):
+    begin, begun = subprocess.Popen, []
+    monkeypatch.setattr(sweep, "TRAIN", "-c")
+    cell = sweep.Cell(tmp_path, 1e9, 1, 0, [], None)
+    cell.flags = ["import time; time.sleep(60)"]
+
+    def note_and_begin(*args, **options):
+        begun.append(begin(*args, **options))
+        return begun[-1]
+    monkeypatch.setattr(subprocess, "Popen", note_and_begin)
+    original = getattr(module, name)
+
+    def stopped_in_here(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.5)  # until the main thread has seen it
+        return original(*args, **options)
+    monkeypatch.setattr(module, name, stopped_in_here)
+    assert sweep.run_cells([cell], 1, tmp_path / "t.csv") == ([], True)
+    assert all(process.returncode == -signal.SIGTERM for process in begun)
+    assert len(begun) == (module is subprocess)
 
 
 def test_sweeps_share_a_table(tmp_path):
