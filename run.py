@@ -41,14 +41,31 @@ from tokenizer import save_tokenizer
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
 
 
+def ranks():
+    """(the number of this process, how many train together), as torchrun tells; (0, 1) where nobody
+    does. Raises UserError where the environment does not say how several find each other."""
+    found = {name: os.environ.get(name, "")
+             for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    rank, world = found["RANK"] or "0", found["WORLD_SIZE"] or "1"
+    advice = "start several ranks with torchrun; else: unset RANK WORLD_SIZE"
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment, must be "
+                        f"whole numbers with RANK below WORLD_SIZE: {advice}")
+    missing = [name for name, value in found.items() if not value]
+    if int(world) > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world} in the environment, and {' and '.join(missing)} "
+                        f"not set there: {advice}")
+    return int(rank), int(world)
+
+
 def rank():
-    """The number of this process, 0 for the only or the first one, as torchrun tells."""
-    return int(os.environ.get("RANK", "0"))
+    """The number of this process, 0 for the only or the first one."""
+    return ranks()[0]
 
 
 def world():
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks()[1]
 
 
 def say(text):

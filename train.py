@@ -94,7 +94,7 @@ def setup(args):
     if weights:
         fit_weights(model, weights,
                     f"--init-from {args.init_from} does not fit these flags of the model")
-    model.compute_dtype = pick_dtype(device, args.dtype)
+    model.compute_dtype = common_dtype(device, args.dtype)
     run = Run(args.out, model, make_optimizers(model, args))
     before = read_json(run.path / "config.json") if args.resume else {}
     record = describe(args, model, before)
@@ -104,14 +104,26 @@ def setup(args):
 def setup_device(args):
     """The device of this rank."""
     device = pick_device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        index = device.index or 0
+        if world() > 1:
+            index = os.environ.get("LOCAL_RANK", index)
+        device = pick_device(f"cuda:{index}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     if world() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device
+
+
+def common_dtype(device, dtype):
+    """The dtype of activations that rank 0 picks: "auto" measures, and ranks might disagree."""
+    picked = [pick_dtype(device, dtype) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(picked)
+    return picked[0]
 
 
 def config_of(args, tokenizer):
@@ -197,14 +209,21 @@ def draw_depths(model, args, progress, step_seed):
     return model.sample_depths(size, generator)
 
 
+def deal(rows, hands):
+    """Deal rows, deepest first, to `hands` back and forth: (hands, rows of each), of equal work."""
+    rounds = rows.view(-1, hands).clone()
+    rounds[1::2] = rounds[1::2].flip(1)  # who came last begins the next round
+    return rounds.T
+
+
 def backward(model, loader, depths, first_sample, micro, step_seed):
     """Accumulate the gradient of this rank's rows of a batch; the mean loss over all ranks' rows, a
     tensor.
 
-    Rows are dealt to ranks and micro-batches like cards, deepest first: each gets equal work."""
-    mine = depths.argsort(descending=True, stable=True)[rank()::world()]
-    count = len(mine) // micro
-    parts = [mine[i::count] for i in range(count)]
+    Rows are dealt to ranks, then to micro-batches. Another rank gets the deepest in each step."""
+    rows = depths.argsort(descending=True, stable=True)
+    mine = deal(rows, world())[(rank() + step_seed) % world()]
+    parts = [*deal(mine, len(mine) // micro)]
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for part in parts:

@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,9 +188,10 @@ def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):
 SIGNALLED = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import common, run, train
-save = run.Run.save
+import common, run, torch, train
+save, loop = run.Run.save, train.train
 pids = {pids!r}
+train.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[run.rank()]  # as each measures
 
 def slow(self):  # rank 1 is in the next step already, when both get the signal
     save(self)
@@ -198,14 +201,18 @@ def slow(self):  # rank 1 is in the next step already, when both get the signal
             os.kill(int(name), signal.SIGTERM)
         time.sleep(0.1)
 
-run.Run.save = slow
-open(os.path.join(pids, str(os.getpid())), "w").close()
+def begin(s):
+    with open(os.path.join(pids, str(os.getpid())), "w") as file:
+        file.write(str(s.model.compute_dtype))
+    return loop(s)
+
+run.Run.save, train.train = slow, begin
 sys.argv[0] = "train.py"
 common.run_script(train.main)
 """
 
 
-def test_ranks_stop_together_whenever_the_signal_comes(corpus, tmp_path):
+def test_ranks_stop_together_whenever_the_signal_comes_and_share_a_dtype(corpus, tmp_path):
     (tmp_path / "pids").mkdir()
     (tmp_path / "signalled.py").write_text(
         SIGNALLED.format(root=str(ROOT), pids=str(tmp_path / "pids")))
@@ -216,7 +223,86 @@ def test_ranks_stop_together_whenever_the_signal_comes(corpus, tmp_path):
         capture_output=True, text=True, env=ONE_THREAD, timeout=120)
     assert done.returncode == 0 and "stopped at step " in done.stdout, done.stderr[-2000:]
     assert 5 < weights_step(tmp_path / "r") < 40
+    assert [file.read_text() for file in (tmp_path / "pids").iterdir()] == 2 * ["torch.float32"]
 
+
+@pytest.mark.parametrize("variables, said", [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, and MASTER_ADDR and "
+                                       "MASTER_PORT not set there: start several ranks with torch"),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "and RANK not set there"),
+    ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1 in the environment, must be whole numbers"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK below"),
+    ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is first"),
+    ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"),
+])
+def test_ranks_that_cannot_find_each_other_get_one_line(variables, said, train, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for flags in ([], ["--resume"]):
+        error = train("r", "--max-steps", 1, *flags, code=2).stderr
+        assert not (train.out / "r").exists() and error.count("\n") == 1
+        assert said in error or flags  # without a run there is nothing to resume
+
+
+def test_one_of_one_is_no_rank(monkeypatch):
+    for variables in ({}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": ""}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert run_module.ranks() == (0, 1)
+
+
+def test_each_rank_has_a_gpu_of_its_own_and_says_which(monkeypatch):
+    told = {}
+    monkeypatch.setattr(train_module, "pick_device", lambda device: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(train_module.dist, "init_process_group",
+                        lambda backend, **options: told.update(backend=backend, **options))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    args = SimpleNamespace(device="cuda", compile=False)
+    assert train_module.setup_device(args) == torch.device("cuda:0") and not told
+    monkeypatch.setattr(train_module, "world", lambda: 4)
+    device = train_module.setup_device(args)
+    assert told == {"backend": "nccl", "device_id": device} and device == torch.device("cuda:3")
+    assert train_module.setup_device(SimpleNamespace(device="cpu", compile=False)).type == "cpu"
+    assert told == {"backend": "gloo", "device_id": None}
+
+
+def test_rows_are_dealt_so_that_no_rank_has_more_work(build, monkeypatch):
+    model, world, micro = build(), 4, 4
+    handed = []  # (rank, depths of a micro-batch)
+
+    class Recorder:
+        weight = torch.zeros((), requires_grad=True)
+        no_sync = contextlib.nullcontext
+
+        def parameters(self):
+            return iter([self.weight])
+
+        def __call__(self, idx, targets, depths):
+            handed.append((train_module.rank(), idx.tolist(), depths))
+            return None, self.weight * 1
+    loader = SimpleNamespace(batch=lambda samples: (samples, samples))
+    monkeypatch.setattr(train_module, "world", lambda: world)
+    monkeypatch.setattr(train_module.dist, "all_reduce", lambda total: None)
+    recorder = Recorder()
+    steps = 40
+    work = torch.zeros(steps, world)
+    for step in range(steps):
+        depths = model.sample_depths(64, torch.Generator().manual_seed(step))
+        handed.clear()
+        for r in range(world):
+            monkeypatch.setattr(train_module, "rank", lambda r=r: r)
+            train_module.backward(recorder, loader, depths, 1000, micro, step)
+        rows = sorted(row for _, rows, _ in handed for row in rows)
+        assert rows == [*range(1000, 1064)]  # the same batch, whoever reads it
+        for r, rows, part in handed:
+            assert torch.equal(part, depths[torch.tensor(rows) - 1000]) and len(part) == micro
+            work[step, r] += part.sum()
+    share = work / work.mean(1, keepdim=True)
+    assert share.max(1).values.mean() < 1.025  # like cards: 1.05
+    assert (share.mean(0) - 1).abs().max() < 0.005
 
 def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
     """Each child is forked from a process that has torch imported, killed outright, and followed
