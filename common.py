@@ -164,6 +164,9 @@ LOOPS = number(int, 1, 65536)
 
 # ----------------------------------------------------------------------------- files
 
+# what a file system answers that does not offer a call: mounted buckets, Lustre, FUSE
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
@@ -172,17 +175,18 @@ def whole_file(path, mode="w"):
     Its directory is made where there is none: what took hours to compute is not lost for that."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp",
-                                         dir=path.parent)
+    # not mkstemp: its files are for the owner alone, and chmod fails on mounted buckets
+    temporary = path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(handle, mode, **text) as file:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's are for the owner alone
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NOT_OFFERED:
+                    raise
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -357,9 +361,15 @@ def lock(directory, patience=0):
                 file.seek(LOCKED_BYTE)
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
+            if error.errno in NOT_OFFERED:
+                file.close()
+                path.unlink(missing_ok=True)
+                raise UserError(f"{directory} is on a file system without locks "
+                                f"({error.strerror}): choose a directory on a local disk with "
+                                "--out (for a table --table)") from None
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 file.close()
-                raise  # a file system without locks, say
+                raise
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()

@@ -1,6 +1,7 @@
 """What every script does with consoles, pipes and full disks; in processes of their own."""
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import matmul_peak, new_directory, new_file, whole_file
+import common
+from common import (
+    UserError,
+    lock,
+    matmul_peak,
+    new_directory,
+    new_file,
+    whole_directory,
+    whole_file,
+    write_text,
+)
 
 
 def run(code, **options):
@@ -123,6 +134,46 @@ def test_locks_are_of_one_process_and_end_with_it(tmp_path):
     holder.kill()
     holder.wait()
     assert run(f"with lock({str(tmp_path)!r}): pass").returncode == 0
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL"])
+def test_a_file_system_without_locks_is_named(code, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(getattr(errno, code), "Function not implemented")
+    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    said = r"^\S+ is on a file system without locks \(Function not .* local disk with --out"
+    with pytest.raises(UserError, match=said), lock(tmp_path, patience=60):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["chmod", "fchmod", "fsync"])
+def test_what_a_mounted_bucket_does_not_offer_stops_no_file(name, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(os, name, refuse)
+    write_text(tmp_path / "f", "new")
+    with whole_directory(tmp_path / "d", lambda path: None) as new:
+        write_text(new / "f", "new")
+    assert [path.read_text() for path in tmp_path.rglob("f")] == ["new", "new"]
+
+
+def test_a_disk_that_fails_does_stop_it(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_text(tmp_path / "f", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_have_the_mode_that_the_user_asks_for(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "f", "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_link_to_a_file_stays_a_link(tmp_path):
