@@ -434,7 +434,7 @@ def main():
     config = ParcaeConfig(**PRESETS[args.preset])
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
     dtype = pick_dtype(device, args.dtype)

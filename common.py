@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -399,9 +400,12 @@ BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100"
 LESS = ("MIG", "Laptop", "4090 D")  # a slice of a chip, or a smaller chip of the same name
 SMALL = 64  # channels of models that one thread trains
 
+CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
 
-def pick_device(device="auto"):
-    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError."""
+
+def pick_device(device="auto", compiled=False):
+    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError, also
+    where the model is to be compiled and what that needs is missing."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -414,7 +418,20 @@ def pick_device(device="auto"):
         raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
     if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {device}, there are {torch.cuda.device_count()} CUDA devices")
+    if compiled:
+        check_compiler(name)
     return torch.device(device)
+
+
+def check_compiler(kind):
+    """Raise UserError where torch.compile lacks what it needs on a kind of device."""
+    cxx = os.environ.get("CXX") or CXX.get(sys.platform, "g++")  # as PyTorch chooses it
+    if kind == "cpu" and not shutil.which(cxx):
+        raise UserError(f"--compile on a CPU needs a C++ compiler, and {cxx} does not exist: "
+                        "install g++, name another compiler in CXX, or leave out --compile")
+    if kind == "cuda" and not importlib.util.find_spec("triton"):
+        raise UserError("--compile on a GPU needs triton: pip install triton, or leave out "
+                        "--compile")
 
 
 def pick_dtype(device, dtype="auto"):

@@ -422,7 +422,7 @@ def main():
     check_flags(args)
     if args.trace and not is_page(args.trace):
         figures.pyplot()  # where matplotlib is missing, say so now
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     model = Parcae.from_pretrained(args.run)
     # token by token bfloat16 is no faster for small models on a CPU
     in_float32 = args.trace or (device.type == "cpu" and args.dtype == "auto")

@@ -103,7 +103,7 @@ def setup(args):
 
 def setup_device(args):
     """The device of this rank."""
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     on_gpu = device.type == "cuda"
     if on_gpu:
         index = device.index or 0

@@ -149,7 +149,7 @@ def main():
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     keep_freed_memory()
-    device, ways = pick_device(args.device), ways_of(args)
+    device, ways = pick_device(args.device, args.compile), ways_of(args)
     block_size = load(args.run, device, args.dtype[0]).config.block_size
     if args.tokens >= block_size:
         raise UserError(f"--tokens is {args.tokens}, must be below the block size {block_size}")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 
 import common
 from common import (
@@ -17,13 +17,14 @@ from common import (
     matmul_peak,
     new_directory,
     new_file,
+    pick_device,
     whole_directory,
     whole_file,
     write_text,
 )
 
 
-def run(code, **options):
+def python(code, **options):
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.argv = ['x.py']; from common import *\n{code}"],
         cwd=ROOT,
@@ -34,7 +35,7 @@ def run(code, **options):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_that_is_not_utf8_shows_replacements(encoding):
-    done = run(
+    done = python(
         "run_script(lambda: print('caf\u00e9 \u4f60\u597d'))",
         env=os.environ | {"PYTHONIOENCODING": encoding},
     )
@@ -67,12 +68,12 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, said):
-    done = run(f"def main():\n    raise {error}\nrun_script(main)")
+    done = python(f"def main():\n    raise {error}\nrun_script(main)")
     assert done.returncode == 2 and done.stderr.endswith(said) and done.stderr.count(b"\n") == 1
 
 
 def test_a_mistake_of_ours_shows_where():
-    done = run("run_script(lambda: 1 / 0)")
+    done = python("run_script(lambda: 1 / 0)")
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
 
@@ -129,11 +130,11 @@ def test_locks_are_of_one_process_and_end_with_it(tmp_path):
     holder.stdout.readline()
     assert (
         f"in use by process {holder.pid}".encode()
-        in run(f"run_script(lambda: lock({str(tmp_path)!r}).__enter__())").stderr
+        in python(f"run_script(lambda: lock({str(tmp_path)!r}).__enter__())").stderr
     )
     holder.kill()
     holder.wait()
-    assert run(f"with lock({str(tmp_path)!r}): pass").returncode == 0
+    assert python(f"with lock({str(tmp_path)!r}): pass").returncode == 0
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL"])
@@ -195,3 +196,29 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
             kind(str(path))
     assert new_file(str(tmp_path / "a" / "b")).endswith("b") and new_directory("out") == "out"
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "bench", "runs/draft", "sweep"])
+def test_compiling_needs_a_compiler_which_is_said_before_the_work(name, run, tmp_path,
+                                                                  monkeypatch):
+    flags = {"sample": ["--run", run], "runs/draft": ["--run", run, "--out", "out.csv"],
+             "sweep": ["--budgets", "1e9", "--recurrences", "2", "--out", "out"]}
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = script(f"{name}.py", "--compile", "--device", "cpu",
+                  *flags.get(name, ["--out", "out"]), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+    assert "--compile on a CPU needs a C++ compiler" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "data"}  # of the fixture
+
+
+def test_another_compiler_may_be_named_and_a_gpu_needs_triton(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    assert pick_device("cpu", compiled=True) == torch.device("cpu")
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none does not exist: install g.., name another"):
+        pick_device("cpu", compiled=True)
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="--compile on a GPU needs triton"):
+        common.check_compiler("cuda")

@@ -254,7 +254,7 @@ def test_one_of_one_is_no_rank(monkeypatch):
 
 def test_each_rank_has_a_gpu_of_its_own_and_says_which(monkeypatch):
     told = {}
-    monkeypatch.setattr(train_module, "pick_device", lambda device: torch.device(device))
+    monkeypatch.setattr(train_module, "pick_device", lambda device, *_: torch.device(device))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(train_module.dist, "init_process_group",
