@@ -39,6 +39,7 @@ class UserError(ValueError):
 
 def run_script(main):
     """Call main(). What a user can mend becomes one line and exit code 2, no traceback."""
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # consoles that are not UTF-8
@@ -63,6 +64,19 @@ def run_script(main):
     message = message.replace("\r", "\\r").replace("\n", "\\n")
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def open_streams():
+    """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
+    files opened would get their numbers, and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, and with those below open the number that comes next
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def nothing_to_run(about):

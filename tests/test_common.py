@@ -22,6 +22,7 @@ from common import (
     whole_file,
     write_text,
 )
+from tokenizer import quiet_stderr
 
 
 def python(code, **options):
@@ -70,6 +71,37 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
 def test_what_a_user_can_mend_is_one_line(error, said):
     done = python(f"def main():\n    raise {error}\nrun_script(main)")
     assert done.returncode == 2 and done.stderr.endswith(said) and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+def test_streams_that_are_closed_lead_to_nowhere(closed, tmp_path):
+    def main():
+        with open(tmp_path / "f", "w") as file:
+            for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
+                print("said", file=stream, flush=True)
+                os.write(number, b"said")
+            with quiet_stderr():
+                os.write(2, b"said")
+            if 0 in closed:
+                subprocess.run("cat", check=True)  # of the standard input that it shares with us
+                file.write(sys.stdin.read())
+            file.write("mine")
+        raise UserError("said")
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number in closed:
+                os.close(number)
+                setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+            common.run_script(main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert (tmp_path / "f").read_text() == "mine"
 
 
 def test_a_mistake_of_ours_shows_where():
