@@ -302,22 +302,30 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
 
 
-def fit_weights(model, weights, complaint):
-    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
-    is missing, unknown or of another shape, or differs from another name of the same weights."""
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{complaint}: they are no state dict of names and tensors")
-    expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+def misfits(expected, weights):
+    """What is wrong, in words, with tensors that are to be loaded: names that are missing or
+    unknown, other shapes, and other dtypes, which would be cast without a word.
+
+    expected, weights: {name: tensor}."""
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
-    for name in expected:
-        if name not in weights:
-            continue
-        w = weights[name]
+    for name in filter(weights.__contains__, expected):
+        wanted, w = expected[name], weights[name]
         plain = w.layout == torch.strided and w.device.type != "meta"
         found = tuple(w.shape) if plain else "no plain tensor"
-        if found != expected[name]:
-            problems.append(f"{name} is {found}, must be {expected[name]}")
+        if found != tuple(wanted.shape):
+            problems.append(f"{name} is {found}, must be {tuple(wanted.shape)}")
+        elif w.dtype != wanted.dtype:
+            problems.append(f"{name} is {w.dtype}, must be {wanted.dtype}")
+    return problems
+
+
+def fit_weights(model, weights, complaint):
+    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
+    does not fit, see misfits, or differs from another name of the same weights."""
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{complaint}: they are no state dict of names and tensors")
+    problems = misfits(model.state_dict(), weights)
     if problems:
         raise UserError(f"{complaint}: {'; '.join(problems)}")
     names = {}  # {address: the first name there}: a tied head is the embedding

@@ -8,12 +8,13 @@
 `import` makes a run directory of a model in the format of the published Parcae code: config.json,
 weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging Face tokenizer.json.
 `export` is the reverse, but for tokenizer.json, which stays ours. `tokenizer` brings in a
-byte-level BPE alone. What is not implemented here is refused by name.
+byte-level BPE alone. What is not implemented here is refused by name, and so is what the published
+format cannot say: a field, a rule or a tensor of your own.
 """
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from common import (
     fit_weights,
     from_hub,
     load_checkpoint,
+    misfits,
     read_json,
     run_script,
     some_path,
@@ -180,6 +182,64 @@ def their_name(name, config):
             return theirs + name.removeprefix(ours)
 
 
+# Of each injection that the format has, its tensors and their sides, in units of n_embd.
+INJECTED = {"diagonal": {"log_A": [1], "dt_bias": [1], "B": [1, 1]}, "concat": {"W": [1, 2]},
+            "add": {}}
+
+
+def tensors_of(config):
+    """{our name: a tensor of the shape} of every tensor that the published format has for a
+    ParcaeConfig."""
+    d, width, vocab = config.n_embd, config.mlp_width, config.vocab_size
+    layer = {"norm_1": (d,), "attn.c_q": (d, d), "attn.c_k": (d, d), "attn.c_v": (d, d),
+             "attn.c_proj": (d, d),
+             "norm_2": (d,), "mlp.fc": (width, d), "mlp.proj": (d, width)}
+    weights = {"wte": (vocab, d), "norm_f": (d,), "lm_head": (vocab, d)}
+    if config.n_recurrent:
+        weights["C_proj"] = (d, d)
+        if config.prelude_norm:
+            weights["norm_prelude"] = (d,)
+    parts = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
+             for i in range(getattr(config, f"n_{part}"))]
+    for i, part in enumerate(parts):
+        weights |= {f"{part}.{name}": shape for name, shape in layer.items()}
+        if config.value_embeds and (i % 2 == 1 or i == config.n_layer - 1):
+            weights[f"{part}.attn.ve_gate"] = config.n_head, min(d, 32)
+            weights[f"value_embeds.{i}"] = vocab, d
+
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    if config.n_recurrent:
+        for name, sides in INJECTED.get(config.injection, {}).items():
+            shapes[f"injection.{name}"] = [side * d for side in sides]
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def check_can_be_said(config, weights):
+    """Raise UserError that names what the published format cannot say of a model: a field of its
+    config that would not come back, an injection or a tensor that the format does not have."""
+    again = config_from(settings_of(config))
+    again.value_embeds = config.value_embeds  # told by the weights
+    alike = config
+    if not config.n_recurrent:  # a GPT has one stack
+        alike = replace(config, n_prelude=config.n_layer, n_coda=0)
+    problems = []
+    for field in fields(alike):
+        value = getattr(alike, field.name)
+        if getattr(again, field.name, field.default) != value:
+            problems.append(f"{field.name} is {value!r}")
+    if config.n_recurrent and config.injection not in INJECTED:
+        problems.append(f"injection is {config.injection!r}")
+    problems += misfits(tensors_of(config), weights)
+    if problems:
+        raise UserError("the published format cannot say what this model computes: "
+                        f"{'; '.join(problems)}")
+
+
+def to_float32(w):
+    """A tensor in float32, as the models here are; not one whose numbers are no fractions."""
+    return w.float() if w.is_floating_point() else w
+
+
 def read_weights(folder):
     """The state dict in a directory of the published format. Raises UserError."""
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
@@ -224,13 +284,20 @@ def import_model(source):
     of one on the Hugging Face hub. Raises UserError."""
     folder = local_files(source)
     config = read_settings(folder / "config.json")
-    weights = {our_name(name): w for name, w in read_weights(folder).items()
-               if not name.endswith("freqs_cis")}  # rotary angles, which the model computes itself
+    weights = {}
+    for name, w in read_weights(folder).items():
+        if name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
+            continue
+        if our_name(name) in weights:
+            raise UserError(f"the weights in {folder} hold {our_name(name)} under two names")
+        weights[our_name(name)] = to_float32(w)
 
-    # Two facts that their config does not tell.
+    # Two facts that their config does not tell. A tied matrix may lie there under either name.
     config.value_embeds = any(name.startswith("value_embeds") for name in weights)
-    if config.tie_embeddings and "wte.weight" in weights:
-        weights.setdefault("lm_head.weight", weights["wte.weight"])
+    if config.tie_embeddings:
+        for there, here in (("wte", "lm_head"), ("lm_head", "wte")):
+            if f"{there}.weight" in weights:
+                weights.setdefault(f"{here}.weight", weights[f"{there}.weight"])
 
     model = Parcae(config)
     fit_weights(model, weights, f"the weights in {folder} do not fit its config.json")
@@ -240,10 +307,12 @@ def import_model(source):
 
 
 def export_model(model, directory):
-    """Write a model to a directory in the published format, float32."""
+    """Write a model to a directory in the published format, float32. Raises UserError that names
+    what the format cannot say."""
     directory = Path(directory)
-    weights = {their_name(name, model.config): w.float().cpu()
-               for name, w in model.state_dict().items()}
+    ours = {name: to_float32(w).cpu() for name, w in model.state_dict().items()}
+    check_can_be_said(model.config, ours)
+    weights = {their_name(name, model.config): w for name, w in ours.items()}
     with whole_file(directory / "pytorch_model.bin", "wb") as file:
         torch.save(weights, file)
     write_text(directory / "config.json", json.dumps(settings_of(model.config), indent=1))

@@ -134,6 +134,9 @@ WEIGHTS = {
     "weights text": lambda c: {"model": c["model"] | {"norm_f.weight": "x"}},
     "nan": lambda c: {"model": c["model"] | {"norm_f.weight": torch.full((16,), torch.nan)}},
     "shape": lambda c: {"model": c["model"] | {"norm_f.weight": torch.ones(3)}},
+    "integer": lambda c: {"model": c["model"] | {"norm_f.weight": torch.ones(16).int()}},
+    "half": lambda c: {"model": c["model"] | {"norm_f.weight": torch.ones(16).half()}},
+    "complex": lambda c: {"model": c["model"] | {"norm_f.weight": torch.ones(16) * 1j}},
     "sparse": lambda c: {"model": c["model"] | {"norm_f.weight": torch.ones(16).to_sparse()}},
 }
 CONFIGS = [

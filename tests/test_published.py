@@ -5,6 +5,7 @@ import os
 import sys
 import types
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import ROOT, save_run, script
 
 from common import UserError
 from data import prepare
+from layers import INJECTIONS, Diagonal
 from model import Parcae, ParcaeConfig
 from published import export_model, import_model, our_name, read_tokenizer
 from tokenizer import begin_token, load_tokenizer, make_tokenizer, save_tokenizer
@@ -192,6 +194,82 @@ def test_what_is_not_implemented_is_refused_by_name(published, change, said):
     (published / "config.json").write_text(json.dumps(PARITY["config"] | change))
     with pytest.raises(UserError, match=said):
         import_model(published)
+
+
+@dataclass
+class Wider(ParcaeConfig):
+    loop_scale: float = 1.0
+
+
+def with_field(model, value):
+    model.config = Wider(**asdict(model.config), loop_scale=value)
+
+
+def with_parameter(model, value):
+    model.recurrent[0].mlp.gate = value
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda m: with_field(m, 0.5), "loop_scale is 0.5"),
+    (lambda m: setattr(m.config, "state_init", "ones"), "state_init is 'ones'"),
+    (lambda m: setattr(m.config, "injection", "mine"),
+     "injection is 'mine'; unknown injection.B; unknown injection.dt_bias; .*log_A"),
+    (lambda m: with_parameter(m, torch.nn.Linear(32, 128)),
+     "unknown recurrent.0.mlp.gate.bias; unknown recurrent.0.mlp.gate.weight"),
+    (lambda m: m.register_buffer("loops", torch.zeros(4)), "unknown loops"),
+    (lambda m: setattr(m.coda[0], "norm_2", torch.nn.Identity()), "no coda.0.norm_2.weight"),
+    (lambda m: setattr(m.coda[0].attn, "c_k", torch.nn.Linear(32, 16, bias=False)),
+     r"coda.0.attn.c_k.weight is \(16, 32\), must be \(32, 32\)"),
+    (lambda m: setattr(m.norm_f, "weight", torch.nn.Parameter(torch.ones(32) * 1j)),
+     "norm_f.weight is torch.complex64")])
+def test_what_the_format_cannot_say_is_refused_by_name(
+        build, tmp_path, monkeypatch, change, said):
+    """A field, a rule or a tensor of a student's own is never dropped without a word."""
+    monkeypatch.setitem(INJECTIONS, "mine", Diagonal)
+    model = build()
+    change(model)
+    with pytest.raises(UserError, match=f"the published format cannot say .*{said}"):
+        export_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_field_at_its_default_is_no_obstacle(build, tokens, tmp_path):
+    model = build().eval()
+    with_field(model, 1.0)
+    export_model(model, tmp_path)
+    assert torch.equal(import_model(tmp_path)[0](tokens)[0], model(tokens)[0])
+
+
+def test_a_tied_matrix_may_have_either_name(build, tokens, tmp_path):
+    model = build().eval()
+    export_model(model, tmp_path)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        once = {other: w for other, w in weights.items() if other != name}
+        torch.save(once, tmp_path / "pytorch_model.bin")
+        assert torch.equal(import_model(tmp_path)[0](tokens)[0], model(tokens)[0])
+
+
+def test_weights_are_cast_to_float32_where_nothing_is_lost(build, tmp_path):
+    export_model(build(), tmp_path)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save({name: w.bfloat16() for name, w in weights.items()}, tmp_path / "pytorch_model.bin")
+    w = import_model(tmp_path)[0].wte.weight
+    assert torch.equal(w, weights["transformer.wte.weight"].bfloat16().float())
+    for dtype in (torch.complex64, torch.int64, torch.bool):
+        changed = weights | {"transformer.ln_f.weight": torch.ones(32, dtype=dtype)}
+        torch.save(changed, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match=f"norm_f.weight is {dtype}, must be torch.float32"):
+            import_model(tmp_path)
+
+
+def test_a_tensor_under_two_names_is_refused(build, tmp_path):
+    export_model(build(), tmp_path)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    weights["wte.weight"] = weights["transformer.wte.weight"] + 1
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hold wte.weight under two names"):
+        import_model(tmp_path)
 
 
 def test_foreign_files_are_refused(published):
