@@ -3,7 +3,7 @@
     python data.py                            the Python standard library's source, as bytes
     python data.py stdlib --tokenizer bpe:4096
     python data.py shakespeare
-    python data.py text book.txt notes.txt    your own files
+    python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
     python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
 
@@ -278,6 +278,9 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
         return out
     with whole_directory(out, check_replaceable) as temporary:
         train, val = SOURCES[source](files) if files else SOURCES[source]()
+        for docs, what in ((train, "train on"), (val, "validate")):
+            if not any(map(len, docs)):
+                raise UserError(f"SOURCE {source} gives no text to {what}: it is too short")
         encoding = make_tokenizer(tokenizer, train)
         n_train = write_shards(temporary, "train", train, encoding)
         n_val = write_shards(temporary, "val", val, encoding)
@@ -297,8 +300,9 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("source", nargs="?", default="stdlib", metavar="SOURCE", choices=choices,
-        help=f"{', '.join(choices)} (default: stdlib); text is followed by files")
-    add("files", nargs="*", metavar="FILE", help="UTF-8 files, for SOURCE text")
+        help=f"{', '.join(choices)} (default: stdlib); text is followed by files and folders")
+    add("files", nargs="*", type=some_path, metavar="FILE",
+        help="for SOURCE text: UTF-8 files, and folders whose .txt, .md and .py files are read")
     add("--out", type=some_path, metavar="DIR",
         help="data directory to make (default: data/SOURCE)")
     add("--tokenizer", metavar="NAME",

@@ -2,16 +2,13 @@
 
 A document is a string, or an object with a length that yields parts of one (TextFile). A source of
 your own is a function like these and an entry in SOURCES, from which `python data.py` takes its
-choices. For a folder of text files:
-
-    def folder_docs(files):
-        paths = sorted(Path(files[0]).glob("*.txt"))
-        return [p.read_text() for p in paths[1:]], [p.read_text() for p in paths[:1]]
+choices.
 """
 
 import codecs
 import hashlib
 import http.client
+import os
 import sysconfig
 import urllib.request
 import zlib
@@ -30,9 +27,16 @@ NOT_EVERYWHERE = {
     "usercustomize.py", "_distutils_system_mod.py"}
 
 
+TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files that are read of a folder
+
+
+def for_validation(name):
+    """Whether a file of a folder is for validation: every 20th or so, by a hash of its path."""
+    return zlib.crc32(os.fsencode(name.as_posix())) % 20 == 0
+
+
 def stdlib_docs():
-    """(train, val) lists of source texts; every 20th file or so, by a hash of its path, is for
-    validation."""
+    """(train, val) lists of source texts, see for_validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     train, val = [], []
@@ -44,7 +48,7 @@ def stdlib_docs():
             text = (root / name).read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
-        docs = val if zlib.crc32(name.as_posix().encode()) % 20 == 0 else train
+        docs = val if for_validation(name) else train
         docs.append(text)
     if not train or not val:
         raise UserError(f"no source text of the standard library in {root}; "
@@ -87,21 +91,71 @@ class TextFile:
 
 
 def text_docs(files):
-    """(train, val) lists of texts: of each file the first nine tenths and the last."""
+    """(train, val) lists of texts: of each file the first nine tenths and the last; of each folder
+    see folder_docs. Raises UserError."""
     train, val = [], []
-    for file in files:
-        if Path(file).exists() and not Path(file).is_file():
-            raise UserError(f"{file} is no file: it is read twice, as a pipe cannot be")
+    for file in map(Path, files):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder: it is read twice, as a pipe "
+                            "cannot be")
         try:
-            size = sum(map(len, read_text(file)))
+            parts = folder_docs(file) if file.is_dir() else cut(whole_text(file))
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror}") from None
-        cut = size * 9 // 10
-        if cut == 0:
-            raise UserError(f"{file} is too short, must have at least 2 characters")
-        train.append(TextFile(file, 0, cut))
-        val.append(TextFile(file, cut, size))
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+        train += parts[0]
+        val += parts[1]
     return train, val
+
+
+def whole_text(file):
+    """A UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
+    return TextFile(file, 0, sum(map(len, read_text(file))))
+
+
+def cut(text):
+    """([the first nine tenths], [the last]) of a whole TextFile. Raises UserError."""
+    if len(text) < 2:
+        raise UserError(f"{text.path} is too short, must have at least 2 characters")
+    middle = text.stop * 9 // 10
+    return [TextFile(text.path, 0, middle)], [TextFile(text.path, middle, text.stop)]
+
+
+def folder_docs(folder):
+    """(train, val) lists of the texts in a folder and in the folders below, without hidden ones.
+
+    A file is for training or for validation as a whole, see for_validation. Where that leaves one
+    of them less than a hundredth of the text, as in a folder of few files, each file is cut. Files
+    that are not UTF-8 are left out, and said. Raises UserError."""
+    names, bad, train, val = files_in(folder), [], [], []
+    for name in names:
+        try:
+            (val if for_validation(name) else train).append(whole_text(folder / name))
+        except UserError:
+            bad.append(name.as_posix())
+    if bad:
+        print(f"{folder}: {len(bad)} of {len(names)} files are not UTF-8 text and are left out: "
+              + ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else ""))
+    sizes = sum(map(len, train)), sum(map(len, val))
+    if min(sizes) <= sum(sizes) / 100:
+        pairs = [cut(text) for text in train + val if len(text) > 1]
+        train, val = [first for (first,), _ in pairs], [last for _, (last,) in pairs]
+    if not train:
+        raise UserError(f"{folder} has no text: none of its {len(names)} files of the kinds "
+                        f"{', '.join(TEXT_SUFFIXES)} has 2 characters of UTF-8")
+    return train, val
+
+
+def files_in(folder):
+    """The paths below a folder of the text files in it, in the same order on every system. Links
+    to folders are not followed. Raises OSError."""
+    def refuse(error):
+        raise error
+    names = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(place, name).relative_to(folder) for name in files
+                  if not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)]
+    return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
@@ -175,7 +229,7 @@ def shakespeare_docs():
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{file} is not Shakespeare's text of {size:,} bytes: move it away, and it "
                         "is fetched again")
-    return text_docs([file])
+    return cut(whole_text(file))
 
 
 # What makes the texts of each SOURCE: a function that returns (train, val), two lists of documents,

@@ -144,16 +144,81 @@ def test_p_hop_answers_follow_the_definition():
 
 
 def test_a_source_of_ones_own_is_one_function_and_one_entry(tmp_path, monkeypatch):
-    def folder_docs(files):
-        texts = [path.read_text() for folder in files for path in sorted(folder.glob("*.txt"))]
-        return texts[1:], texts[:1]
-    monkeypatch.setitem(sources.SOURCES, "folder", folder_docs)
-    (tmp_path / "mine").mkdir()
-    for name in ("a", "b", "c"):
-        (tmp_path / "mine" / f"{name}.txt").write_text(f"this is {name} ")
-    out = prepare("folder", tmp_path / "d", files=[tmp_path / "mine"])
+    monkeypatch.setitem(sources.SOURCES, "mine", lambda: (["this is b ", "this is c "], ["a"]))
+    out = prepare("mine", tmp_path / "d")
     train = open_shard(out / "train_000000.bin").tolist()
     assert train == [256, *b"this is b ", 256, *b"this is c "]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Texts in folders, and beside them what is not to be read."""
+    folder = tmp_path / "mine"
+    for i in range(40):
+        file = folder / f"f{i % 3}" / f"{i}.{('txt', 'md', 'PY')[i % 3]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"this is {i} ")
+    for name in (".git/a.txt", "f0/.hidden.txt", "f0/a.bin", "f0/empty.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x" if "empty" not in name else "")
+    return folder
+
+
+def test_a_folder_is_its_files_in_one_order(folder):
+    train, val = sources.text_docs([folder])
+    texts = [["".join(doc) for doc in docs if len(doc)] for docs in (train, val)]
+    assert sorted(texts[0] + texts[1]) == sorted(f"this is {i} " for i in range(40))
+    assert 1 <= len(texts[1]) <= 6  # whole files, every 20th or so
+    (folder / "f1" / "4.md").rename(folder / "x")  # another order on the disk
+    (folder / "x").rename(folder / "f1" / "4.md")
+    again = sources.text_docs([str(folder)])
+    assert [doc.path for doc in again[0]] == [doc.path for doc in train]
+    paths = [doc.path.relative_to(folder).as_posix() for doc in train]
+    assert paths == sorted(paths)
+    more = sources.text_docs([folder / "f1" / "4.md", folder])  # a file beside a folder
+    assert [len(docs) for docs in more] == [len(train) + 1, len(val) + 1]
+
+
+def test_a_folder_of_few_files_is_cut_as_files_are(tmp_path):
+    for name, text in (("a.txt", "a" * 100), ("b.txt", "b" * 50), ("c.txt", "c")):
+        (tmp_path / name).write_text(text)
+    train, val = sources.text_docs([tmp_path])
+    assert ["".join(doc) for doc in train] == ["a" * 90, "b" * 45]
+    assert ["".join(doc) for doc in val] == ["a" * 10, "b" * 5]
+
+
+def test_files_of_a_folder_that_are_not_utf8_are_counted_and_said(folder, capsys):
+    for i in range(5):
+        (folder / f"latin{i}.txt").write_bytes("café".encode("latin-1"))
+    train, val = sources.text_docs([folder])
+    assert capsys.readouterr().out == (
+        f"{folder}: 5 of 46 files are not UTF-8 text and are left out: latin0.txt, latin1.txt, "
+        "latin2.txt, ...\n")
+    assert sum(map(len, train + val)) == sum(len(f"this is {i} ") for i in range(40))
+
+
+@pytest.mark.parametrize("docs, said", [
+    (([], []), "no text to train on"), (([], ["abc"]), "no text to train on"),
+    ((["abc"], []), "no text to validate"), ((["abc"], [""]), "no text to validate")])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_data_without_text_replaces_nothing(tmp_path, monkeypatch, docs, said, tokenizer):
+    out = prepare("text", tmp_path / "d", "bytes", [ROOT / "data.py"])
+    before = tree(tmp_path)
+    monkeypatch.setitem(sources.SOURCES, "mine", lambda: docs)
+    with pytest.raises(UserError, match=f"SOURCE mine gives {said}: it is too short"):
+        prepare("mine", out, tokenizer)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", "a"])
+def test_what_is_too_short_is_named(tmp_path, content):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "short.txt").write_text(content)
+    for path, said in ((tmp_path / "d", "d has no text: none of its 1 files of the kinds .txt"),
+                       (tmp_path / "d" / "short.txt", "short.txt is too short")):
+        with pytest.raises(UserError, match=said):
+            prepare("text", tmp_path / "out", files=[path])
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_large_texts_are_split_over_shards(tmp_path, monkeypatch, corpus):
@@ -508,7 +573,7 @@ def test_data_tells_of_what_text_it_was_made(tmp_path):
 def test_what_cannot_be_read_twice_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     done = script("data.py", "text", tmp_path / "pipe", "--out", tmp_path / "out")
-    assert done.returncode == 2 and "is no file" in done.stderr
+    assert done.returncode == 2 and "as a pipe cannot be" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
