@@ -28,6 +28,7 @@ from common import (
     LOOPS,
     Parser,
     UserError,
+    check_idle,
     keep_freed_memory,
     matmul_peak,
     new_directory,
@@ -375,6 +376,9 @@ def parse_args():
     args = parser.parse_args()
     if args.dtype == "int8" and args.only != "decode":
         parser.error("--dtype int8 is for generation: give --only decode")
+    idle = {"memory": ("rounds", "compile", "eager"), "train": ("eager",), "decode": ("batch",)}
+    check_idle(parser, args, idle.get(args.only, ()),
+               f"--only {args.only} measures nothing that they change")
     return args
 
 
@@ -435,6 +439,8 @@ def main():
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
     device = pick_device(args.device, args.compile)
+    if args.eager and device.type != "cuda":
+        raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
     dtype = pick_dtype(device, args.dtype)

@@ -144,6 +144,28 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def flag_of(name):
+    """The flag of a setting: "--top-k" of "top_k"."""
+    return "--" + name.replace("_", "-")
+
+
+def check_needs(args, **needs):
+    """Raise UserError for a flag that does nothing without another one. needs: {name: the other};
+    of both, what is not given is None."""
+    for name, other in needs.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise UserError(f"{flag_of(name)} does nothing without {flag_of(other)}: give that, "
+                            "too, or leave it out")
+
+
+def check_idle(parser, args, names, why):
+    """Raise UserError for the flags among `names` that are given (not at their defaults), since
+    they do nothing: why."""
+    idle = [flag_of(name) for name in names if getattr(args, name) != parser.get_default(name)]
+    if idle:
+        raise UserError(f"{why}: leave out {', '.join(idle)}")
+
+
 def some_path(text):
     """An argparse type: a path, not empty."""
     if not text.strip():

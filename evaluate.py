@@ -23,6 +23,7 @@ from common import (
     LOOPS,
     Parser,
     UserError,
+    check_needs,
     keep_freed_memory,
     number,
     pick_device,
@@ -214,12 +215,14 @@ def parse_args():
         help="also with a depth of its own for each token: its loop ends, at the largest "
         "--recurrence at the latest, when --exit-rule falls below EPS (shared cache, token by "
         "token)")
-    add("--exit-rule", choices=EXIT_RULES, default="kl", help="see sample.py (default: kl)")
+    add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="of the activations; int8: they are bfloat16 and the weights have 8 bits, see "
         "quantize.py (default: auto)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_needs(args, exit_rule="exit_threshold")
+    return args
 
 
 def open_run(args):
@@ -274,6 +277,8 @@ def error_text(error):
 def main():
     args = parse_args()
     model, tokenizer, recurrence = open_run(args)
+    if args.exit_threshold and not model.config.n_recurrent:
+        raise UserError("--exit-threshold needs a model that loops: this is a plain transformer")
     name, batches = open_text(args, model, tokenizer)
 
     batch_size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
@@ -291,7 +296,8 @@ def main():
 
     most = max(recurrence)
     for threshold in args.exit_threshold or ():
-        row = early_exit(model, batches(1), tokenizer, most, threshold, args.exit_rule)
+        row = early_exit(model, batches(1), tokenizer, most, threshold,
+                         args.exit_rule or "kl")
         print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
         record.setdefault("exit", []).append(row)
     write_text(Path(args.run) / "eval.json", json.dumps(record, indent=1))

@@ -28,6 +28,8 @@ from common import (
     SEED,
     Parser,
     UserError,
+    check_idle,
+    check_needs,
     new_file,
     number,
     pick_device,
@@ -266,20 +268,19 @@ def parse_args():
         help="sample from the K likeliest tokens (default: all)")
     add("--top-p", type=float, metavar="P",
         help="sample from the fewest tokens with total probability P (default: all)")
-    add("--kv-cache", choices=("per-loop", "shared"), default="per-loop",
+    add("--kv-cache", choices=("per-loop", "shared"),
         help="shared: keep keys and values of the last loop only, less memory, not exact "
-        "(default: %(default)s)")
+        "(default: per-loop)")
     add("--exit-threshold", type=number(float, 0), metavar="EPS",
         help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
         "most it may take. Uses the shared cache")
-    add("--exit-rule", choices=EXIT_RULES, default="kl",
+    add("--exit-rule", choices=EXIT_RULES,
         help="kl: nats that the prediction changed by from one loop to the next; entropy: nats "
-        "that it is unsure of; state: change of the state, a share (default: %(default)s)")
+        "that it is unsure of; state: change of the state, a share (default: kl)")
     add("--draft", type=LOOPS, metavar="T",
         help="draft tokens with T loops and verify them together with --recurrence: exact, and "
         "faster in small models (see draft.py)")
-    add("--ahead", type=COUNT, default=4, metavar="N",
-        help="tokens drafted at a time (default: %(default)s)")
+    add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--trace", type=new_file, metavar="FILE",
         help="no new text: draw what the model would predict after each loop at each token of the "
         f"prompt, up to the largest --recurrence (default: twice the model's mean). FILE.html: a "
@@ -293,21 +294,28 @@ def parse_args():
     add("--compile", action="store_true",
         help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
         "half a minute for each number of loops; on a GPU the layers, 1.5 times")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(parser, args)
+    return args
 
 
-def check_flags(args):
-    """Raise UserError where flags do not go together."""
-    if args.trace and (args.draft or args.compile or args.samples > 1
-                       or args.exit_threshold is not None or args.dtype not in ("auto", "float32")):
-        raise UserError("--trace writes no new text, and is made in float32: leave out --draft, "
-                        "--compile, --samples, --exit-threshold and --dtype")
+def check_flags(parser, args):
+    """Raise UserError where flags do nothing, or do not go together."""
+    check_needs(args, exit_rule="exit_threshold", ahead="draft")
+    if args.trace:
+        used = ("run", "prompt", "prompt_file", "recurrence", "trace", "device", "dtype")
+        others = [name for name in vars(args) if name not in used]
+        check_idle(parser, args, others, "--trace writes no new text")
+        if args.dtype not in ("auto", "float32"):
+            raise UserError(f"--dtype is {args.dtype}, must be float32 with --trace")
     if args.samples > 1 and (args.draft or args.exit_threshold is not None):
         raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
                         "their tokens do not keep step")
-    if args.draft and (args.kv_cache != "per-loop" or args.exit_threshold is not None):
+    if args.draft and (args.kv_cache == "shared" or args.exit_threshold is not None):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
+    if args.kv_cache == "per-loop" and args.exit_threshold is not None:
+        raise UserError("--exit-threshold needs the shared cache: leave out --kv-cache")
     if args.compile and args.exit_threshold is not None:
         raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
                         "leave out one of them")
@@ -317,8 +325,9 @@ def recurrences_of(args, config):
     """The numbers of loops to write a block of text for. Raises UserError."""
     recurrences = args.recurrence or [config.mean_recurrence]
     if not config.n_recurrent:
-        if args.draft:
-            raise UserError("--draft needs a model that loops: this one is a plain transformer")
+        for flag, value in (("--draft", args.draft), ("--exit-threshold", args.exit_threshold)):
+            if value is not None:
+                raise UserError(f"{flag} needs a model that loops: this is a plain transformer")
         if args.recurrence:
             print("a plain transformer: nothing loops, --recurrence has no effect")
         return [1]
@@ -373,11 +382,11 @@ def new_tokens(args, model, idx, recurrence, loops_used, counts):
                "top_p": args.top_p,
                "generator": torch.Generator(idx.device).manual_seed(args.seed)}
     if args.draft:
-        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead,
+        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
                             counts=counts, **options)
-    return stream(model, idx.expand(args.samples, -1), args.tokens, kv_cache=args.kv_cache,
-                  exit_threshold=args.exit_threshold, exit_rule=args.exit_rule,
-                  loops_used=loops_used, **options)
+    return stream(model, idx.expand(args.samples, -1), args.tokens,
+                  kv_cache=args.kv_cache or "per-loop", exit_threshold=args.exit_threshold,
+                  exit_rule=args.exit_rule or "kl", loops_used=loops_used, **options)
 
 
 def write_block(args, model, tokenizer, prompt, idx, recurrence):
@@ -419,7 +428,6 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
 
 def main():
     args = parse_args()
-    check_flags(args)
     if args.trace and not is_page(args.trace):
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device, args.compile)

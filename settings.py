@@ -18,6 +18,7 @@ from common import (
     SMALL,
     Parser,
     UserError,
+    check_idle,
     new_directory,
     nothing_to_run,
     number,
@@ -132,6 +133,7 @@ def parse_args(about, words=None):
     parser = make_parser(about)
     args = parser.parse_args(words)
     if args.resume:
+        check_idle(parser, args, ["overwrite"], "--resume goes on with the run, it replaces none")
         finish_replacing(args.out)
         file = Path(args.out) / "config.json"
         saved, model = stored_settings(parser, file)
@@ -140,6 +142,8 @@ def parse_args(about, words=None):
         if args.data is None:
             raise UserError(f"{file} names no data that the run read: give --data DIR")
         check_unchanged(saved, args, model)
+    elif args.init_from:
+        check_idle(parser, args, ["preset"], "--init-from takes the place of --preset")
     if not (args.max_steps or args.max_tokens or args.max_flops):
         args.max_steps = DEFAULT_STEPS
     return args

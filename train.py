@@ -138,9 +138,15 @@ def config_of(args, tokenizer):
         return changed(read_config(args.out), given), None
     if args.init_from:
         start = read_start(args.init_from, tokenizer, args.data)
-        return changed(start.config, given), start.state_dict()
-    vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-    return ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size}), None
+        config, weights = changed(start.config, given), start.state_dict()
+    else:
+        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
+        config, weights = ParcaeConfig(**PRESETS[args.preset] | given
+                                       | {"vocab_size": vocab_size}), None
+    if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
+        raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
+                        "no loop (--n-recurrent 0)")
+    return config, weights
 
 
 def changed(config, given):

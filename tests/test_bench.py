@@ -95,6 +95,9 @@ def test_mistakes_get_one_line(tmp_path):
         (["--preset", "gpt-nano"], "--preset is 'gpt-nano', must be one of 'parcae-140m'"),
         (["--recurrence", "0"], "--recurrence is 0"),
         (["--context", "0"], "--context is 0"),
+        (["--only", "memory", "--rounds", "2", "--compile"], "leave out --rounds, --compile"),
+        (["--only", "decode", "--batch", "2"], "leave out --batch"),
+        (["--eager", "--device", "cpu"], "--eager is for a GPU"),
     ):
         run = script("bench.py", *flags, "--out", tmp_path / "r")
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1

@@ -87,6 +87,7 @@ def test_mistakes_get_one_line(run, tmp_path):
     for flags, message in (
         (["--run", "nowhere"], "nowhere holds no model"),
         (["--run", run, "--recurrence", 0], "--recurrence is 0"),
+        (["--run", run, "--exit-rule", "state"], "--exit-rule does nothing without --exit-thresh"),
         (["--run", run, "--data", tmp_path / "none"], "has no val_"),
     ):
         done = call(*flags)

@@ -71,6 +71,11 @@ def test_prompt_from_file_and_standard_input(run_directory):
         (["--samples", "2", "--draft", "1"], "--samples is 2, must be 1 with --draft"),
         (["--samples", "2", "--exit-threshold", "1"], "--samples is 2, must be 1 with --draft"),
         (["--compile", "--exit-threshold", "1"], "leave out one of them"),
+        (["--exit-rule", "kl"], "--exit-rule does nothing without --exit-threshold"),
+        (["--ahead", "8"], "--ahead does nothing without --draft"),
+        (["--exit-threshold", "1", "--kv-cache", "per-loop"], "leave out --kv-cache"),
+        (["--trace", "t.html", "--top-k", "3", "--ignore-eot"], "leave out --ignore-eot, --top-k"),
+        (["--trace", "t.html", "--dtype", "int8"], "--dtype is int8, must be float32"),
     ],
 )
 def test_mistakes_get_one_line(run_directory, flags, message):
@@ -133,11 +138,13 @@ def test_a_prompt_longer_than_the_context_says_what_is_read(run_directory):
     assert done.stdout.startswith("the prompt has 41 tokens: only its last 32, the context, are")
 
 
-def test_only_a_model_that_loops_has_a_draft(build, tmp_path):
+def test_only_a_model_that_loops_has_a_draft_or_an_exit(build, tmp_path):
     save_run(build(vocab_size=320, n_recurrent=0, n_prelude=2), tmp_path)
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
-    done = sample(tmp_path, "--prompt", "a", "--draft", "1")
-    assert done.returncode == 2 and "--draft needs a model that loops" in done.stderr
+    for name, *flags in (("sample.py", "--draft", 1), ("sample.py", "--exit-threshold", 1),
+                         ("evaluate.py", "--exit-threshold", 1)):
+        done = script(name, "--run", tmp_path, "--device", "cpu", *flags)
+        assert done.returncode == 2 and f"{flags[0]} needs a model that loops" in done.stderr
 
 
 def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):

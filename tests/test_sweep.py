@@ -98,6 +98,13 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     assert sorted(table.read_text().splitlines()) == sorted(text.splitlines())
 
 
+def test_recurrences_of_a_model_without_a_loop_are_refused(tmp_path):
+    prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
+    error = run("--budgets", "4e9", "--recurrences", "2", "--data", "data", *SMALL, "--preset",
+                "gpt-nano", "--dry-run", cwd=tmp_path, code=2).stderr
+    assert "--mean-recurrence is 2, must be 1: this model has no loop" in error
+
+
 def test_a_sweep_does_not_train_beside_its_orphans(tmp_path):
     prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
     cell = tmp_path / "sweep" / "C4e+09-mu1-seed0"
