@@ -13,6 +13,7 @@ for vocabularies of more than 65,536) and tokenizer.json. Every document begins 
 end-of-text token, which also serves as "begin of text".
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -119,6 +120,21 @@ def open_shard(path):
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
 
 
+def check_tokens(tokens, path, vocab_size):
+    """Raise UserError where some of a shard's tokens are not of the vocabulary."""
+    if tokens.max() >= vocab_size:
+        raise UserError(f"{path} has token {tokens.max()}, must be below the model's vocab_size "
+                        f"{vocab_size}")
+
+
+@functools.lru_cache(maxsize=4)  # a batch may touch two epochs, of train and of val
+def epoch_order(seed, epoch, count):
+    """(the order of an epoch's windows, where its shards are cut): a permutation of `count` and a
+    number in [0, 1)."""
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(count), rng.random()
+
+
 class Loader:
     """Windows of block_size tokens and their targets, by sample number.
 
@@ -133,11 +149,17 @@ class Loader:
         if not self.paths:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.shards = [open_shard(path) for path in self.paths]
+        # Small data is checked before the work; of large data, what it takes an instant to read,
+        # and each window as it comes.
+        checked = 0
+        for path, shard in zip(self.paths, self.shards):
+            if checked < SHARD_TOKENS:
+                check_tokens(shard, path, vocab_size)
+            checked += len(shard)
         # windows in each shard: one less than fit, to have room for cutting elsewhere
         counts = [(len(shard) - 1) // block_size - (len(shard) > 2 * block_size)
                   for shard in self.shards]
         self.first = np.cumsum([0, *counts])  # shard s holds windows first[s] to first[s + 1]
-        self.epoch = None
         if len(self) < 1:
             raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, "
                             "the block size")
@@ -150,26 +172,24 @@ class Loader:
         """Sample i: block_size + 1 tokens, int64."""
         # the order of the windows and where the shards are cut, anew for each epoch
         epoch, i = divmod(i, len(self))
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order, self.shift = epoch, rng.permutation(len(self)), rng.random()
+        order, shift = epoch_order(self.seed, epoch, len(self))
         # the window's shard, and where in it the window begins
-        w = self.order[i]
+        w = order[i]
         s = int(np.searchsorted(self.first, w, side="right")) - 1
         shard = self.shards[s]
         spare = len(shard) - 1 - (self.first[s + 1] - self.first[s]) * self.block_size
         start = (w - self.first[s]) * self.block_size
-        start += int(self.shift * min(spare, self.block_size))
+        start += int(shift * min(spare, self.block_size))
         tokens = shard[start:start + self.block_size + 1].astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            raise UserError(f"{self.paths[s]} has token {tokens.max()}, must be below the model's "
-                            f"vocab_size {self.vocab_size}")
+        check_tokens(tokens, self.paths[s], self.vocab_size)
         return tokens
 
     def batch(self, samples):
         """(idx, targets), each (len(samples), block_size) int64, for an iterable of sample
         numbers."""
-        tokens = torch.from_numpy(np.stack([self.window(int(i)) for i in samples]))
+        samples = [int(i) for i in samples]
+        windows = {i: self.window(i) for i in sorted(samples)}  # one epoch after the other
+        tokens = torch.from_numpy(np.stack([windows[i] for i in samples]))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 # ----------------------------------------------------------------------------- data directories

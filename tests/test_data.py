@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+import torch
 from conftest import ROOT, script
 
 import data
@@ -274,8 +275,28 @@ def test_samples_are_a_function_of_seed_and_number(numbers):
     assert (Loader(numbers, "train", 10, 2000, seed=4).batch(range(400))[0] != whole).any()
 
 
-def test_bad_shards_are_refused(numbers):
-    with pytest.raises(UserError, match="token 1.* must be below the model's vocab_size 1000"):
+def test_the_order_of_an_epoch_is_drawn_once(numbers, monkeypatch):
+    """Batches ask in order of depth: across the border of two epochs, back and forth."""
+    loader, drawn, rng = Loader(numbers, "train", 10, 2000, seed=7), [], np.random.default_rng
+    n, right = len(loader), Loader(numbers, "train", 10, 2000, seed=7)
+    single = {i: right.batch([i])[0][0] for i in range(10 * n)}
+    data.epoch_order.cache_clear()
+    monkeypatch.setattr(np.random, "default_rng", lambda s: drawn.append(s[1]) or rng(s))
+    shuffled = rng(0).permutation(np.arange(n - 32, n + 32))
+    for part in np.split(shuffled, 4):  # micro-batches of one step
+        assert (loader.batch(part)[0] == torch.stack([single[i] for i in part.tolist()])).all()
+    assert drawn == [0, 1]
+    every = rng(1).permutation(10 * n)  # of a text shorter than the batch
+    assert (loader.batch(every)[0] == torch.stack([single[i] for i in every.tolist()])).all()
+    assert sorted(drawn) == [0, 1, *range(2, 10)]
+
+
+def test_bad_shards_are_refused(numbers, monkeypatch):
+    said = "train_000001.bin has token 1.* must be below the model's vocab_size 1000"
+    with pytest.raises(UserError, match=said):
+        Loader(numbers, "train", 10, 1000)
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)  # large data: as it comes
+    with pytest.raises(UserError, match=said):
         Loader(numbers, "train", 10, 1000).batch(range(150))
     with pytest.raises(UserError, match="no val_"):
         Loader(numbers, "val", 10, 2000)
