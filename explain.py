@@ -5,6 +5,7 @@ import shlex
 import numpy as np
 
 from common import nothing_to_run
+from settings import command_line
 
 ENTROPY_OF = 1_000_000  # tokens that the entropy of single tokens is counted from
 
@@ -30,7 +31,7 @@ def loop_text(config, settings):
         return "runs once (mean recurrence 1)"
     often = {"per-sequence": " on average, another number for each sequence",
              "per-batch": " on average, another number for each batch",
-             "fixed": ""}[settings["depth_sampling"]]
+             "fixed": ""}.get(settings["depth_sampling"], f" ({settings['depth_sampling']})")
     late = settings["loop_from"]
     begins = f"; once only in the first {late:.0%}" if late else ""
     return (f"runs {mean} times{often} (mean recurrence {mean}); the last {min(mean, depth)} with "
@@ -63,8 +64,9 @@ def beginning(out, data, config, loader, record, dtype):
     return "\n".join(lines)
 
 
-def ending(out, config, losses):
-    """The lines after training: what the losses {loops: nats} say, and what to try next."""
+def ending(out, config, losses, settings):
+    """The lines after training: what the losses {loops: nats} say, and what to try next. settings:
+    those of the run, a dict."""
     lines, run = [], shlex.quote(str(out))
     mean = config.mean_recurrence
     if {1, mean} <= losses.keys() and mean > 1:
@@ -72,13 +74,15 @@ def ending(out, config, losses):
         word = "better" if gain > 0 else "worse"
         lines.append(f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token "
                      f"{word} than run once.")
-    lines.append("\nnext:")
-    loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
-    lines.append(f'  python sample.py --run {run} --prompt "def "{loops}')
-    lines.append(f"  python curves.py {run}     # how its loss fell: out/curves.png (matplotlib)")
-    if loops:
-        lines.append("  python train.py ... --mean-recurrence 1 --out out/fixed     # ...: your "
-                     "other flags. The same layers run once: is the loop worth its time?")
+    looped = config.n_recurrent and mean > 1
+    loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
+    lines += ["\nnext, more text:",
+              f'  python sample.py --run {run} --prompt "def "{loops}',
+              "how the loss fell, as out/curves.png (needs matplotlib):",
+              f"  python curves.py {run}"]
+    if looped:
+        once = command_line(settings, mean_recurrence=1, backprop_depth=None, out=f"{out}-once")
+        lines += ["is the loop worth its time? The same layers run once:", f"  {once}"]
     return "\n".join(lines)
 
 

@@ -96,14 +96,25 @@ def check_free(args):
 
 @contextlib.contextmanager
 def held(path):
-    """Make a run directory where it is missing and hold its lock, on rank 0."""
+    """Make a run directory where it is missing and hold its lock, on rank 0. What was made and is
+    empty in the end goes again."""
     path = Path(path)
     if rank() > 0:
         yield
         return
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    with lock(path):
-        yield
+    try:
+        with lock(path):
+            yield
+    finally:
+        remove_empty(made)
+
+
+def remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def clear_up(path):
@@ -117,8 +128,7 @@ def clear_up(path):
         for file in folder.glob(".*.tmp"):
             if file.name.startswith(tuple(f".{name}." for name in FILES)):
                 file.unlink()
-    with contextlib.suppress(OSError):
-        new.rmdir()
+    remove_empty([new])
 
 
 def finish_replacing(path):
@@ -138,8 +148,7 @@ def move_in(new):
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.replace(new / name, new.parent / name)
-    with contextlib.suppress(OSError):
-        new.rmdir()
+    remove_empty([new])
 
 
 def describe(args, model, before):
@@ -190,6 +199,7 @@ class Run:
         self.state = {"step": 0, "samples": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0,
                       "skipped": 0}
         self.saved = None  # step of the last checkpoint
+        self.started = False  # whether its files are new
 
     # ------------------------------------------------------------------------- writing
 
@@ -197,6 +207,7 @@ class Run:
         """Begin a new run; record: what config.json holds."""
         if rank() > 0:
             return
+        self.started = True
         if (self.path / "ckpt.pt").exists():  # it replaces another one
             self.folder = self.path / ".new"
             self.folder.mkdir(exist_ok=True)
@@ -204,6 +215,20 @@ class Run:
         write_text(self.folder / "config.json", json.dumps(record, indent=1))
         save_tokenizer(tokenizer, self.folder / "tokenizer.json")
         write_text(self.folder / "log.jsonl", "")
+
+    @contextlib.contextmanager
+    def withdrawn_without_a_step(self):
+        """Remove what `start` wrote where the run fails before its first step: then some value was
+        wrong that no check has found, a batch too large for the memory, say."""
+        try:
+            yield
+        except BaseException:
+            if self.started and self.state["step"] == 0:
+                for name in FILES:
+                    (self.folder / name).unlink(missing_ok=True)
+                if self.folder != self.path:
+                    remove_empty([self.folder])
+            raise
 
     def go_on(self, record, lines):
         """Write what is in force now and the log so far, in which an earlier "done" was only an

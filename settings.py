@@ -7,6 +7,7 @@ are checked as one; what is then given on the command line comes on top.
 import argparse
 import inspect
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from common import (
     Parser,
     UserError,
     check_idle,
+    flag_of,
     new_directory,
     nothing_to_run,
     number,
@@ -30,6 +32,7 @@ from run import finish_replacing
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
+BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
 
 
 def make_parser(about):
@@ -60,9 +63,9 @@ def make_parser(about):
         help="how FLOPs are counted (default: exact)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=COUNT, default=16, metavar="N",
+    add("--batch-size", type=BATCH, default=16, metavar="N",
         help="sequences a step, over all ranks (default: %(default)s)")
-    add("--micro-batch", type=COUNT, metavar="N",
+    add("--micro-batch", type=BATCH, metavar="N",
         help="sequences of a forward pass on a device (default: all of its share)")
     add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
         help="loops: drawn for each sequence (default), once for the batch, or always "
@@ -113,7 +116,7 @@ def add_model_flags(parser):
                                re.MULTILINE))
     comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
-        flag = "--" + field.name.replace("_", "-")
+        flag = flag_of(field.name)
         value = getattr(default, field.name)
         if field.default is None:  # it follows from others, as mlp_width does
             value = None
@@ -149,6 +152,31 @@ def parse_args(about, words=None):
     return args
 
 
+def words_of(parser, settings):
+    """Settings, a dict, as words of a command line; what is None is left out."""
+    words = []
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append(flag.replace("--", "--no-", 1))
+        elif isinstance(value, list) and isinstance(parser.get_default(name), list):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def command_line(settings, **changes):
+    """The command that trains with the settings of a run, a dict, and these changes; for a shell.
+    Defaults are left out."""
+    parser = make_parser("")
+    given = {name: value for name, value in (settings | changes).items()
+             if value != parser.get_default(name)}
+    return shlex.join(["python", "train.py", *words_of(parser, given)])
+
+
 def stored_settings(parser, file):
     """The settings in a run's config.json, read as a command line: they are checked as one; and all
     of its model's values, a dict. Raises UserError."""
@@ -157,20 +185,8 @@ def stored_settings(parser, file):
     config = read_json(file)
     if not isinstance(config.get("settings"), dict):
         raise UserError(f"{file} is not that of a run: it has no settings")
-    words = []
-    for name, value in config["settings"].items():
-        flag = "--" + name.replace("_", "-")
-        default = parser.get_default(name)
-        if name == "out" or value is None:
-            continue
-        if value is True:
-            words.append(flag)
-        elif value is False:
-            words.append(flag.replace("--", "--no-", 1))
-        elif isinstance(value, list) and isinstance(default, list):
-            words += [flag, *map(str, value)]
-        else:
-            words.append(f"{flag}={value}")
+    stored = {name: value for name, value in config["settings"].items() if name != "out"}
+    words = words_of(parser, stored)
     model = config.get("model")
     try:
         saved = parser.parse_args(words)
@@ -191,7 +207,7 @@ def check_unchanged(saved, args, model):
         before, now = getattr(saved, name), getattr(args, name)
         if now not in (before, model.get(name)):  # its preset's value may be named as a flag
             was = "not given" if before is None else before
-            raise UserError(f"--{name.replace('_', '-')} is {now}, in the run that goes on it is "
+            raise UserError(f"{flag_of(name)} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")
 
 

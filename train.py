@@ -84,6 +84,7 @@ def setup(args):
     if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
+    begin_token(tokenizer)  # raises where there is none: the closing sample begins with it
     config, weights = config_of(args, tokenizer)
     use_threads(config.n_embd, args.threads)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
@@ -488,7 +489,7 @@ def report(s):
     for text in decode_stream(s.tokenizer, tokens):
         print(text, end="", flush=True)
     print()
-    print(explain.ending(args.out, s.model.config, values["val_loss"]))
+    print(explain.ending(args.out, s.model.config, values["val_loss"], s.record["settings"]))
 
 
 def main():
@@ -497,16 +498,17 @@ def main():
     if args.dry_run:
         print(json.dumps(s.record, indent=1))
         return
-    with held(args.out):
+    about = explain.beginning(args.out, args.data, s.model.config, s.loader, s.record,
+                              s.model.compute_dtype)
+    difference = other_text(args.data)
+    with held(args.out), s.run.withdrawn_without_a_step():
         if rank() == 0:
             check_free(args)  # once more, now that nobody else can write there
             clear_up(args.out)
         if start_or_resume(s):
-            difference = other_text(args.data)
             if difference:
                 say(difference)
-            say(explain.beginning(args.out, args.data, s.model.config, s.loader, s.record,
-                                  s.model.compute_dtype))
+            say(about)
             if train(s):
                 report(s)
             else:

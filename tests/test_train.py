@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+import explain
 import run as run_module
 import settings
 import train as train_module
 from data import open_shard, prepare
-from model import Parcae
+from model import Parcae, ParcaeConfig
 from run import FILES
 from train import schedule
 
@@ -514,6 +516,65 @@ def test_mistakes_get_one_line(train, flags, message):
     run = train("bad", *flags, code=2)
     assert message in run.stderr and run.stderr.count("\n") == 1
     assert not (train.out / "bad").exists()
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--max-tokens", "1e4", "--max-steps", "1200", "--out", "out/my run"],
+    ["--data", "it's here", "--no-qk-norm", "--compile", "--eval-recurrence", "2", "3",
+     "--backprop-depth", "3", "--injection", "add", "--max-flops", "1e13", "--seed", "3"]])
+def test_the_command_said_at_the_end_trains_the_same_run_once(words):
+    args = settings.parse_args("", words)
+    said = explain.ending(args.out, ParcaeConfig(), {1: 2.0, 8: 1.5}, vars(args) | {})
+    command = said.splitlines()[-1].strip()
+    assert command.startswith("python train.py ") and "#" not in said
+    again = settings.parse_args("", shlex.split(command)[2:])
+    once = {"mean_recurrence": 1, "backprop_depth": None, "out": f"{args.out}-once"}
+    assert vars(again) == vars(args) | once
+
+
+def test_what_is_told_knows_no_failure_after_training():
+    """A sampling of depths of a student's own has no words here; a plain model no loops."""
+    said = explain.loop_text(ParcaeConfig(), {"depth_sampling": "uniform", "loop_from": 0})
+    assert "runs 8 times (uniform)" in said
+    for config in (ParcaeConfig(mean_recurrence=1), ParcaeConfig(n_recurrent=0)):
+        assert "train.py" not in explain.ending("out", config, {1: 2.0}, {})
+
+
+def set_tokens(folder, value, split="val"):
+    """The last token of a shard becomes another."""
+    file = folder / f"{split}_000000.bin"
+    file.write_bytes(file.read_bytes()[:-2] + value.to_bytes(2, "little"))
+
+
+@pytest.mark.parametrize("damage, flags, said", [
+    (lambda d: set_tokens(d, 65535, "train"), [], "train_000000.bin has token 65535, must be"),
+    (lambda d: set_tokens(d, 65535), [], "val_000000.bin has token 65535, must be below"),
+    (lambda d: None, ["--batch-size", "1000000000"], "--batch-size is 1000000000, must be at"),
+    (lambda d: None, ["--micro-batch", "1000000000000"], "--micro-batch is 1000000000000, must"),
+    (lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace(
+        "endoftext", "pad")), [], "the tokenizer has none of the special tokens")])
+def test_what_cannot_be_trained_leaves_no_directory(corpus, train, damage, flags, said):
+    shutil.copytree(corpus, train.out / "damaged")
+    damage(train.out / "damaged")
+    run = train("a/b", "--data", train.out / "damaged", *flags, code=2)
+    assert said in run.stderr and run.stderr.count("\n") == 1
+    assert [path.name for path in train.out.iterdir()] == ["damaged"]
+
+
+def test_a_failure_before_the_first_step_leaves_what_was_there(train, monkeypatch):
+    """No memory for the batch, say. A run that it was to replace is left, too."""
+    monkeypatch.setattr(run_module, "matmul_peak", lambda *args: 1e9)  # takes a while to measure
+    train("old", "--max-steps", 1, "--dtype", "float32", "--eval-recurrence", 1)
+    before = tree(train.out)
+
+    def no_room(*args):
+        raise MemoryError("allocation failed")
+    monkeypatch.setattr(Parcae, "recurrent_pass", no_room)
+    for name in ("a/b", "old"):
+        run = train(name, "--max-steps", 1, "--dtype", "float32", "--overwrite", code=2)
+        assert "not enough memory" in run.stderr and tree(train.out) == before
+    assert [path.name for path in train.out.iterdir()] == ["old"]
+    assert [path.name for path in (train.out / "old").iterdir() if path.is_dir()] == []
 
 
 def test_a_run_is_not_replaced_unasked_and_damage_is_named(train, corpus):
