@@ -11,6 +11,7 @@ A generator of tokens is `stream`, a whole continuation `generate`. Early exit (
 trace go loop by loop through `model.states`, where a loop can be looked at or left.
 """
 
+import math
 import sys
 import time
 from collections import namedtuple
@@ -45,6 +46,7 @@ from trace_page import write_page
 
 TRACED = 40  # tokens of a prompt that a trace shows
 NO_TOKEN = -1
+FIXED_POINT = 2.0 ** 54  # keeps every bit of a float32 probability above 1e-9
 GREEDY = 1e-6  # temperatures below take the likeliest token: logits divided by less would overflow
 
 # ------------------------------------------------------------------------------- generation
@@ -55,6 +57,8 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
     if temperature < GREEDY:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     probs = (logits / temperature).softmax(-1)
+    if top_p == 1:  # all tokens, even those that rounding hides
+        top_p = None
     if top_k is None and top_p is None:
         return probs
     probs, tokens = probs.sort(-1, descending=True)
@@ -62,8 +66,10 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         probs[:, top_k:] = 0
         probs /= probs.sum(-1, keepdim=True)
     if top_p is not None:
-        before = probs.cumsum(-1) - probs
-        probs[:, 1:][before[:, 1:] >= top_p] = 0  # what comes before already holds top_p
+        # whole numbers add up exactly, on every device: mps has no float64
+        parts = (probs * FIXED_POINT).long()
+        before = parts.cumsum(-1) - parts
+        probs[:, 1:][before[:, 1:] >= math.ceil(top_p * FIXED_POINT)] = 0  # held already
         probs /= probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, tokens, probs)
 

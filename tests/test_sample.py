@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from fractions import Fraction
 from html.parser import HTMLParser
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from conftest import save_run, script
 
 from model import KVCache, Parcae, UserError
-from sample import NO_TOKEN, choose, generate, settle, tokens_before, trace, until
+from sample import (
+    NO_TOKEN,
+    choose,
+    generate,
+    probabilities,
+    settle,
+    tokens_before,
+    trace,
+    until,
+)
 from tokenizer import (
     begin_token,
     decode_stream,
@@ -318,6 +328,35 @@ def test_sampling_is_seeded_and_follows_the_logits(build, tokens):
     assert set(draw(0, top_p=0.3).tolist()) == set(ranked[:nucleus].tolist())
     for least in ({"top_k": 1}, {"top_p": 1e-46}):  # which is 0 in float32
         assert torch.equal(draw(0, **least), draw(0, temperature=0))
+
+
+def test_top_p_keeps_the_fewest_tokens_that_hold_it():
+    """Against the definition, in exact arithmetic."""
+    logits = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    logits[0, :4] = torch.tensor([0.3, 0.1, 0.1, 0.5]).log()
+    logits[0, 4:] = -torch.inf
+    probs = probabilities(logits, 1.0)
+    for top_p in (0.8, 0.1, 0.5, 0.95, 0.999999, 1 - 2 ** -53, 1e-9):
+        kept = probabilities(logits, 1.0, top_p=top_p) > 0
+        for row, found in zip(probs, kept):
+            ranked, held, fewest = row.argsort(descending=True).tolist(), Fraction(0), 0
+            while fewest < len(ranked) and held < Fraction(top_p):
+                held += Fraction(row[ranked[fewest]].item())
+                fewest += 1
+            least = row[ranked[fewest - 1]]  # of equal tokens either may stay
+            assert (row[found] >= least).all()
+            assert found.sum() == min(fewest, int((row > 0).sum()))
+    assert probabilities(logits, 1.0, top_p=0.8)[0].count_nonzero() == 2  # 0.5 + 0.3
+    assert probabilities(logits[:, 4:9], 1.0, top_p=0.999).sum(-1)[1:] == pytest.approx(1)
+
+
+def test_top_p_of_one_changes_nothing():
+    logits = 4 * torch.randn(2, 50304, generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"top_k": 7}):
+        assert torch.equal(probabilities(logits, 1.0, top_p=1, **options),
+                           probabilities(logits, 1.0, **options))
+    same = choose(logits, 0.7, top_p=1.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(same, choose(logits, 0.7, generator=torch.Generator().manual_seed(1)))
 
 
 def test_bad_options_are_refused(build, tokens):
