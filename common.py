@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -314,8 +315,14 @@ def whole_directory(path, check):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError."""
+    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError, also
+    where a byte has changed since: the archive has sums, which torch.load does not check."""
     try:
+        if zipfile.is_zipfile(path):  # older formats are none, and have no sums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"the sum of {damaged} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

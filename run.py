@@ -311,7 +311,8 @@ def load_optimizer(optimizer, saved, updated, complaint):
         if saved["state"] or updated:
             states = [dict(saved["state"][i]) for i in range(len(parameters))]
         fits = all(state and state.keys() == states[0].keys()
-                   and all(value.shape in ((), p.shape) for value in state.values())
+                   and all(value.shape in ((), p.shape) and value.dtype == p.dtype
+                           for value in state.values())
                    for state, p in zip(states, parameters))
     except (KeyError, TypeError, ValueError, AttributeError):
         fits = False

@@ -194,7 +194,10 @@ def load_tokenizer(directory):
         if "tokens" not in saved:
             return tiktoken.get_encoding(saved["name"])
         ids = saved.get("ids", range(len(saved["tokens"])))
-        ranks = {base64.b64decode(token): i for token, i in zip(saved["tokens"], ids)}
+        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+        ranks = dict(zip(tokens, ids, strict=True))
+        if len(ranks) < len(tokens):
+            raise UserError("it has a token twice")
         return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

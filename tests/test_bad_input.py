@@ -169,6 +169,9 @@ TOKENIZERS = [
     {"pattern": "[a-z]+"},
     {"pattern": r"(\w+\s?)+(?=$x)|."},
     {"tokens": 3},
+    {"tokens": ["!!!"] * 256},
+    {"tokens": ["YQ=="] * 256},
+    {"tokens": ["YQ=="]},
     {"special": None},
 ]
 TASKS = [

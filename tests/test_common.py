@@ -13,6 +13,7 @@ from conftest import ROOT, script
 import common
 from common import (
     UserError,
+    load_checkpoint,
     lock,
     matmul_peak,
     new_directory,
@@ -149,6 +150,22 @@ def test_the_peak_of_a_gpu_is_its_own_or_measured(monkeypatch, name, peak):
     else:
         with pytest.raises(InterruptedError):
             matmul_peak(torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
+    """torch.load alone takes it, with other weights."""
+    path, weights = tmp_path / "ckpt.pt", torch.arange(4000, dtype=torch.float32)
+    torch.save({"model": weights}, path)
+    good = path.read_bytes()
+    place = good.index(weights[1000:1010].numpy().tobytes())
+    for at in (place, place + 4000, len(good) // 2):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
+        assert not torch.load(path)["model"].equal(weights)
+        with pytest.raises(UserError, match="ckpt.pt is not a checkpoint .*: the sum of "):
+            load_checkpoint(path)
+    for old in (False, True):  # the format of before 2020 has no sums
+        torch.save({"model": weights}, path, _use_new_zipfile_serialization=not old)
+        assert load_checkpoint(path)["model"].equal(weights)
 
 
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):

@@ -934,6 +934,12 @@ CHECKPOINTS = {
     "adamw shape": lambda c: (
         c["optimizers"]["adamw"]["state"][0].update(exp_avg=torch.ones(2)) or c
     ),
+    "adamw complex": lambda c: (
+        c["optimizers"]["adamw"]["state"][0].update(
+            exp_avg=c["optimizers"]["adamw"]["state"][0]["exp_avg"] * 1j
+        )
+        or c
+    ),
     "adamw lacks": lambda c: c["optimizers"]["adamw"]["state"][1].pop("exp_avg") is None or c,
     "muon text": lambda c: c["optimizers"]["muon"]["state"].update({0: "x"}) or c,
 }
