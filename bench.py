@@ -11,7 +11,6 @@ decode) and, with matplotlib, memory-<preset>.png; what was measured with other 
 replaced.
 """
 
-import json
 import platform
 import statistics
 import time
@@ -36,7 +35,7 @@ from common import (
     pick_dtype,
     read_json,
     run_script,
-    write_text,
+    write_json,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
 from quantize import activations, cast
@@ -461,7 +460,7 @@ def main():
         results |= bench_train(args, config, context, device, dtype)
     if args.only in (None, "decode"):
         results |= bench_decode(args, config, context, device, dtype)
-    write_text(path, json.dumps(results, indent=1))
+    write_json(path, results)
     print(f"\nwrote {path}")
 
 

@@ -237,6 +237,33 @@ def write_text(path, text):
         file.write(text)
 
 
+def write_json(path, value):
+    """Write a value as JSON, see json_text."""
+    write_text(path, json_text(value, indent=1))
+
+
+def json_text(value, **options):
+    """Return a value as JSON. It has no NaN and no infinity: such a number becomes null."""
+    return json.dumps(with_null(value), allow_nan=False, **options)
+
+
+def with_null(value):
+    """Return a value of JSON with None in place of each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: with_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_line(text):
+    """Return a line of a log, JSON in which null stands for a number that is not finite: NaN.
+    Raises ValueError."""
+    def with_nan(pairs):
+        return {key: math.nan if part is None else part for key, part in pairs}
+    return json.loads(text, object_pairs_hook=with_nan)
+
+
 def read_json(path):
     """The JSON object in a file, a dict. Raises UserError that names the file."""
     try:
@@ -251,11 +278,11 @@ def read_json(path):
 
 
 def read_json_lines(path):
-    """(the JSON objects in a file, one a line, and how many lines are none)."""
+    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
     values, bad = [], 0
     for line in filter(None, Path(path).read_bytes().split(b"\n")):
         try:
-            value = json.loads(line)
+            value = log_line(line)
         except ValueError:
             value = None
         if isinstance(value, dict):

@@ -28,7 +28,7 @@ from common import (
     UserError,
     run_script,
     some_path,
-    write_text,
+    write_json,
 )
 from evaluate import open_run
 from tokenizer import begin_token
@@ -306,7 +306,7 @@ def main():
     label, mean = show(tasks, recurrence)
     record = {"label": label, "mean": mean, "max_per_task": args.max_per_task,
               "dtype": str(model.dtype), "tasks": tasks}
-    write_text(Path(args.run) / "core.json", json.dumps(record, indent=1))
+    write_json(Path(args.run) / "core.json", record)
 
 
 if __name__ == "__main__":

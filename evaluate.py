@@ -10,7 +10,6 @@ In brackets: the standard error over the sequences read. Writes eval.json in the
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from common import (
     read_json,
     run_script,
     some_path,
-    write_text,
+    write_json,
 )
 from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
@@ -300,7 +299,7 @@ def main():
                          args.exit_rule or "kl")
         print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
         record.setdefault("exit", []).append(row)
-    write_text(Path(args.run) / "eval.json", json.dumps(record, indent=1))
+    write_json(Path(args.run) / "eval.json", record)
 
 
 if __name__ == "__main__":

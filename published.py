@@ -12,7 +12,6 @@ byte-level BPE alone. What is not implemented here is refused by name, and so is
 format cannot say: a field, a rule or a tensor of your own.
 """
 
-import json
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from common import (
     some_path,
     whole_directory,
     whole_file,
-    write_text,
+    write_json,
 )
 from data import check_place
 from layers import ParcaeConfig, parse_config
@@ -315,7 +314,7 @@ def export_model(model, directory):
     weights = {their_name(name, model.config): w for name, w in ours.items()}
     with whole_file(directory / "pytorch_model.bin", "wb") as file:
         torch.save(weights, file)
-    write_text(directory / "config.json", json.dumps(settings_of(model.config), indent=1))
+    write_json(directory / "config.json", settings_of(model.config))
 
 # ----------------------------------------------------------------------------- tokenizers
 
@@ -460,7 +459,7 @@ def write_run(source, folder):
     with whole_file(folder / "ckpt.pt", "wb") as file:
         torch.save({"model": model.state_dict()}, file)
     record = {"model": asdict(model.config), "source": str(source)}
-    write_text(folder / "config.json", json.dumps(record, indent=1))
+    write_json(folder / "config.json", record)
     if tokenizer:
         save_tokenizer(tokenizer, folder / "tokenizer.json")
     size = describe(model)

@@ -1,7 +1,8 @@
 """A run directory: what train.py writes and every other script reads.
 
     out/<name>/config.json      every setting, the model's config, the data, versions, git revision
-    out/<name>/log.jsonl        a JSON object a line; "kind" is "train", "eval" or "done"
+    out/<name>/log.jsonl        a JSON object a line; "kind" is "train", "eval" or "done";
+                                null is a number that is not finite
     out/<name>/ckpt.pt          weights, optimisers and state: all that resuming needs
     out/<name>/tokenizer.json
 
@@ -11,7 +12,6 @@ train.py there finishes it.
 """
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -26,6 +26,7 @@ import torch
 from common import (
     UserError,
     fit_weights,
+    json_text,
     load_checkpoint,
     lock,
     machine_name,
@@ -34,6 +35,7 @@ from common import (
     read_json,
     read_json_lines,
     whole_file,
+    write_json,
     write_text,
 )
 from tokenizer import save_tokenizer
@@ -212,7 +214,7 @@ class Run:
             self.folder = self.path / ".new"
             self.folder.mkdir(exist_ok=True)
         # config.json first: without it the others are not known for a run's
-        write_text(self.folder / "config.json", json.dumps(record, indent=1))
+        write_json(self.folder / "config.json", record)
         save_tokenizer(tokenizer, self.folder / "tokenizer.json")
         write_text(self.folder / "log.jsonl", "")
 
@@ -236,14 +238,14 @@ class Run:
         if rank() > 0:
             return
         lines = [line | {"kind": "eval"} if line["kind"] == "done" else line for line in lines]
-        write_text(self.path / "config.json", json.dumps(record, indent=1))
-        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_json(self.path / "config.json", record)
+        write_text(self.path / "log.jsonl", "".join(json_text(line) + "\n" for line in lines))
 
     def log(self, kind, **values):
         """Add a line to the log, with the state."""
         if rank() == 0:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps({"kind": kind, **self.state, **values}) + "\n")
+                file.write(json_text({"kind": kind, **self.state, **values}) + "\n")
 
     def save(self):
         """Write the checkpoint; the first one of a run that replaces another moves it in."""

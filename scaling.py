@@ -14,7 +14,6 @@ isoflop.py reads mu* off the runs, laws.py fits laws of the loss and finds mu* o
 printed side by side: where they disagree, neither is to be trusted.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from common import (
     new_file,
     number,
     run_script,
-    write_text,
+    write_json,
 )
 from isoflop import budgets_of, fit_parabolas, gains, lack_of_fit
 from laws import (
@@ -391,7 +390,7 @@ def fit_command(args):
     out, table = fit_table(rows, accounting, args.resamples)
     report(out)
     if args.json:
-        write_text(args.json, json.dumps(out, indent=1))
+        write_json(args.json, out)
         print("wrote", args.json)
     if drawing:
         draw(out, table, Path(args.figures))

@@ -7,14 +7,13 @@ them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd an
 
 import csv
 import itertools
-import json
 import math
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
-from common import UserError, lock, nothing_to_run, read_json, whole_file
+from common import UserError, lock, log_line, nothing_to_run, read_json, whole_file
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 
@@ -90,7 +89,7 @@ def last_line(path):
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
-            line = json.loads(file.read().split(b"\n")[-2])  # what no newline ends is not whole
+            line = log_line(file.read().split(b"\n")[-2])  # what no newline ends is not whole
     except (OSError, ValueError, IndexError):
         return nothing
     if isinstance(line, dict) and {"kind", "flops"} <= line.keys():

@@ -4,9 +4,7 @@ A slider goes through the loops. Each token is coloured by the probability of th
 token; the five likeliest stand under the token that is pointed at. FILE.html#loop=3 begins there.
 """
 
-import json
-
-from common import nothing_to_run, write_text
+from common import json_text, nothing_to_run, write_text
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -102,7 +100,7 @@ def write_page(path, tokens, tops):
     loops = [[[(text, round(probability, 5)) for text, probability in top] for top in row]
              for row in tops]
     # ASCII, and no "<": nothing in a text can end the script element that holds it
-    data = json.dumps({"tokens": tokens, "loops": loops}, separators=(",", ":"))
+    data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
     write_text(path, PAGE.replace("__DATA__", data.replace("<", "\\u003c")))
 
 

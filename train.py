@@ -15,7 +15,6 @@ an uninterrupted one, and several ranks repeat a single one.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -35,6 +34,7 @@ import explain
 from common import (
     UserError,
     fit_weights,
+    json_text,
     keep_freed_memory,
     pick_device,
     pick_dtype,
@@ -496,7 +496,7 @@ def main():
     args = parse_args(__doc__)
     s = setup(args)
     if args.dry_run:
-        print(json.dumps(s.record, indent=1))
+        print(json_text(s.record, indent=1))
         return
     about = explain.beginning(args.out, args.data, s.model.config, s.loader, s.record,
                               s.model.compute_dtype)

@@ -9,7 +9,6 @@ nothing stood there. At T = 2 the loop takes its own output for a state, which i
 trained for.
 """
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Parser, UserError, run_script, whole_directory, whole_file, write_text
+from common import Parser, UserError, run_script, whole_directory, whole_file, write_json
 from model import Parcae
 
 
@@ -54,7 +53,7 @@ def write_run(model, source, out):
     """A run directory with the model and source's tokenizer, for train.py --init-from."""
     with whole_directory(out, check_free) as directory:
         settings = {"model": asdict(model.config), "settings": {}}
-        write_text(directory / "config.json", json.dumps(settings, indent=1))
+        write_json(directory / "config.json", settings)
         with whole_file(directory / "ckpt.pt", "wb") as file:
             torch.save({"model": model.state_dict()}, file)
         shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from common import (
     UserError,
     load_checkpoint,
     lock,
+    log_line,
     matmul_peak,
     new_directory,
     new_file,
     pick_device,
+    read_json,
     whole_directory,
     whole_file,
+    write_json,
     write_text,
 )
 from tokenizer import quiet_stderr
@@ -271,3 +275,25 @@ def test_another_compiler_may_be_named_and_a_gpu_needs_triton(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match="--compile on a GPU needs triton"):
         common.check_compiler("cuda")
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path):
+    value = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": None, 4: True}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == {"a": [None, 1.5, [None, 2]],
+                                              "b": {"c": None, "d": None, "4": True}}
+    assert "NaN" not in (tmp_path / "x.json").read_text()
+
+
+@pytest.mark.parametrize("written", ["null", "NaN"])  # as runs of before wrote it
+def test_null_in_a_log_is_read_as_nan(written):
+    line = log_line('{"loss": X, "val_loss": {"1": 2.0, "4": X}}'.replace("X", written))
+    assert math.isnan(line["loss"]) and math.isnan(line["val_loss"]["4"])
+    assert line["val_loss"]["1"] == 2
+
+
+def test_every_script_writes_json_by_one_function():
+    """common.py's, which writes null for NaN. The other files write no fractions."""
+    users = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("runs/*.py")]
+             if "json.dump" in path.read_text()}
+    assert users <= {"common.py", "data.py", "tokenizer.py", "sweep.py"}

@@ -70,9 +70,11 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
                               ("deep-3e-2-0", plain, {"1": 2.2})):
         make_run(tmp_path / "half-8" / name, model, {"kind": "done", "val_loss": loss})
     make_run(tmp_path / "half-8" / "plain-3e-2-1", plain, {"kind": "eval", "val_loss": {"1": 2.6}})
+    make_run(tmp_path / "half-8" / "plain-3e-2-2", plain, {"kind": "done", "val_loss": {"1": None}})
     first = script("runs/half.py", tmp_path / "half-8", tmp_path)
     assert first.returncode == 0 and png(tmp_path / "half-8.png"), first.stderr
     assert "plain-3e-2-1 is not finished and left out" in first.stdout
+    assert "plain-3e-2-2 has a loss that is not finite and is left out" in first.stdout
     assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
     assert "gap to twelve layers that looping closes: 50% (50% by seed)" in first.stdout
     rows = read_csv(tmp_path / "half-8.csv")
@@ -81,7 +83,7 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
 
     (tmp_path / "half-8.png").unlink()
     again = script("runs/half.py", tmp_path / "half-8.csv", tmp_path)
-    assert again.stdout == first.stdout.partition("left out\n")[2] and png(tmp_path / "half-8.png")
+    assert again.stdout == first.stdout.rpartition("left out\n")[2] and png(tmp_path / "half-8.png")
 
 
 def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
@@ -195,7 +197,7 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch):
 def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
     done = {"val_loss": {"8": 2.0, "64": 2.5}, "state_rms": {"1": 1.0, "8": 4.0, "64": 32.0}}
     for name, last in (("add-1e-1", {"kind": "done", "spectral_radius": 1.0} | done),
-                       ("concat-1e-1", {"kind": "train", "loss": float("nan"), "step": 33})):
+                       ("concat-1e-1", {"kind": "train", "loss": None, "step": 33})):
         evaluation = {"kind": "eval", "val_loss": {"8": 3.0}, "state_rms": {"8": 5.0},
                       "spectral_radius": 4.5}
         make_run(tmp_path / "runs" / name, build(), evaluation, last)

@@ -45,11 +45,12 @@ def test_a_run_counts_once(tmp_path, capsys):
     assert "count once" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys):
+@pytest.mark.parametrize("lost", [math.nan, None])  # as older runs wrote it, and as null
+def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys, lost):
     model = build()
     cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
     save_run(model, tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
-    losses = {"1": 2.0, "4": 1.9, "16": math.nan}
+    losses = {"1": 2.0, "4": 1.9, "16": lost}
     done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": losses}
     (tmp_path / "r" / "log.jsonl").write_text(json.dumps(done) + "\n")
     rows, _ = tables.read_tables([tmp_path])
