@@ -6,12 +6,15 @@ CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the centred accuracy,
 baseline) / (1 - baseline). The folder is the public bundle's eval_data. There are three kinds of
 task. Multiple choice (one context, several continuations) and schema (several contexts, one
 continuation) are right where the right option has the lowest mean loss over the continuation;
-language modelling where greedy decoding gives the whole continuation.
+language modelling where greedy decoding gives the whole continuation. Options that tie for the
+lowest loss share the point: options may be the same tokens once their contexts are cut to the
+model's context. Predictions that are not finite are refused.
 
 Writes core.json in the run directory.
 """
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +34,10 @@ from common import (
     write_json,
 )
 from evaluate import open_run
+from sample import check_predicts
 from tokenizer import begin_token
+
+ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
 # name: (file, kind, examples shown, what comes between context and continuation, baseline in %).
 # The baselines are those with which CORE has been reported: some are the largest class's share,
@@ -114,6 +120,7 @@ class Question:
     rows: list  # of each option: its tokens, after the examples and the context
     starts: list  # of each option: where the scored part starts
     gold: int  # the right option
+    cut: bool  # whether an option was longer than the model's context
 
     @cached_property
     def prefix(self):
@@ -141,7 +148,7 @@ def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
     # a row that is too long loses its beginning; one token at least counts
     cuts = [max(0, len(row) - block_size - 1) for row in rows]
     starts = [max(1, min(start, len(row) - 1) - cut) for start, row, cut in zip(starts, rows, cuts)]
-    return Question([row[cut:] for row, cut in zip(rows, cuts)], starts, gold)
+    return Question([row[cut:] for row, cut in zip(rows, cuts)], starts, gold, any(cuts))
 
 
 def examples(i, items, kind, shots, delimiter):
@@ -172,7 +179,7 @@ def common_prefix(rows):
 @torch.no_grad()
 def score(model, questions, recurrence):
     """For each question, for each option: (mean loss of the scored part in nats per token, whether
-    greedy decoding gives it).
+    greedy decoding gives it). Raises UserError where a prediction is not finite.
 
     The prefix that a question's options share, up to 10 examples long, is run once for each
     question, into a KV cache; the rest of every option then reads from it: several times as fast as
@@ -204,9 +211,23 @@ def score(model, questions, recurrence):
         targets = torch.tensor(row[starts[i]:], device=device)
         first = starts[i] - 1 - n  # the place that predicts the first of them
         logits = model.lm_head(x[i, first:first + len(targets)]).float()
+        check_predicts(logits, recurrence)
         greedy = bool((logits.argmax(-1) == targets).all())
         results[owner[i]].append((F.cross_entropy(logits, targets).item(), greedy))
     return results
+
+
+def credit(question, scores):
+    """Return what a question with several options earns, 0 to 1: the options with the lowest loss
+    share the point. scores: as of `score`."""
+    # The same tokens have the same loss: rounding must not decide between them.
+    losses = {}
+    for row, start, (loss, _) in zip(question.rows, question.starts, scores):
+        losses.setdefault((start, *row), loss)
+    lowest = min(losses.values())
+    tied = [math.isclose(losses[start, *row], lowest, rel_tol=ROUNDING)
+            for row, start in zip(question.rows, question.starts)]
+    return tied[question.gold] / sum(tied)
 
 
 def batches_of(questions, batch_size):
@@ -223,23 +244,20 @@ def batches_of(questions, batch_size):
 
 
 def accuracy(model, questions, kind, recurrence, batch_size=32, bar=None):
-    """Share of the questions that the model gets right."""
+    """Share of the questions that the model gets right; a tie counts in part, see credit."""
     right = 0
     for batch in batches_of(questions, batch_size):
         for question, scores in zip(batch, score(model, batch, recurrence)):
-            losses = [loss for loss, _ in scores]
-            if kind == "language":
-                right += scores[0][1]
-            else:
-                right += losses.index(min(losses)) == question.gold
+            right += scores[0][1] if kind == "language" else credit(question, scores)
         if bar:
             bar.update(len(batch))
     return right / len(questions)
 
 
 def core(model, tokenizer, folder, recurrence, batch_size, limit):
-    """{task: {"items", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the tasks
-    that are in the folder. Raises UserError."""
+    """{task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the
+    tasks that are in the folder; "cut" counts the items longer than the context. Raises
+    UserError."""
     files = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items()}
     tasks = {name: read_task(file, TASKS[name][1]) for name, file in files.items() if file.exists()}
     if not tasks:
@@ -256,8 +274,8 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
                                        model.config.block_size) for i in range(len(raw))[:limit]]
             right = {T: accuracy(model, questions, kind, T, batch_size, bar) for T in recurrence}
             centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
-            results[name] = {"items": len(questions), "baseline": baseline, "accuracy": right,
-                             "centered": centered}
+            results[name] = {"items": len(questions), "cut": sum(one.cut for one in questions),
+                             "baseline": baseline, "accuracy": right, "centered": centered}
     return results
 
 # ------------------------------------------------------------------------------- command line
@@ -278,6 +296,10 @@ def show(results, recurrence):
     print(f"{label:44s}" + "".join(f"{'':9s} ({mean[T]:+.3f})" for T in recurrence))
     if missing:
         print("missing:", ", ".join(missing))
+    items, cut = (sum(task[key] for task in results.values()) for key in ("items", "cut"))
+    if cut:
+        print(f"{cut} of {items} items are longer than the model's context and lost their "
+              "beginnings")
     return label, mean
 
 

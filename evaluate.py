@@ -5,6 +5,9 @@
     python evaluate.py --run out/default --kv-cache shared     the price of the smaller cache
     python evaluate.py --run out/default --exit-threshold 0.1 0.01 0.001 --sequences 32
 
+A loss that is not finite, as where a state has grown without bound, is refused and nothing is
+written: the message names T, to be left out.
+
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
 In brackets: the standard error over the sequences read. Writes eval.json in the run directory.
 """
@@ -35,7 +38,7 @@ from common import (
 from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
 from quantize import cast
-from sample import EXIT_RULES, settle
+from sample import EXIT_RULES, check_predicts, settle
 from sources import read_text
 from tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
@@ -79,7 +82,8 @@ def data_windows(loader, sequences, batch_size):
 
 @torch.no_grad()
 def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """{loops: loss in nats (B, T) of each target} for a list of loops.
+    """{loops: loss in nats (B, T) of each target} for a list of loops. Raises UserError where a
+    loss is not finite.
 
     kv_cache "none": all tokens at once, and all loops in one pass. "per-loop", "shared": token by
     token through a cache of that kind, as in generation."""
@@ -87,19 +91,22 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     if kv_cache == "none":
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                losses[loops] = loss_of(model, model.readout(h, inputs), targets)
+                losses[loops] = loss_of(model, model.readout(h, inputs), targets, loops)
         return losses
     for loops in recurrence:
         cache = model.new_cache(*idx.shape, loops, kv_cache)
         x = [model.hidden(token, loops, cache) for token in idx.split(1, dim=1)]
-        losses[loops] = loss_of(model, torch.cat(x, dim=1), targets)
+        losses[loops] = loss_of(model, torch.cat(x, dim=1), targets, loops)
     return losses
 
 
-def loss_of(model, x, targets):
-    """Loss in nats (B, T) of each target, of what the head reads, x (B, T, C)."""
+def loss_of(model, x, targets, loops):
+    """Loss in nats (B, T) of each target, of what the head reads, x (B, T, C), after so many
+    loops."""
     logits = model.lm_head(x).float()
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    check_predicts(loss, loops)
+    return loss
 
 
 @torch.no_grad()
@@ -111,6 +118,7 @@ def early_exit_losses(model, idx, targets, most, threshold, rule):
     for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
         logits, loops = settle(model, token, most, cache, threshold, rule)
         losses.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
+        check_predicts(losses[-1], loops)
         loops_used.append(loops)
     return torch.cat(losses, dim=1), loops_used
 

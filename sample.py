@@ -83,10 +83,10 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
                              generator=generator)
 
 
-def check_predicts(logits):
-    """Raise UserError where logits are not finite."""
-    if not logits.isfinite().all():
-        raise UserError("what the model predicts after so many loops is not finite: its state may "
+def check_predicts(values, loops="so many"):
+    """Raise UserError where logits or losses are not finite. loops: that they come after."""
+    if not values.isfinite().all():
+        raise UserError(f"what the model predicts after {loops} loops is not finite: its state may "
                         "have grown without bound (GUIDE.md, section 2)")
 
 
@@ -186,11 +186,12 @@ def check(idx, temperature, top_k, top_p, exit_threshold):
 def trace(model, idx, recurrence, last):
     """What the model would predict after each loop at the last tokens of idx (1, T), probabilities
     (loops, last, vocab_size), and how far the loop moved the state, |h_t - h_{t-1}| / |h_t|,
-    (loops, last)."""
+    (loops, last). Raises UserError where a prediction is not finite."""
     probs, moved, before = [], [], 0
-    for h, inputs in model.states(idx, recurrence):
-        shown = model.readout(h, inputs)[0, -last:]
-        probs.append(model.lm_head(shown).float().softmax(-1))
+    for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
+        logits = model.lm_head(model.readout(h, inputs)[0, -last:]).float()
+        check_predicts(logits, loops)
+        probs.append(logits.softmax(-1))
         moved.append(((h - before).norm(dim=-1) / h.norm(dim=-1))[0, -last:])
         before = h
     return torch.stack(probs), torch.stack(moved)
@@ -222,9 +223,10 @@ def draw_page(model, tokenizer, idx, recurrence, path):
     """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Each loop's
     are taken as it comes: `trace` would keep all probabilities."""
     tops = []
-    for h, inputs in model.states(idx, recurrence):
-        probs = model.lm_head(model.readout(h, inputs))[0].float().softmax(-1)   # (T, vocab_size)
-        top = probs.topk(5)
+    for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
+        logits = model.lm_head(model.readout(h, inputs))[0].float()              # (T, vocab_size)
+        check_predicts(logits, loops)
+        top = logits.softmax(-1).topk(5)
         tops.append([[(text_of(tokenizer, i), p) for i, p in zip(*row)]
                      for row in zip(top.indices.tolist(), top.values.tolist())])
     write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)

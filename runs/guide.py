@@ -16,6 +16,7 @@ import figures
 from common import COUNT, Parser, UserError, run_script, some_path
 from evaluate import add_text_flags, open_text
 from model import Parcae
+from sample import check_predicts
 from tokenizer import load_tokenizer
 
 RULES = {0.45: "a = 0.45: settles at 1.82", 1.0: "a = 1: grows by 1 a loop",
@@ -37,6 +38,7 @@ def distances(model, idx, loops):
     for h, _ in model.states(idx, LAST * loops):
         if len(first) < loops:
             first.append(h)
+    check_predicts(h, LAST * loops)
     apart = torch.stack([(h_t - h).norm(dim=-1) / h.norm(dim=-1) for h_t in first], dim=-1)
     return apart.flatten(0, 1).numpy()
 

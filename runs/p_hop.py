@@ -18,6 +18,7 @@ from common import UserError, run_script
 from data import open_shard
 from model import Parcae
 from runs.half import finished, parse_args, read_table
+from sample import check_predicts
 from tables import write_csv
 
 DATA = Path("data/p-hop/val_000000.bin")
@@ -29,7 +30,8 @@ COLUMNS = {"model": str, "seed": int, "T": int, "p": int, "accuracy": float}
 
 @torch.no_grad()
 def accuracies(model, docs):
-    """{T: [share of right answers to questions of p hops, for p in HOPS]}.
+    """{T: [share of right answers to questions of p hops, for p in HOPS]}. Raises
+    UserError where a prediction is not finite.
 
     docs (N, 1 + 3 * questions): begin, then hops, symbol, answer, hops, symbol, answer, ..."""
     looped = model.config.n_recurrent > 0 and model.config.mean_recurrence > 1
@@ -41,7 +43,9 @@ def accuracies(model, docs):
         for t, (h, inputs) in enumerate(model.states(batch[:, :-1], max(loops)), start=1):
             if t in loops:
                 x = model.readout(h, inputs)
-                answers = model.lm_head(x[:, 2::3]).argmax(-1)  # at each symbol
+                logits = model.lm_head(x[:, 2::3])  # at each symbol
+                check_predicts(logits, t)
+                answers = logits.argmax(-1)
                 right[t].append(answers == batch[:, 3::3])
     result = {}
     for T in loops:

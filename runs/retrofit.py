@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from common import Parser, UserError, run_script, whole_directory, whole_file, write_json
 from model import Parcae
+from sample import check_predicts
 
 
 @torch.no_grad()
@@ -73,6 +74,7 @@ def main():
     idx = torch.randint(gpt.config.vocab_size, (1, gpt.config.block_size))
     with torch.no_grad():
         difference = (looped(idx, recurrence=1)[0] - gpt(idx)[0]).abs().max()
+    check_predicts(difference, 1)
     print(f"largest difference of the logits at T = 1: {difference:.1e}")
     write_run(looped, args.gpt, args.out)
     c = looped.config

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
-from conftest import script
+from conftest import save_run, script
 
 import core
+from common import UserError
 from model import Parcae
 from tokenizer import make_tokenizer
 
@@ -162,6 +163,44 @@ def test_an_oracle_scores_one_and_an_untrained_model_like_chance(build, kind, sh
     )
 
 
+def grows(build, **config):
+    """A model whose state overflows float32 in some 64 loops, and stays finite in one."""
+    model = build(injection="concat", **config).eval()
+    with torch.no_grad():
+        model.injection.W.mul_(100)
+    return model
+
+
+@KINDS
+def test_a_model_that_predicts_nothing_has_no_accuracy(build, kind, shots):
+    model, questions = grows(build, vocab_size=257, block_size=256), items_of(kind, shots, 256)
+    assert 0 <= core.accuracy(model, questions, kind, 1) <= 1
+    with pytest.raises(UserError, match="after 64 loops is not finite"):
+        core.accuracy(model, questions, kind, 64)
+
+
+@pytest.mark.parametrize("gold, share", [(0, 1 / 3), (1, 0), (2, 1 / 3), (3, 1 / 3)])
+def test_options_that_tie_share_the_point(gold, share):
+    rows, starts = [[9, 1], [9, 2, 2], [9, 3], [9, 3]], [1, 1, 1, 1]
+    question = core.Question(rows, starts, gold, cut=False)
+    # the last two are the same tokens, whatever rounding makes of them
+    scores = [(2 * (1 + 1e-7), False), (2.1, True), (2.0, False), (2.5, False)]
+    assert core.credit(question, scores) == share
+    assert core.credit(question, [(1.9, False), *scores[1:]]) == (gold == 0)
+
+
+def test_items_that_are_the_same_once_they_are_cut_score_like_chance(build):
+    """The options of each differ in what the context loses alone."""
+    model = build(vocab_size=257, block_size=32).eval()
+    tail = " did not fit into the suitcase because it was far too large for it"
+    items = [{"context_options": ["The trophy", "The suitcase"], "continuation": tail, "gold": gold}
+             for gold in (0, 0, 0, 1)]
+    questions = items_of("schema", 0, 32, items)
+    assert all(question.cut for question in questions)
+    assert [core.accuracy(model, questions, "schema", T, batch_size=6) for T in (1, 4)] == [.5, .5]
+    assert not any(question.cut for question in items_of("schema", 0, 512, items))
+
+
 def test_the_22_tasks():
     assert len(core.TASKS) == 22
     assert sum(kind == "schema" for _, kind, *_ in core.TASKS.values()) == 2
@@ -170,7 +209,7 @@ def test_the_22_tasks():
     )
 
 
-def test_core_from_the_command_line(run, tmp_path):
+def test_core_from_the_command_line(run, build, tmp_path):
     folder = tmp_path / "eval_data" / "commonsense_reasoning"
     folder.mkdir(parents=True)
     (folder / "copa.jsonl").write_text(
@@ -193,6 +232,18 @@ def test_core_from_the_command_line(run, tmp_path):
         == pytest.approx(2 * task["accuracy"]["2"] - 1)
         == pytest.approx(saved["mean"]["2"])
     )
+    for length, cut in ((5, 0), (80, 1)):
+        items = [{"query": "q", "choices": ["a", "b" * n], "gold": 0} for n in (5, length, 5)]
+        (folder / "copa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        done = call(folder.parent, "--run", run, "--recurrence", 1)
+        said = f"{cut} of 3 items are longer than the model's context and lost their beginnings"
+        assert (said in done.stdout) == (cut > 0) == ("lost their" in done.stdout)
+        assert json.loads((run / "core.json").read_text())["tasks"]["copa"]["cut"] == cut
+    before = (run / "core.json").read_text()
+    save_run(grows(build, vocab_size=320), run)
+    done = call(folder.parent, "--run", run, "--recurrence", 1, 64)
+    assert done.returncode == 2 and "is not finite" in done.stderr and done.stderr.count("\n") == 1
+    assert (run / "core.json").read_text() == before
     (folder / "copa.jsonl").write_text('{"query": "x"}\n')
     for where, message in (
         (folder.parent, "copa.jsonl has an item that is not of kind choice"),

@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from conftest import script
+from conftest import save_run, script
 
 import evaluate
+from common import UserError
 from tokenizer import load_tokenizer
 
 
@@ -81,6 +82,26 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
     errors = [evaluate.standard_error(n, t) for n, t in zip(nats, tokens)]
     assert sum(errors) / len(errors) == pytest.approx(means.std().item(), rel=0.05)
     assert evaluate.standard_error(nats[0, :1], tokens[0, :1]) is None
+
+
+def test_a_model_that_predicts_nothing_gets_one_line_and_no_number(run, build):
+    """At T = 1 it is finite, at T = 64 it is not."""
+    model = build(vocab_size=320, injection="concat")
+    with torch.no_grad():
+        model.injection.W.mul_(100)
+    data = json.loads((run / "config.json").read_text())["data"]
+    save_run(model, run, data=data)
+    flags = ["--run", run, "--sequences", 2, "--dtype", "float32"]
+    assert call(*flags, "--recurrence", 1).returncode == 0
+    before = (run / "eval.json").read_text()
+    for more in ([], ["--kv-cache", "per-loop"], ["--kv-cache", "shared"]):
+        done = call(*flags, "--recurrence", 1, 64, *more)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "after 64 loops is not finite" in done.stderr
+    idx = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(UserError, match="after 64 loops is not finite"):
+        evaluate.early_exit_losses(model.eval(), idx, idx, 64, 0, "state")
+    assert (run / "eval.json").read_text() == before
 
 
 def test_mistakes_get_one_line(run, tmp_path):

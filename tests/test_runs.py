@@ -168,6 +168,15 @@ def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build):
         assert found[T] == pytest.approx(expected, nan_ok=True)
 
 
+def test_p_hop_gives_no_accuracy_to_what_predicts_nothing(build, monkeypatch):
+    monkeypatch.setattr(p_hop, "LOOPS", [1, 64])
+    model = build(vocab_size=128, n_recurrent=1, injection="concat").eval()
+    with torch.no_grad():
+        model.injection.W.mul_(100)
+    with pytest.raises(UserError, match="after 64 loops is not finite"):
+        p_hop.accuracies(model, torch.full((2, 7), ord("0")))
+
+
 def test_p_hop_from_runs(build, tmp_path, monkeypatch):
     _, docs = p_hop_docs(n_train=1, n_val=1000)
     docs = torch.tensor([[0, *text.encode()] for text in docs])[:50]

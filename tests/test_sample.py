@@ -242,6 +242,20 @@ def test_a_page_holds_the_likeliest_tokens_of_each_loop(run_directory, tmp_path)
     assert len(data["loops"]) == 5
 
 
+@pytest.mark.parametrize("name", ["t.html", "t.png"])
+def test_what_predicts_nothing_is_not_traced(run_directory, build, tmp_path, name):
+    model = build(vocab_size=320, injection="concat")
+    with torch.no_grad():
+        model.injection.W.mul_(100)
+    save_run(model, run_directory)
+    flags = ["--prompt", "x = 1", "--trace", tmp_path / name]
+    assert sample(run_directory, *flags, "--recurrence", "2").returncode == 0
+    (tmp_path / name).unlink()
+    done = sample(run_directory, *flags, "--recurrence", "64")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "is not finite" in done.stderr and not (tmp_path / name).exists()
+
+
 def test_a_page_needs_no_matplotlib_but_a_loop(run_directory, build, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     flags = ["--prompt", "x = 1", "--trace", tmp_path / "t.html"]
