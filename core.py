@@ -10,9 +10,10 @@ language modelling where greedy decoding gives the whole continuation. Options t
 lowest loss share the point: options may be the same tokens once their contexts are cut to the
 model's context. Predictions that are not finite are refused.
 
-Writes core.json in the run directory.
+Writes core.json in the run directory, which names the step of the weights and the items read.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -254,15 +255,29 @@ def accuracy(model, questions, kind, recurrence, batch_size=32, bar=None):
     return right / len(questions)
 
 
+def files_of(folder):
+    """Return {task: its file} of the tasks that are in the folder. Raises UserError."""
+    files = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items()}
+    there = {name: file for name, file in files.items() if file.exists()}
+    if not there:
+        example = next(iter(files.values())).relative_to(folder)
+        raise UserError(f"{folder} holds none of the tasks, such as {example}")
+    return there
+
+
+def fingerprint(folder):
+    """Return what tells whether two folders hold the same tasks: {"source", "sha256"}."""
+    digest = hashlib.sha256()
+    for file in files_of(folder).values():
+        digest.update(file.read_bytes())
+    return {"source": str(folder), "sha256": digest.hexdigest()}
+
+
 def core(model, tokenizer, folder, recurrence, batch_size, limit):
     """{task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the
     tasks that are in the folder; "cut" counts the items longer than the context. Raises
     UserError."""
-    files = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items()}
-    tasks = {name: read_task(file, TASKS[name][1]) for name, file in files.items() if file.exists()}
-    if not tasks:
-        example = next(iter(files.values())).relative_to(folder)
-        raise UserError(f"{folder} holds none of the tasks, such as {example}")
+    tasks = {name: read_task(file, TASKS[name][1]) for name, file in files_of(folder).items()}
     results = {}
     total = sum(len(items[:limit]) for items in tasks.values()) * len(recurrence)
     with tqdm(total=total, unit="item", leave=False, disable=None) as bar:
@@ -326,7 +341,9 @@ def main():
     model, tokenizer, recurrence = open_run(args)
     tasks = core(model, tokenizer, args.folder, recurrence, args.batch_size, args.max_per_task)
     label, mean = show(tasks, recurrence)
-    record = {"label": label, "mean": mean, "max_per_task": args.max_per_task,
+    record = {"step": model.step, "text": fingerprint(args.folder),
+              "sequences": sum(task["items"] for task in tasks.values()),
+              "label": label, "mean": mean, "max_per_task": args.max_per_task,
               "dtype": str(model.dtype), "tasks": tasks}
     write_json(Path(args.run) / "core.json", record)
 

@@ -211,6 +211,30 @@ def fingerprint(directory, source, files):
             "sha256": digest.hexdigest()}
 
 
+def text_of(directory):
+    """Return the fingerprint of a data directory's text; None where it is not known."""
+    file = Path(directory) / "tokenizer.json"
+    return read_json(file).get("text") if file.exists() else None
+
+
+def texts_differ(text, other):
+    """Return whether two fingerprints are known to be those of different texts."""
+    if not isinstance(text, dict) or not isinstance(other, dict):
+        return False
+    key = "sha256" if "sha256" in text and "sha256" in other else "source"
+    return text.get(key) != other.get(key)
+
+
+def changed_text(run, directory):
+    """Return a sentence that says so where a data directory holds another text than a run was
+    trained on; or ""."""
+    trained_on = read_json(Path(run) / "config.json").get("text")
+    if not texts_differ(trained_on, text_of(directory)):
+        return ""
+    return (f"{directory} holds another text than {run} was trained on: the run may have seen part "
+            "of it in training")
+
+
 def other_text(directory):
     """A sentence that says so where a data directory has bytes of another standard library than
     the tables in results/; or ""."""

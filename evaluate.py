@@ -9,11 +9,14 @@ A loss that is not finite, as where a state has grown without bound, is refused 
 written: the message names T, to be left out.
 
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
-In brackets: the standard error over the sequences read. Writes eval.json in the run directory.
+In brackets: the standard error over the sequences read. Writes eval.json in the run directory,
+which names the step of the weights and the text that was read.
 """
 
+import hashlib
 import itertools
 import math
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ from common import (
     some_path,
     write_json,
 )
-from data import EVAL_SEED, EVAL_TOKENS, Loader
+from data import EVAL_SEED, EVAL_TOKENS, Loader, changed_text, text_of
 from model import Parcae
 from quantize import cast
 from sample import EXIT_RULES, check_predicts, settle
@@ -246,14 +249,30 @@ def open_run(args):
     return model, load_tokenizer(args.run), recurrence
 
 
+# What an evaluation reads. name: of a file or a data directory; fingerprint: a dict, or None where
+# it is not known; sequences: how many; batches: a function of a batch size that yields them.
+Text = namedtuple("Text", "name fingerprint sequences batches")
+
+
 def open_text(args, model, tokenizer):
-    """(name of what is read, function of a batch size that gives the batches). Raises UserError."""
+    """Return the Text that the flags of add_text_flags name. Raises UserError."""
     block_size = model.config.block_size
     if args.text and args.data:
         raise UserError("--text is read in place of --data: leave out one of them")
     if args.text:
         windows = text_windows(args.text, tokenizer, block_size, args.sequences)
-        return args.text, lambda batch_size: batches_of(windows, batch_size)
+        read = b"".join(tokenizer.decode_bytes(targets[0].tolist()) for _, targets in windows)
+        fingerprint = {"source": args.text, "sha256": hashlib.sha256(read).hexdigest()}
+        return Text(args.text, fingerprint, len(windows),
+                    lambda batch_size: batches_of(windows, batch_size))
+    data, loader = open_data(args, tokenizer, block_size)
+    return Text(data, text_of(data), min(args.sequences, len(loader)),
+                lambda batch_size: data_windows(loader, args.sequences, batch_size))
+
+
+def open_data(args, tokenizer, block_size):
+    """Return the data directory that --data names, or the run's own, and a Loader of its val
+    tokens; print a line where its text is not the run's. Raises UserError."""
     config = Path(args.run) / "config.json"
     data = args.data or read_json(config).get("data")
     if data is None:
@@ -264,7 +283,10 @@ def open_text(args, model, tokenizer):
     if there and not same_tokens(load_tokenizer(data), tokenizer):
         raise UserError(f"{data} has other tokens than {args.run} was trained on")
     loader = Loader(data, "val", block_size, tokenizer.n_vocab, EVAL_SEED)
-    return data, lambda batch_size: data_windows(loader, args.sequences, batch_size)
+    difference = changed_text(args.run, data)
+    if difference:
+        print(difference)
+    return data, loader
 
 
 def line_of(row):
@@ -286,24 +308,25 @@ def main():
     model, tokenizer, recurrence = open_run(args)
     if args.exit_threshold and not model.config.n_recurrent:
         raise UserError("--exit-threshold needs a model that loops: this is a plain transformer")
-    name, batches = open_text(args, model, tokenizer)
+    text = open_text(args, model, tokenizer)
 
     batch_size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
-    rows, tokens, n_bytes = bits_per_byte(model, batches(batch_size), tokenizer, recurrence,
+    rows, tokens, n_bytes = bits_per_byte(model, text.batches(batch_size), tokenizer, recurrence,
                                           args.kv_cache)
-    print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {name}, KV cache: "
+    print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "
           f"{args.kv_cache}")
     print(f"recurrence T   nats per token   perplexity   bits per byte   gain over T = "
           f"{recurrence[0]}")
     for row in rows:
         print(line_of(row))
-    record = {"data": name, "tokens": tokens, "bytes": n_bytes, "kv_cache": args.kv_cache,
-              "dtype": str(model.dtype), "weights": str(model.lm_head.weight.dtype),
-              "results": rows}
+    record = {"step": model.step, "data": text.name, "text": text.fingerprint,
+              "sequences": text.sequences, "tokens": tokens, "bytes": n_bytes,
+              "kv_cache": args.kv_cache, "dtype": str(model.dtype),
+              "weights": str(model.lm_head.weight.dtype), "results": rows}
 
     most = max(recurrence)
     for threshold in args.exit_threshold or ():
-        row = early_exit(model, batches(1), tokenizer, most, threshold,
+        row = early_exit(model, text.batches(1), tokenizer, most, threshold,
                          args.exit_rule or "kl")
         print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
         record.setdefault("exit", []).append(row)

@@ -93,6 +93,7 @@ class Parcae(nn.Module):
     it. All are made of begin, recurrent_pass and readout."""
 
     compute_dtype = None
+    step = None  # of the training that the weights come from, see from_pretrained
 
     def __init__(self, config: ParcaeConfig):
         super().__init__()
@@ -396,13 +397,17 @@ class Parcae(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run_directory):
-        """A model in eval mode from a run directory of train.py. Raises UserError."""
+        """A model in eval mode from a run directory of train.py; its `step` is that of the weights,
+        None where the run does not say. Raises UserError."""
         path = Path(run_directory)
         model = cls(read_config(path))
         checkpoint = load_checkpoint(path / "ckpt.pt")
         weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
         fit_weights(model, weights, f"the weights in {path} do not fit its config.json")
         check_finite(model, path)
+        state = checkpoint.get("state")
+        step = state.get("step") if isinstance(state, dict) else None
+        model.step = step if type(step) is int else None
         return model.eval()
 
 

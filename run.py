@@ -5,6 +5,8 @@
                                 null is a number that is not finite
     out/<name>/ckpt.pt          weights, optimisers and state: all that resuming needs
     out/<name>/tokenizer.json
+    out/<name>/eval.json        of evaluate.py, and core.json of core.py: they name their step, and
+                                a later checkpoint removes them
 
 One process at a time writes there. Files appear whole, and a run that replaces another one lies in
 the folder .new until its first checkpoint: then it is moved in. If that is interrupted, the next
@@ -41,6 +43,7 @@ from common import (
 from tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
+MEASURED = ("eval.json", "core.json")  # what evaluate.py and core.py measure of ckpt.pt
 
 
 def ranks():
@@ -143,10 +146,15 @@ def finish_replacing(path):
         time.sleep(0.1)
 
 
+def remove_measured(path):
+    """Remove what was measured of the weights in a run directory, as these are replaced."""
+    for name in MEASURED:
+        (path / name).unlink(missing_ok=True)
+
+
 def move_in(new):
     """Move the files of a run to where the one lies that it replaces."""
-    for name in ("eval.json", "core.json"):  # what was measured of the run that is replaced
-        (new.parent / name).unlink(missing_ok=True)
+    remove_measured(new.parent)
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.replace(new / name, new.parent / name)
@@ -256,6 +264,7 @@ class Run:
         with whole_file(self.folder / "ckpt.pt", "wb") as file:
             torch.save({"model": self.model.state_dict(), "state": self.state,
                         "optimizers": optimizers}, file)
+        remove_measured(self.folder)
         if self.folder != self.path:
             move_in(self.folder)
             self.folder = self.path

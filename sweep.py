@@ -38,6 +38,7 @@ from common import (
     run_script,
     some_path,
 )
+from data import texts_differ
 from settings import parse_args
 from tables import (
     SAME_BUDGET,
@@ -103,6 +104,8 @@ class Cell:
         for part in ("settings", "model"):
             now = {k: v for k, v in self.plan[part].items() if k not in MAY_DIFFER}
             other += [name for name in now if before[part].get(name) != now[name]]
+        if texts_differ(before.get("text"), self.plan["text"]):
+            other.append("text")
         if other:
             raise UserError(f"{self.path} was run with other settings ({', '.join(other)}): "
                             "choose another --out or remove it")

@@ -42,7 +42,15 @@ from common import (
     run_script,
     use_threads,
 )
-from data import EVAL_SEED, EVAL_TOKENS, Loader, other_text, prepare
+from data import (
+    EVAL_SEED,
+    EVAL_TOKENS,
+    Loader,
+    changed_text,
+    other_text,
+    prepare,
+    texts_differ,
+)
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
 from run import Run, check_free, clear_up, describe, held, rank, say, world
@@ -341,7 +349,7 @@ def inexact(before, record):
     if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
         lines.append(f"MFU is a share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s from here on, "
                      "the log so far has it of another machine's")
-    if before.get("text", record["text"]) != record["text"]:
+    if texts_differ(before.get("text"), record["text"]):
         lines.append(f"goes on with another text, of {record['data']}")
     return lines
 
@@ -361,6 +369,9 @@ def start_or_resume(s):
             say(line)
     else:
         run.start(record, s.tokenizer)
+        difference = args.init_from and changed_text(args.init_from, args.data)
+        if difference:
+            say(difference)
     return True
 
 

@@ -29,8 +29,8 @@ from common import (
     run_script,
     some_path,
 )
-from data import EVAL_SEED, Loader
 from draft import draft_stream
+from evaluate import open_data
 from model import Parcae
 from quantize import cast
 from recording import speed_up
@@ -126,8 +126,8 @@ def main():
     add = parser.add_argument
     add("--run", type=some_path, default="out/default", metavar="DIR",
         help="run directory of train.py (default: %(default)s)")
-    add("--data", type=some_path, default="data/stdlib", metavar="DIR",
-        help="data directory whose val text prompts are taken from (default: %(default)s)")
+    add("--data", type=some_path, metavar="DIR",
+        help="data directory whose val text prompts are taken from (default: the run's)")
     add("--recurrence", type=LOOPS, nargs="+", default=[8], metavar="T",
         help="loops (default: 8)")
     add("--draft", type=LOOPS, nargs="+", default=[1, 2, 4], metavar="T",
@@ -153,7 +153,7 @@ def main():
     block_size = load(args.run, device, args.dtype[0]).config.block_size
     if args.tokens >= block_size:
         raise UserError(f"--tokens is {args.tokens}, must be below the block size {block_size}")
-    loader = Loader(args.data, "val", block_size, load_tokenizer(args.run).n_vocab, EVAL_SEED)
+    _, loader = open_data(args, load_tokenizer(args.run), block_size)
     prompts = loader.batch(range(4))[0][:, :block_size - args.tokens].to(device).split(1)
 
     rows = []

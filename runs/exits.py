@@ -71,14 +71,14 @@ def main():
     model, tokenizer = Parcae.from_pretrained(args.run), load_tokenizer(args.run)
     if not model.config.n_recurrent:
         raise UserError(f"{args.run} is a plain transformer: it has no loop to leave")
-    name, batches = open_text(args, model, tokenizer)
-    windows = list(batches(1))
+    text = open_text(args, model, tokenizer)
+    windows = list(text.batches(1))
     if len(windows) < 2:
-        raise UserError(f"{name} gives {len(windows)} sequence, must be at least 2: one has no "
-                        "standard error")
+        raise UserError(f"{text.name} gives {len(windows)} sequence, must be at least 2: one has "
+                        "no standard error")
     rows = measure(model, windows, tokenizer, args.most)
     tokens = sum(targets.numel() for _, targets in windows)
-    print(f"{args.run} on {tokens:,} tokens of {name}, at most {args.most} loops")
+    print(f"{args.run} on {tokens:,} tokens of {text.name}, at most {args.most} loops")
     print("  ".join(f"{column:>7}" for column in COLUMNS))
     for row in rows:
         print("  ".join(f"{value:>{max(7, len(column))}}" for column, value in row.items()))

@@ -78,12 +78,12 @@ def main():
     args = parse_args()
     figures.pyplot()
     model = open_model(args.run)
-    name, batches = open_text(args, model, load_tokenizer(args.run))
+    text = open_text(args, model, load_tokenizer(args.run))
     with torch.no_grad():
-        apart = np.concatenate([distances(model, idx, args.loops) for idx, _ in batches(1)])
+        apart = np.concatenate([distances(model, idx, args.loops) for idx, _ in text.batches(1)])
         A_bar = model.injection.A_bar()
     factor = A_bar.mean().item()
-    print(f"{args.run} on {len(apart):,} tokens of {name}; A_bar is {factor:.3f} on average, "
+    print(f"{args.run} on {len(apart):,} tokens of {text.name}; A_bar is {factor:.3f} on average, "
           f"{A_bar.min():.3f} to {A_bar.max():.3f}")
     print_table(apart, factor)
 

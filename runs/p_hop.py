@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import figures
 from common import UserError, run_script
-from data import open_shard
+from data import changed_text, open_shard
 from model import Parcae
 from runs.half import finished, parse_args, read_table
 from sample import check_predicts
@@ -70,6 +70,9 @@ def measure(folder):
             raise UserError(f"{path} is not named MODEL-SEED, as looped-0")
         if not finished(path):
             continue
+        difference = changed_text(path, DATA.parent)
+        if difference:
+            tqdm.write(difference)
         model = Parcae.from_pretrained(path)
         if name == "looped":
             trained = model.config.mean_recurrence

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Parser, UserError, run_script, whole_directory, whole_file, write_json
+from common import Parser, UserError, read_json, run_script, whole_directory, whole_file, write_json
 from model import Parcae
 from sample import check_predicts
 
@@ -53,8 +53,10 @@ def check_free(path):
 def write_run(model, source, out):
     """A run directory with the model and source's tokenizer, for train.py --init-from."""
     with whole_directory(out, check_free) as directory:
-        settings = {"model": asdict(model.config), "settings": {}}
-        write_json(directory / "config.json", settings)
+        before = read_json(source / "config.json")  # what the weights were trained on comes along
+        record = {name: before[name] for name in ("data", "text") if name in before}
+        record |= {"model": asdict(model.config), "settings": {}}
+        write_json(directory / "config.json", record)
         with whole_file(directory / "ckpt.pt", "wb") as file:
             torch.save({"model": model.state_dict()}, file)
         shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")

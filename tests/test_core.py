@@ -226,6 +226,8 @@ def test_core_from_the_command_line(run, build, tmp_path):
     )
     saved = json.loads((run / "core.json").read_text())
     task = saved["tasks"]["copa"]
+    assert saved["step"] is None and saved["sequences"] == 7
+    assert saved["text"]["source"] == str(folder.parent)
     assert task["items"] == 7 and task["accuracy"].keys() == {"1", "2"}
     assert (
         task["centered"]["2"]
@@ -238,7 +240,9 @@ def test_core_from_the_command_line(run, build, tmp_path):
         done = call(folder.parent, "--run", run, "--recurrence", 1)
         said = f"{cut} of 3 items are longer than the model's context and lost their beginnings"
         assert (said in done.stdout) == (cut > 0) == ("lost their" in done.stdout)
-        assert json.loads((run / "core.json").read_text())["tasks"]["copa"]["cut"] == cut
+        before, saved = saved, json.loads((run / "core.json").read_text())
+        assert saved["tasks"]["copa"]["cut"] == cut
+        assert saved["text"]["sha256"] != before["text"]["sha256"]
     before = (run / "core.json").read_text()
     save_run(grows(build, vocab_size=320), run)
     done = call(folder.parent, "--run", run, "--recurrence", 1, 64)

@@ -17,7 +17,7 @@ from conftest import ROOT, script
 import data
 import sources
 import tokenizer as tokenizing
-from data import Loader, ShardWriter, UserError, open_shard, prepare
+from data import Loader, ShardWriter, UserError, open_shard, prepare, texts_differ
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
@@ -614,3 +614,15 @@ def test_large_token_ids_are_kept_by_whoever_writes_them(tmp_path):
         writer.close()
         shard = open_shard(tmp_path / "train_000000.bin")
         assert shard.dtype == dtype and shard.tolist() == tokens[tokens < n_vocab].tolist()
+
+
+@pytest.mark.parametrize("text, other, differ", [
+    ({"source": "text", "sha256": "a"}, {"source": "text", "sha256": "b"}, True),
+    # the same tokens, made by another Python from a file of another name
+    ({"source": "text", "python": "3.11", "sha256": "a"}, {"source": "x", "sha256": "a"}, False),
+    ({"source": "kjj0/x"}, {"source": "kjj0/x"}, False),
+    ({"source": "kjj0/x"}, {"source": "text", "sha256": "a"}, True),
+    (None, {"source": "text", "sha256": "a"}, False), ({"sha256": "a"}, None, False),
+    ("a", {"sha256": "b"}, False)])
+def test_texts_differ_where_that_is_known(text, other, differ):
+    assert texts_differ(text, other) == texts_differ(other, text) == differ

@@ -1,12 +1,14 @@
+import hashlib
 import json
 import math
 
 import pytest
 import torch
-from conftest import save_run, script
+from conftest import ROOT, save_run, script
 
 import evaluate
 from common import UserError
+from data import prepare
 from tokenizer import load_tokenizer
 
 
@@ -102,6 +104,61 @@ def test_a_model_that_predicts_nothing_gets_one_line_and_no_number(run, build):
     with pytest.raises(UserError, match="after 64 loops is not finite"):
         evaluate.early_exit_losses(model.eval(), idx, idx, 64, 0, "state")
     assert (run / "eval.json").read_text() == before
+
+
+def measured(run, *flags):
+    """What evaluate.py prints first, and writes."""
+    done = call("--run", run, "--recurrence", 1, "--sequences", 3, "--dtype", "float32", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[0], json.loads((run / "eval.json").read_text())
+
+
+def test_an_evaluation_names_the_weights_and_the_text(run, tmp_path):
+    data = tmp_path / "data"
+    said, saved = measured(run)
+    assert saved["step"] is None and saved["sequences"] == 3 and said.startswith(f"{run} on 96")
+    assert saved["text"] == json.loads((data / "tokenizer.json").read_text())["text"]
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    for state, step in (({"step": 120}, 120), ({"step": "x"}, None), (3, None)):
+        torch.save(checkpoint | {"state": state}, run / "ckpt.pt")
+        assert measured(run)[1]["step"] == step
+    (tmp_path / "t.txt").write_bytes(b"Gr\xc3\xbc\xc3\x9fe")
+    _, saved = measured(run, "--text", tmp_path / "t.txt")
+    whole = hashlib.sha256(b"Gr\xc3\xbc\xc3\x9fe").hexdigest()
+    assert saved["text"] == {"source": str(tmp_path / "t.txt"), "sha256": whole}
+    assert saved["sequences"] == 1
+    # of a long text the part that was read: here three times 32 tokens, in two batches of data
+    (tmp_path / "t.txt").write_text("a" * 200)
+    _, saved = measured(run, "--text", tmp_path / "t.txt")
+    assert saved["text"]["sha256"] == hashlib.sha256(b"a" * 96).hexdigest()
+    assert saved["sequences"] == 3
+    _, saved = measured(run, "--sequences", 10 ** 6)
+    assert saved["sequences"] == saved["tokens"] // 32 < 100
+
+
+def test_another_text_than_the_runs_is_said(run, tmp_path):
+    data = tmp_path / "data"
+    config = json.loads((run / "config.json").read_text())
+    text = json.loads((data / "tokenizer.json").read_text())["text"]
+    other = "holds another text than"
+    assert other not in measured(run)[0]  # a run of before, which does not say
+    (run / "config.json").write_text(json.dumps(config | {"text": text}))
+    assert other not in measured(run)[0]
+    prepare("text", data, "bytes", [ROOT / "model.py"])  # again
+    assert other not in measured(run)[0]
+    prepare("text", data, "bytes", [ROOT / "data.py", ROOT / "model.py"])
+    assert measured(run)[0].startswith(f"{data} {other} {run} was trained on: ")
+    assert other not in measured(run, "--text", ROOT / "data.py")[0]
+    for name, flags in (("runs/exits.py", ["--sequences", 2, "--most", 2]),
+                        ("runs/guide.py", ["--sequences", 1, "--loops", 2])):
+        done = script(name, "--run", run, "--out", tmp_path / "out", *flags)
+        assert done.returncode == 0 and done.stdout.count(other) == 1, done.stderr
+    done = script("runs/draft.py", "--run", run, "--recurrence", 2, "--draft", 1, "--ahead", 2,
+                  "--tokens", 2, "--rounds", 1, "--out", tmp_path / "d.csv", "--temperature", 0)
+    assert done.returncode == 0 and done.stdout.count(other) == 1, done.stderr
+    saved = json.loads((data / "tokenizer.json").read_text())
+    (data / "tokenizer.json").write_text(json.dumps(saved | {"text": None}))
+    assert other not in measured(run)[0]  # data of before, too
 
 
 def test_mistakes_get_one_line(run, tmp_path):

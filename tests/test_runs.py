@@ -177,7 +177,7 @@ def test_p_hop_gives_no_accuracy_to_what_predicts_nothing(build, monkeypatch):
         p_hop.accuracies(model, torch.full((2, 7), ord("0")))
 
 
-def test_p_hop_from_runs(build, tmp_path, monkeypatch):
+def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
     _, docs = p_hop_docs(n_train=1, n_val=1000)
     docs = torch.tensor([[0, *text.encode()] for text in docs])[:50]
     shard = torch.cat([docs] * 20).numpy()
@@ -193,10 +193,16 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch):
     make_run(tmp_path / "runs" / "looped-0", looped, done)
     make_run(tmp_path / "runs" / "looped-1", looped)  # not finished
     make_run(tmp_path / "runs" / "once-0", once, done)
+    texts = {"runs/once-0/config.json": "other", "data/p-hop/tokenizer.json": "p-hop"}
+    for file, source in texts.items():
+        before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+        (tmp_path / file).write_text(json.dumps(before | {"text": {"source": source}}))
     monkeypatch.setattr(p_hop, "LOOPS", [1, 3])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["p_hop.py", "runs", "."])
     p_hop.main()
+    said = capsys.readouterr().out
+    assert said.count("holds another text than") == 1 and "than runs/once-0 was trained" in said
     rows = read_csv(tmp_path / "p-hop.csv")
     assert {(row["model"], row["T"]) for row in rows} == {("looped", "1"), ("looped", "3"),
                                                           ("once", "1")}
@@ -240,7 +246,7 @@ def test_ablation_averages_the_seeds_of_a_variant(build, tmp_path):
 def gpt(build, tmp_path):
     """A plain transformer and its run directory."""
     model = build(n_prelude=6, n_recurrent=0, n_coda=0, value_embeds=True, vocab_size=320).eval()
-    save_run(model, tmp_path / "gpt")
+    save_run(model, tmp_path / "gpt", text={"source": "mine"})
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "gpt" / "tokenizer.json")
     return model, tmp_path / "gpt"
 
@@ -263,7 +269,7 @@ def test_a_retrofitted_transformer_is_a_run_directory(gpt, tmp_path):
     assert names == {"config.json", "ckpt.pt", "tokenizer.json"}
     assert load_tokenizer(tmp_path / "looped").n_vocab == load_tokenizer(path).n_vocab
     config = json.loads((tmp_path / "looped" / "config.json").read_text())
-    assert config["settings"] == {}
+    assert config["settings"] == {} and config["text"] == {"source": "mine"}
     assert config["model"] == asdict(Parcae.from_pretrained(tmp_path / "looped").config)
     again = script("runs/retrofit.py", path, tmp_path / "looped")  # nothing is replaced
     assert again.returncode == 2 and "is there already" in again.stderr

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -179,6 +180,18 @@ def test_a_stop_between_a_check_and_a_start_is_not_missed(module, name, tmp_path
     assert sweep.run_cells([cell], 1, tmp_path / "t.csv") == ([], True)
     assert all(process.returncode == -signal.SIGTERM for process in begun)
     assert len(begun) == (module is subprocess)
+
+
+def test_a_sweep_does_not_go_on_with_another_text(tmp_path):
+    plan = {"settings": {}, "model": {}, "text": {"sha256": "b"}}
+    cell = sweep.Cell(tmp_path, 4e9, 1, 0, [], plan)
+    cell.path.mkdir()
+    for text in ({"sha256": "b"}, None):  # None: of before, not known
+        (cell.path / "config.json").write_text(json.dumps({"text": text}))
+        cell.check()
+    (cell.path / "config.json").write_text(json.dumps({"text": {"sha256": "a"}}))
+    with pytest.raises(UserError, match=r"other settings \(text\)"):
+        cell.check()
 
 
 def test_sweeps_share_a_table(tmp_path):

@@ -723,13 +723,28 @@ def test_a_kill_while_a_run_is_moved_in_leaves_the_rest_to_the_next(train):
         assert not (train.out / f"{moved}" / ".new").exists()
 
 
-def test_an_evaluation_does_not_outlive_its_run(train):
+def test_an_evaluation_does_not_outlive_its_weights(train):
     train("o", "--max-steps", 1)
-    (train.out / "o" / "eval.json").write_text("{}")
-    train("o", "--resume", "--max-steps", 2, tiny=[])
-    assert (train.out / "o" / "eval.json").exists()
-    train("o", "--max-steps", 1, "--overwrite")
-    assert not (train.out / "o" / "eval.json").exists()
+    there = [train.out / "o" / name for name in ("eval.json", "core.json")]
+    for flags, removed in ((["--resume", "--max-steps", 1], False),  # it is finished
+                           (["--resume", "--max-steps", 2], True),
+                           (["--max-steps", 1, "--overwrite"], True)):
+        for file in there:
+            file.write_text("{}")
+        train("o", *flags, tiny=[] if "--resume" in flags else TINY)
+        assert [file.exists() for file in there] == [not removed] * 2
+
+
+def test_an_evaluation_of_a_run_that_still_trains_goes_with_its_weights(train, monkeypatch):
+    seen, save = [], run_module.Run.save
+
+    def save_and_measure(self):
+        save(self)
+        seen.append((self.path / "eval.json").exists())
+        (self.path / "eval.json").write_text("{}")
+    monkeypatch.setattr(run_module.Run, "save", save_and_measure)
+    train("e", "--max-steps", 3, "--eval-every", 1)
+    assert seen == [False] * 3
 
 
 def test_an_untied_head_is_not_tied_unnoticed(train):
@@ -792,6 +807,11 @@ def test_another_text_or_arithmetic_is_said(train, tmp_path, corpus):
     other = train("t", "--resume", "--max-steps", 3, "--micro-batch", 4, tiny=[])
     assert f"goes on with another text, of {corpus}" in other.stdout
     assert "goes on up to rounding: --micro-batch was None, is 4" in other.stdout
+    start = "--init-from", train.out / "t", "--max-steps", 1
+    said = f"holds another text than {train.out / 't'} was trained on"
+    assert said not in train("i", *start, tiny=TINY[4:]).stdout  # t went on with the corpus
+    assert said in train("j", *start, *text, tiny=TINY[4:]).stdout
+    assert said not in train("j", "--resume", "--max-steps", 2, *text, tiny=[]).stdout
 
 
 def test_mfu_is_a_share_of_one_peak_as_long_as_a_run_stays_on_its_machine(train, monkeypatch):
