@@ -7,7 +7,8 @@
 Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
 train loss, a mean over a fiftieth of the run. Points are the val loss, at T loops: the mean of the
 run's training. One run alone has a second row: learning rate, norm of the gradient, size of the
-state. A run may still be training. Needs matplotlib.
+state. A run may still be training. Runs with different tokenizers, texts or FLOP accountings are
+drawn, and the picture's title says so. Needs matplotlib.
 
 With --watch, look at the picture in a viewer that follows its file (an editor's image tab, eog,
 feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
@@ -30,6 +31,7 @@ from common import (
     run_script,
     some_path,
 )
+from run import say_differences
 
 AXES = ("tokens", "flops", "seconds")
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
@@ -40,8 +42,9 @@ KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
 def read_run(path):
     """What the log of a run directory says, a dict. Raises UserError.
 
-    "label"; "T", its mean recurrence; "done", whether it has ended; of each step an array (steps,)
-    for each of KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}.
+    "label"; "folder", where its files are; "T", its mean recurrence; "done", whether it has ended;
+    of each step an array (steps,) for each of KEYS; "evaluations", a list of dicts: AXES,
+    "val_loss" and "state_rms" {T: number}.
     """
     path = Path(path)
     folder = path
@@ -66,7 +69,8 @@ def read_run(path):
         run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
-    return run | {"label": path.resolve().name.lstrip("_")}  # matplotlib hides what begins with _
+    label = path.resolve().name.lstrip("_")  # matplotlib hides what begins with _
+    return run | {"label": label, "folder": folder}
 
 
 def evaluation(line):
@@ -117,14 +121,14 @@ def curve(run):
             "val": val, "sizes": dict(sorted(sizes.items()))}
 
 
-def draw(path, runs):
+def draw(path, runs, title=""):
     """Write the picture of runs as read_runs gives them."""
-    picture(path, [curve(run) for run in runs])
+    picture(path, [curve(run) for run in runs], title)
 
 # ----------------------------------------------------------------------------- the picture
 
 
-def picture(path, runs):
+def picture(path, runs, title):
     """Training curves; of one run alone also what steers it, a second row.
 
     runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
@@ -133,6 +137,7 @@ def picture(path, runs):
     rows = 2 if len(runs) == 1 else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
                                              layout="constrained")
+    figure.suptitle(title or None)
     limits = loss_limits(runs)
     titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
     for axes, (key, title) in zip(grid[0], titles.items()):
@@ -202,12 +207,15 @@ def steering(axes, run):
 
 def watch(args):
     """Draw again and again, until every run has ended."""
+    title = None
     while True:
         runs = read_runs(args.runs)
+        if title is None:
+            title = say_differences(run["folder"] for run in runs)
         begun = [run for run in runs if len(run["loss"])]
         text = "no training step yet"
         if begun:
-            draw(args.out, begun)
+            draw(args.out, begun, title)
             losses = [f"{run['label']} {run['loss'][-1]:.3f}" for run in begun]
             text = f"wrote {args.out}; loss of the last step: {', '.join(losses)}"
         print(time.strftime("%H:%M:%S"), text, flush=True)
@@ -234,7 +242,7 @@ def main():
     for run, path in zip(runs, args.runs):
         if not len(run["loss"]):
             raise UserError(f"{Path(path) / 'log.jsonl'} has no training step yet")
-    draw(args.out, runs)
+    draw(args.out, runs, say_differences(run["folder"] for run in runs))
     print("wrote", args.out)
 
 

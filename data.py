@@ -217,12 +217,15 @@ def text_of(directory):
     return read_json(file).get("text") if file.exists() else None
 
 
+def identity(text):
+    """Return what tells a fingerprint from those of other texts; None if it says nothing."""
+    return text.get("sha256", text.get("source")) if isinstance(text, dict) else None
+
+
 def texts_differ(text, other):
     """Return whether two fingerprints are known to be those of different texts."""
-    if not isinstance(text, dict) or not isinstance(other, dict):
-        return False
-    key = "sha256" if "sha256" in text and "sha256" in other else "source"
-    return text.get(key) != other.get(key)
+    known = identity(text), identity(other)
+    return None not in known and known[0] != known[1]
 
 
 def changed_text(run, directory):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, lock, log_line, nothing_to_run, read_json, whole_file
+from run import say_differences
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 
@@ -178,10 +179,12 @@ def read_tables(paths, accounting=None):
     """(rows of CSV files and directories of runs, the accounting to use). Raises UserError.
 
     The accounting is the one named, else exact, else what is there; rows are of all."""
-    rows = []
+    rows, folders = [], []
     for path in map(Path, paths):
         if path.is_dir():
-            runs = [rows_of_run(log.parent) for log in sorted(path.rglob("log.jsonl"))]
+            logs = sorted(path.rglob("log.jsonl"))
+            folders += [log.parent for log in logs]
+            runs = [rows_of_run(log.parent) for log in logs]
             if [] in runs:
                 unfinished = f"{runs.count([])} of {len(runs)} runs"
                 print(f"{path}: {unfinished} are not finished and left out")
@@ -191,6 +194,7 @@ def read_tables(paths, accounting=None):
             rows += read_csv(path)
     if not rows:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    say_differences(folders)
     rows = without_repeats(rows)
 
     there = sorted({row["accounting"] for row in rows})

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, run_script
+from run import say_differences
 from runs.half import finished
 from tables import write_csv
 
@@ -57,6 +58,7 @@ def main():
         raise UserError(f"{args.folder} holds no finished run")
     if any(row.keys() != rows[0].keys() for row in rows):
         raise UserError("these runs were not all evaluated at the same numbers of loops")
+    say_differences(paths)
     write_csv(args.out / "ablation.csv", rows, rows[0])
     print_table(rows)
 

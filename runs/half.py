@@ -18,6 +18,7 @@ import figures
 from bench import kv_bytes
 from common import Parser, UserError, read_json, run_script
 from model import Parcae, ParcaeConfig
+from run import say_differences
 from tables import last_line, write_csv
 
 NAMES = {
@@ -206,7 +207,9 @@ def collect(args, name, read_row, columns):
     if not args.source.is_dir():
         rows = read_table(args.source, columns)
     else:
-        rows = [row for path in sorted(args.source.iterdir()) if (row := read_row(path))]
+        paths = sorted(args.source.iterdir())
+        rows = [row for path in paths if (row := read_row(path))]
+        say_differences(paths)
     if not rows:
         raise UserError(f"{args.source} holds no finished run")
     if args.source.is_dir():

@@ -17,6 +17,7 @@ import figures
 from common import UserError, run_script
 from data import changed_text, open_shard
 from model import Parcae
+from run import say_differences
 from runs.half import finished, parse_args, read_table
 from sample import check_predicts
 from tables import write_csv
@@ -64,7 +65,9 @@ def read_docs():
 def measure(folder):
     """Rows of all runs in a folder, and the mean loops in the training of the looped ones."""
     docs, rows, trained = read_docs(), [], TRAINED
-    for path in tqdm(sorted(folder.iterdir()), unit="run", leave=False, disable=None):
+    paths = sorted(folder.iterdir())
+    say_differences(paths)
+    for path in tqdm(paths, unit="run", leave=False, disable=None):
         name, _, seed = path.name.rpartition("-")
         if not name or not seed.isdigit():
             raise UserError(f"{path} is not named MODEL-SEED, as looped-0")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import figures
 from common import Parser, UserError, read_json_lines, run_script
+from run import say_differences
 from tables import write_csv
 
 
@@ -93,6 +94,7 @@ def main():
     args = parser.parse_args()
     figures.pyplot()
     runs = read_logs(args.folder)
+    say_differences(args.folder.iterdir())
     rows = [summary(*key, lines) for key, lines in runs.items()]
     write_csv(args.out / "stability.csv", list(map(short, rows)), rows[0])
     print_table(rows)

@@ -69,6 +69,27 @@ def test_curves_of_runs_side_by_side(tmp_path, drawn):
     assert axes[0].get_legend().get_title().get_text().endswith("val loss at T loops")
 
 
+SAID = {"settings": {"accounting": "exact"}, "text": {"source": "text", "sha256": "a"}}
+
+
+@pytest.mark.parametrize("tokens, change, named", [
+    (["YQ=="], {}, None), (["YQ=="], {"text": None}, None), (["Yg=="], {}, "tokenizers"),
+    (["YQ=="], {"settings": {"accounting": "paper"}}, "FLOP accountings"),
+    (["Yg=="], {"text": {"source": "text", "sha256": "b"}}, "tokenizers and texts")])
+def test_runs_of_different_things_are_said_to_be(tmp_path, drawn, tokens, change, named):
+    runs = [make_run(tmp_path / name, {60: {"4": 3.0}}) for name in "ab"]
+    for run, of_it, its in zip(runs, (["YQ=="], tokens), ({}, change)):
+        config = json.loads((run / "config.json").read_text()) | SAID | its
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "tokenizer.json").write_text(json.dumps({"name": "x", "tokens": of_it}))
+    said = f"these runs have different {named}: compare nothing that depends on them"
+    for flags in ([], ["--watch"]):
+        done = script("curves.py", *runs, *flags, "--out", tmp_path / "c.png")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("these runs") == done.stdout.count(said) == (named is not None)
+        assert drawn.pop().get_suptitle() == (said if named else "")
+
+
 def test_one_run_alone_shows_what_steers_it(tmp_path, drawn):
     run = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0}})
     assert draw(tmp_path, run)

@@ -60,6 +60,19 @@ def test_a_loss_that_is_not_finite_is_left_out_and_said(build, tmp_path, capsys,
     assert len(tables.read_csv(tmp_path / "t.csv")) == 2
 
 
+def test_runs_of_different_texts_are_said_to_be(build, tmp_path, capsys):
+    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
+    settings = {"accounting": "exact", "seed": 0}
+    done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": {"1": 2.0}}
+    for name, sha256 in (("a", "x"), ("b", "x"), ("c", "y")):
+        save_run(build(), tmp_path / name, settings=settings, cost=cost, text={"sha256": sha256})
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(done) + "\n")
+    tables.read_tables([tmp_path / "a", tmp_path / "b"])
+    assert "different" not in capsys.readouterr().out
+    tables.read_tables([tmp_path])
+    assert "these runs have different texts: " in capsys.readouterr().out
+
+
 def test_rows_have_the_same_types_from_a_run_and_from_a_table(build, tmp_path):
     cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
     save_run(build(), tmp_path / "r", settings={"accounting": "exact", "seed": 0}, cost=cost)
