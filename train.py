@@ -34,6 +34,7 @@ import explain
 from common import (
     UserError,
     fit_weights,
+    flag_of,
     json_text,
     keep_freed_memory,
     pick_device,
@@ -343,7 +344,7 @@ def inexact(before, record):
              for name in ("device", "dtype", "threads", "ranks", "torch", "--micro-batch",
                           "--compile")
              if name in was and was[name] != now[name]]
-    lines += [f"goes on with --{name.replace('_', '-')} {value}, which the run had not recorded"
+    lines += [f"goes on with {flag_of(name)} {value}, which the run had not recorded"
               for name, value in record["settings"].items()
               if name not in before["settings"] and value is not None]
     if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
