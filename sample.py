@@ -355,7 +355,7 @@ def read_prompt(args):
                 data = sys.stdin.buffer.read()
             else:
                 data = Path(args.prompt_file).read_bytes()
-            text = data.decode("utf-8")
+            text = data.decode("utf-8-sig")  # without a byte order mark
         except OSError as error:
             raise UserError(f"{name}: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -45,7 +45,7 @@ def stdlib_docs():
         if made_here or NOT_EVERYWHERE & set(name.parts):
             continue
         try:
-            text = (root / name).read_text(encoding="utf-8")
+            text = (root / name).read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError):
             continue
         docs = val if for_validation(name) else train
@@ -57,21 +57,21 @@ def stdlib_docs():
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file in parts. Raises UserError."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
+    byte order mark). Raises UserError."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     read = 0  # bytes
     with open(path, "rb") as file:
         while True:
             part = file.read(1 << 20)
-            pending = len(decoder.getstate()[0])  # bytes of a character not yet whole
+            read += len(part)
             try:
                 yield decoder.decode(part, final=not part)
             except UnicodeDecodeError as error:
-                where = f"{error.reason} at byte {read - pending + error.start}"
-                raise UserError(f"{path} is not UTF-8 text: {where}") from None
+                at = read - len(error.object) + error.start  # the object: what was not decoded yet
+                raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {at}") from None
             if not part:
                 return
-            read += len(part)
 
 
 class TextFile:

@@ -45,7 +45,7 @@ COLUMNS = {
 def read_table(path, columns):
     """The rows of a CSV file, dicts; columns: {name: type}. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.DictReader(file))
         return [{name: kind(line[name]) for name, kind in columns.items()} for line in lines]
     except (KeyError, TypeError, ValueError):

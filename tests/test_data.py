@@ -18,6 +18,7 @@ import data
 import sources
 import tokenizer as tokenizing
 from data import Loader, ShardWriter, UserError, open_shard, prepare, texts_differ
+from sources import read_text
 from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
@@ -241,6 +242,20 @@ def test_failure_leaves_nothing_behind(tmp_path):
         with pytest.raises(UserError, match=message):
             prepare("text", tmp_path / "out", "bytes", files)
     assert [p.name for p in tmp_path.iterdir()] == ["latin.txt"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "t.txt").write_bytes(mark + b"hello " + mark + b"world, this is a text")
+    out = prepare("text", tmp_path / "out", "bytes", [tmp_path / "t.txt"])
+    tokens = [*open_shard(out / "train_000000.bin"), *open_shard(out / "val_000000.bin")[1:]]
+    assert tokens == [256, *b"hello ", *mark, *b"world, this is a text"]  # only at the start
+    (tmp_path / "t.txt").write_bytes(mark + b"hello\xff")
+    with pytest.raises(UserError, match="byte 8$"):
+        "".join(read_text(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_bytes("hello".encode("utf-16"))  # another mark
+    with pytest.raises(UserError, match="is not UTF-8 text: .* at byte 0$"):
+        "".join(read_text(tmp_path / "t.txt"))
 
 # ------------------------------------------------------------------ loader
 

@@ -179,9 +179,11 @@ def test_a_text_file_is_read_whole(run, tmp_path):
     assert done.returncode == 0 and saved["bytes"] == saved["tokens"] == len(
         ("Grüße, " * 30).encode()
     )
+    (tmp_path / "t.txt").write_text("Grüße, " * 30, encoding="utf-8-sig")  # a mark is no text
     one = call("--run", run, "--text", tmp_path / "t.txt", "--recurrence", 2, "--batch-size", 1)
     first = saved["results"][0]["val_loss"]
     saved = json.loads((run / "eval.json").read_text())
+    assert saved["tokens"] == len(("Grüße, " * 30).encode())
     assert one.returncode == 0 and saved["results"][0]["val_loss"] == pytest.approx(first, rel=1e-5)
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe")
     done = call("--run", run, "--text", tmp_path / "t.txt")

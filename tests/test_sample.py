@@ -58,9 +58,12 @@ def test_a_block_of_text_for_each_recurrence(run_directory):
 
 def test_prompt_from_file_and_standard_input(run_directory):
     (run_directory / "p.txt").write_text("import os\n")
+    (run_directory / "marked.txt").write_text("import os\n", encoding="utf-8-sig")
     for flags, stdin in (
         (["--prompt-file", run_directory / "p.txt"], b""),
         (["--prompt-file", "-"], b"import os\n"),
+        (["--prompt-file", run_directory / "marked.txt"], b""),  # with a byte order mark
+        (["--prompt-file", "-"], b"\xef\xbb\xbfimport os\n"),
     ):
         run = sample(run_directory, *flags, "--tokens", "5", "--temperature", "0", stdin=stdin)
         assert "--- recurrence 4\nimport os\n" in run.stdout, run.stderr
