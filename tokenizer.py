@@ -29,8 +29,6 @@ WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 def make_tokenizer(name, docs=()):
     """A tiktoken.Encoding: "bytes", "gpt2" (tiktoken fetches it), "bpe:N" trained on docs, or that
     of a directory. Raises UserError."""
-    if Path(name).is_dir():
-        return load_tokenizer(name)
     if name == "gpt2":
         return tiktoken.get_encoding("gpt2")
     kind, _, size = name.partition(":")
@@ -38,6 +36,8 @@ def make_tokenizer(name, docs=()):
         pattern, ranks = r"(?s:.{1,256})", {bytes([i]): i for i in range(256)}
     elif kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 65536:
         pattern, ranks = WORDS, train_bpe(docs, int(size) - 1)
+    elif Path(name).is_dir():  # one with a name of these is ./bytes
+        return load_tokenizer(name)
     else:
         raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, bpe:N with N from 257 to "
                         "65536, or a directory with tokenizer.json")

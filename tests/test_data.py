@@ -84,6 +84,23 @@ def test_unknown_tokenizers_are_refused(name):
         make_tokenizer(name)
 
 
+def test_names_come_before_folders_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"tiktoken's {name}")
+    saved = make_tokenizer("bpe:258", ["ab ab"])
+    for name in ("bytes", "gpt2", "bpe:300", "bpe:5", "mine"):
+        (tmp_path / name).mkdir()
+        save_tokenizer(saved, tmp_path / name / "tokenizer.json")
+    assert make_tokenizer("bytes").n_vocab == 257
+    assert make_tokenizer("gpt2") == "tiktoken's gpt2"
+    assert make_tokenizer("bpe:300", ["abcdefgh"] * 9).n_vocab == 264
+    for folder in ("./bytes", "./gpt2", "./bpe:300", "bpe:5", "mine", tmp_path / "mine"):
+        assert make_tokenizer(str(folder)).n_vocab == 258
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="mine/tokenizer.json does not exist"):
+        make_tokenizer("mine")
+
+
 def test_damaged_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path)
