@@ -293,7 +293,9 @@ def sweep_args():
     add("--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="(default: 0)")
     add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops to evaluate each run at, and those of --recurrences (default: 1 2 4 8 16)")
-    add("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--jobs", type=COUNT, default=1, metavar="N",
+        help="runs side by side, which share the cores and GPUs that this process may use; "
+        "OMP_NUM_THREADS, if set, is the threads of each (default: 1)")
     add("--out", type=some_path, default="out/sweep", metavar="DIR",
         help="directory of the runs (default: %(default)s)")
     add("--table", type=some_path, metavar="FILE",
