@@ -35,11 +35,19 @@ def test_contenders_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("recurrence", [1, 5])
-def test_cache_and_optimizer_take_the_predicted_memory(recurrence):
+def test_caches_take_the_predicted_memory(recurrence):
     cache = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16)
     assert cache.nbytes == 3 * bench.kv_bytes(SMALL, 64, recurrence)
     shared = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16, "shared")
     assert shared.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_optimisers_hold_the_predicted_bytes(tied):
+    model = bench.build(replace(SMALL, tie_embeddings=tied), torch.device("cpu"), torch.float32)
+    idx = torch.randint(256, (1, 8))
+    model.train()(idx, idx, recurrence=2)[1].backward()
+    assert bench.optimizer_bytes(model) == bench.optimizer_state_bytes(model)
 
 
 def test_saved_bytes_are_those_that_the_backward_pass_needs():

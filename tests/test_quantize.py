@@ -14,7 +14,8 @@ def test_a_product_of_few_rows_is_that_of_many(n_in, n_out):
     weight, x = torch.randn(n_out, n_in), torch.randn(2 * FEW, n_in).bfloat16()
     linear = Int8Linear(weight)
     scale = linear.scale.float().unsqueeze(1)
-    assert ((linear.weight.float() * scale - weight).abs() <= scale).all()  # a step, at most
+    error = (linear.weight.float() * scale - weight) / scale
+    assert (error.abs() <= 0.5001).all()  # half a step, at most
     many = linear(x)
     few = torch.cat([linear(rows) for rows in x.split(FEW // 2)])
     right = x.float() @ (linear.weight.float() * scale).T
