@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import figures
 from common import (
@@ -33,6 +32,7 @@ from common import (
     new_directory,
     pick_device,
     pick_dtype,
+    progress_bar,
     read_json,
     run_script,
     write_json,
@@ -152,7 +152,7 @@ def memory(config, context, batch, recurrence, device, dtype):
     cases = variants(config, recurrence)
     cases.insert(len(recurrence), (f"looped, mu_bwd {config.backprop_depth}",
                                    replace(config, mean_recurrence=64), 64))
-    for name, c, loops in tqdm(cases, desc="memory", leave=False, disable=None):
+    for name, c, loops in progress_bar(cases, desc="memory"):
         model = build(c, device, dtype).train()
         idx = torch.randint(c.vocab_size, (batch, context), device=device)
         forward = lambda: model(idx, idx, recurrence=loops)[1]  # noqa: B023
@@ -189,7 +189,7 @@ def break_even(config):
 def alternate(runs, rounds, device, what):
     """Seconds of each run, {name: [one a round]}: everything once to warm up, then all in turns."""
     seconds = {name: [] for name in runs}
-    for i in tqdm(range(rounds + 1), desc=what, unit="round", leave=False, disable=None):
+    for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
         for name, run in runs.items():
             start = time.perf_counter()
             run()

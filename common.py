@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -18,11 +19,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -103,6 +107,48 @@ def trouble(error):
 def first_line(error, otherwise):
     """The first line of an error's message, or another text where it has none."""
     return (str(error).splitlines() or [otherwise])[0]
+
+
+LINE_SECONDS = 25  # between two lines of the same work, in a log
+
+
+class Lines(tqdm):
+    """A progress bar where there is no terminal: a plain line now and then, none for what is soon
+    done."""
+
+    def __init__(self, *arguments, **options):
+        self.closed = threading.Event()
+        # a file for what tqdm itself writes at the end
+        line = {"bar_format": "{l_bar} {elapsed} so far, {remaining} to go{postfix}",
+                "file": io.StringIO()}
+        super().__init__(*arguments, **options | line)
+        if not self.disable:
+            threading.Thread(target=self.report, args=[weakref.ref(self), self.closed],
+                             daemon=True).start()
+
+    @staticmethod
+    def report(bar, closed):
+        """Print lines until the bar is closed. bar: a reference to it that does not keep it."""
+        while not closed.wait(LINE_SECONDS):
+            with contextlib.suppress(OSError):
+                print(bar(), file=sys.stderr, flush=True)
+
+    def display(self, msg=None, pos=None):
+        """Draw nothing."""
+
+    def close(self):
+        self.closed.set()
+        super().close()
+
+
+def progress_bar(iterable=None, **options):
+    """A tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
+    return (tqdm if in_terminal() else Lines)(iterable, **{"leave": False} | options)
+
+
+def in_terminal():
+    """Whether somebody sees bars move."""
+    return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
 
 
 class Parser(argparse.ArgumentParser):
@@ -407,6 +453,8 @@ def check_finite(model, path):
 def from_hub(function, repository, *arguments, **options):
     """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
     UserError."""
+    if not in_terminal():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import huggingface_hub
     except ImportError:

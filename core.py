@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
     COUNT,
     LOOPS,
     Parser,
     UserError,
+    progress_bar,
     run_script,
     some_path,
     write_json,
@@ -280,7 +280,7 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
     tasks = {name: read_task(file, TASKS[name][1]) for name, file in files_of(folder).items()}
     results = {}
     total = sum(len(items[:limit]) for items in tasks.values()) * len(recurrence)
-    with tqdm(total=total, unit="item", leave=False, disable=None) as bar:
+    with progress_bar(total=total, unit="item") as bar:
         for name, raw in tasks.items():
             bar.set_description(name)
             _, kind, shots, delimiter, percent = TASKS[name]

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import (
     Parser,
     UserError,
     from_hub,
     lock,
+    progress_bar,
     read_json,
     run_script,
     some_path,
@@ -55,8 +55,8 @@ def write_shards(directory, split, docs, tokenizer):
     """Tokenise docs into {split}_000000.bin, ... of at most SHARD_TOKENS each; returns the number
     of tokens."""
     writer = ShardWriter(directory, split, tokenizer.n_vocab)
-    with tqdm(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char", unit_scale=True,
-              leave=False, disable=None) as bar:
+    with progress_bar(total=sum(map(len, docs)), desc=f"tokenizing {split}", unit="char",
+                      unit_scale=True) as bar:
         for doc in docs:
             writer.write(np.array([begin_token(tokenizer)]))
             for tokens in encode(tokenizer, doc, bar):
@@ -304,7 +304,7 @@ def fetch_fineweb(out, shards):
         names = {"finewebedu_val_000000.bin": out / "val_000000.bin"}
         for i in range(shards):
             names[f"finewebedu_train_{i + 1:06d}.bin"] = out / f"train_{i:06d}.bin"
-        for name, path in names.items():
+        for name, path in progress_bar(names.items(), desc="fetching", unit="shard"):
             if not path.exists():
                 arrived = from_hub("hf_hub_download", FINEWEB, name, repo_type="dataset",
                                    local_dir=staging)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
     COUNT,
@@ -33,6 +32,7 @@ from common import (
     number,
     pick_device,
     pick_dtype,
+    progress_bar,
     read_json,
     run_script,
     some_path,
@@ -77,7 +77,7 @@ def data_windows(loader, sequences, batch_size):
     """Yield (idx, targets), (B, T) each, of the first sequences of a Loader, with progress."""
     samples = range(min(sequences, len(loader)))
     starts = range(0, len(samples), batch_size)
-    for start in tqdm(starts, desc="evaluating", unit="batch", leave=False, disable=None):
+    for start in progress_bar(starts, desc="evaluating", unit="batch"):
         yield loader.batch(samples[start:start + batch_size])
 
 # ------------------------------------------------------------------------------- losses

@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import nothing_to_run
+from common import nothing_to_run, progress_bar
 from tables import column, run_key
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
@@ -141,8 +140,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
     todo = torch.arange(fits)  # the fits that have not converged
     best = objective(theta, todo)
     damping = torch.full((fits,), 1e-3, dtype=torch.float64)
-    bar = tqdm(total=fits, desc=f"{law.name} law: fits that have converged", delay=1, leave=False,
-               disable=None)
+    bar = progress_bar(total=fits, desc=f"{law.name} law: fits that have converged", delay=1)
     for _ in range(steps):
         old = theta[todo]
         error = predict_all(old) - log_loss[todo]  # (fits, rows)

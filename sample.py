@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import figures
 from common import (
@@ -35,6 +34,7 @@ from common import (
     number,
     pick_device,
     pick_dtype,
+    progress_bar,
     run_script,
     some_path,
 )
@@ -410,7 +410,7 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             print(text, end="", flush=True)
         print()
     else:
-        for _ in tqdm(tokens, desc="tokens", total=args.tokens, leave=False, disable=None):
+        for _ in progress_bar(tokens, desc="tokens", total=args.tokens):
             pass
     seconds = time.perf_counter() - start
 

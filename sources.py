@@ -15,9 +15,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import UserError, nothing_to_run, whole_file
+from common import UserError, nothing_to_run, progress_bar, whole_file
 
 # What some distributions of Python have and others leave out, or make anew for each machine:
 # without it classmates get the same text from the same version of Python.
@@ -127,7 +126,7 @@ def folder_docs(folder):
     of them less than a hundredth of the text, as in a folder of few files, each file is cut. Files
     that are not UTF-8 are left out, and said. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
-    for name in names:
+    for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
             (val if for_validation(name) else train).append(whole_text(folder / name))
         except UserError:
@@ -172,8 +171,7 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     chances = rng.random(strings.shape)
     docs = []
     rows = zip(strings, chances)
-    for string, chance in tqdm(rows, total=len(strings), desc="p-hop", unit="doc", leave=False,
-                               disable=None):
+    for string, chance in progress_bar(rows, total=len(strings), desc="p-hop", unit="doc"):
         docs.append(p_hop_doc(string.tolist(), chance.tolist(), hops))
     return docs[:n_train], docs[n_train:]
 

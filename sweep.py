@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 from common import (
     COUNT,
@@ -34,6 +33,7 @@ from common import (
     UserError,
     lock,
     number,
+    progress_bar,
     read_json,
     run_script,
     some_path,
@@ -146,7 +146,7 @@ def make_cells(args, flags):
     loops = sorted({*args.eval_recurrence, *args.recurrences})
     flags = [*flags, "--eval-recurrence", *map(str, loops)]
     plans = {}
-    for mu in tqdm(args.recurrences, desc="planning", leave=False, disable=None):
+    for mu in progress_bar(args.recurrences, desc="planning"):
         plans[mu] = dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)  # of any budget and seed
     device = plans[args.recurrences[0]]["settings"]["device"]
     if ":" in device and torch.cuda.device_count() > 1:
@@ -236,8 +236,8 @@ def run_cells(cells, jobs, table):
 
     Returns ([(cell, why)] of those that failed, whether it was stopped)."""
     slots = list(range(jobs))  # what tells runs side by side apart
-    bar = tqdm(total=sum(cell.flops for cell in cells), initial=spent(cells), unit="FLOP",
-               unit_scale=True, desc="sweep", disable=None)
+    bar = progress_bar(total=sum(cell.flops for cell in cells), initial=spent(cells), unit="FLOP",
+                       unit_scale=True, desc="sweep", leave=True)
     with caught_signals() as received, concurrent.futures.ThreadPoolExecutor(jobs) as pool, bar:
         # as an Event, whose lock is not for signal handlers: one may interrupt another
         stop = SimpleNamespace(is_set=lambda: bool(received))

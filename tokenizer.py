@@ -15,9 +15,8 @@ from pathlib import Path
 
 import regex  # comes with tiktoken
 import tiktoken
-from tqdm import tqdm
 
-from common import UserError, nothing_to_run, read_json, write_text
+from common import UserError, nothing_to_run, progress_bar, read_json, write_text
 
 EOT = "<|endoftext|>"
 BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it
@@ -85,8 +84,8 @@ def encode(tokenizer, text, bar=None):
 def count_words(docs):
     """How often each word comes in docs, a Counter; of a long word its parts are counted."""
     counts = Counter()
-    with tqdm(total=sum(map(len, docs)), desc="counting words", unit="char", unit_scale=True,
-              leave=False) as bar:
+    with progress_bar(total=sum(map(len, docs)), desc="counting words", unit="char",
+                      unit_scale=True) as bar:
         for doc in docs:
             for piece in pieces(doc):
                 for word in regex.findall(WORDS, piece):
@@ -148,7 +147,7 @@ def train_bpe(docs, vocab_size):
     heapq.heapify(heap)
 
     tokens = [bytes([i]) for i in range(256)]
-    with tqdm(total=vocab_size - 256, desc="training tokenizer", unit="merge", leave=False) as bar:
+    with progress_bar(total=vocab_size - 256, desc="training tokenizer", unit="merge") as bar:
         while len(tokens) < vocab_size and (best := pop_most_frequent(heap, pair_counts)):
             new = len(tokens)
             tokens.append(tokens[best[0]] + tokens[best[1]])

@@ -39,6 +39,7 @@ from common import (
     keep_freed_memory,
     pick_device,
     pick_dtype,
+    progress_bar,
     read_json,
     run_script,
     use_threads,
@@ -306,8 +307,8 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     mine = range(rank(), sequences, world())
     sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
     model.eval()
-    for start in tqdm(range(0, len(mine), batch_size), desc="evaluating", delay=1, leave=False,
-                      disable=rank() > 0 or None):  # None: where no terminal is
+    for start in progress_bar(range(0, len(mine), batch_size), desc="evaluating", delay=1,
+                              disable=rank() > 0):
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
@@ -407,8 +408,8 @@ def train(s):
     parallel = model
     if world() > 1:
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    bar = tqdm(total=100, initial=100 * spent(args, state), disable=rank() > 0 or None,
-               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+    bar = progress_bar(total=100, initial=100 * spent(args, state), disable=rank() > 0,
+                       bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", leave=True)
     skipped = 0  # steps in a row
     stop = False  # ranks must agree: one that leaves alone would have the others wait
 

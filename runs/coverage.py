@@ -11,9 +11,8 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import COUNT, Parser, number, run_script
+from common import COUNT, Parser, number, progress_bar, run_script
 from isoflop import budgets_of, fit_parabolas
 from laws import MU, fit_law, frontier, frontier_exponents, interval
 from plan import grid
@@ -79,7 +78,7 @@ def coverage(truth, repeats, noise, methods, seed=0):
     """{method: {budget or "exponent": [held, held not, no interval]}} of made-up sweeps."""
     rows, losses, cost, best, exponent = truth
     counts = {name: {key: [0, 0, 0] for key in (*BUDGETS, "exponent")} for name in methods}
-    for i in tqdm(range(repeats), desc=f"noise {noise:.1%}", leave=False, disable=None):
+    for i in progress_bar(range(repeats), desc=f"noise {noise:.1%}"):
         rng = np.random.default_rng([seed, i])
         drawn = losses * np.exp(noise * rng.standard_normal(len(rows)))
         noisy = [row | {"val_loss": float(loss)} for row, loss in zip(rows, drawn)]

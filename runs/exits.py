@@ -9,10 +9,8 @@ rule loses against all `--most` loops has a small standard error.
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 import figures
-from common import Parser, UserError, number, run_script, some_path
+from common import Parser, UserError, number, progress_bar, run_script, some_path
 from evaluate import add_text_flags, bits_per_byte, early_exit, open_text, token_losses
 from model import Parcae
 from tables import write_csv
@@ -46,7 +44,7 @@ def measure(model, windows, tokenizer, most):
     first = [loss.double().sum().item() for loss in losses]
     for rule, thresholds in THRESHOLDS.items():
         for threshold in thresholds:
-            sequences = tqdm(windows, desc=f"{rule} {threshold:g}", leave=False, disable=None)
+            sequences = progress_bar(windows, desc=f"{rule} {threshold:g}")
             row = early_exit(model, sequences, tokenizer, most, threshold, rule, first)
             rows.append(row_of_table(rule, threshold, row))
     return rows

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import figures
-from common import UserError, run_script
+from common import UserError, progress_bar, run_script
 from data import changed_text, open_shard
 from model import Parcae
 from run import say_differences
@@ -67,7 +66,7 @@ def measure(folder):
     docs, rows, trained = read_docs(), [], TRAINED
     paths = sorted(folder.iterdir())
     say_differences(paths)
-    for path in tqdm(paths, unit="run", leave=False, disable=None):
+    for path in progress_bar(paths, unit="run"):
         name, _, seed = path.name.rpartition("-")
         if not name or not seed.isdigit():
             raise UserError(f"{path} is not named MODEL-SEED, as looped-0")
@@ -75,7 +74,7 @@ def measure(folder):
             continue
         difference = changed_text(path, DATA.parent)
         if difference:
-            tqdm.write(difference)
+            print(difference)
         model = Parcae.from_pretrained(path)
         if name == "looped":
             trained = model.config.mean_recurrence

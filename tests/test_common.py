@@ -4,8 +4,10 @@ import argparse
 import errno
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from common import (
     new_directory,
     new_file,
     pick_device,
+    progress_bar,
     read_json,
     whole_directory,
     whole_file,
@@ -170,6 +173,29 @@ def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
     for old in (False, True):  # the format of before 2020 has no sums
         torch.save({"model": weights}, path, _use_new_zipfile_serialization=not old)
         assert load_checkpoint(path)["model"].equal(weights)
+
+
+def test_progress_in_a_log_is_lines_now_and_then(monkeypatch, capsys):
+    """And none for short work; also while one item takes long, and none after the end."""
+    for _ in progress_bar(range(100), desc="short"):
+        pass
+    monkeypatch.setattr(common, "LINE_SECONDS", 0.02)
+    with progress_bar(total=4, desc="long", postfix="loss 3") as bar:
+        for _ in range(3):
+            bar.update()
+            bar.set_postfix_str("loss 2.5")
+        time.sleep(0.2)
+    said = capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == said.out == "" and "\r" not in said.err
+    lines = said.err.splitlines()
+    assert 2 <= len(lines) <= 12
+    assert lines[-1] == "long:  75%| 00:00 so far, 00:00 to go, loss 2.5"
+
+
+def test_every_bar_is_one_of_those():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("runs/*.py")]:
+        assert path.name == "common.py" or not re.search(r"\btqdm\(|trange", path.read_text()), path
 
 
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):
