@@ -19,6 +19,7 @@ SMALL = ParcaeConfig(
     n_coda=1,
     value_embeds=True,
 )
+TINY = replace(SMALL, vocab_size=64, n_embd=16, n_head=1, n_recurrent=1, mean_recurrence=2)
 
 
 def test_contenders_are_what_they_are_called():
@@ -48,6 +49,45 @@ def test_the_optimisers_hold_the_predicted_bytes(tied):
     idx = torch.randint(256, (1, 8))
     model.train()(idx, idx, recurrence=2)[1].backward()
     assert bench.optimizer_bytes(model) == bench.optimizer_state_bytes(model)
+
+
+def test_every_prediction_of_memory_is_what_is_measured():
+    rows = bench.memory(TINY, 8, 1, [3], torch.device("cpu"), torch.float32)
+    for row in rows:
+        for what in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
+            assert row[what]["predicted"] == row[what]["measured"], (row["model"], what)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every run takes as long as its kind does; the machine has round numbers."""
+    seconds = {"training": 0.5, "prefill": 2.0, "decode": 4.0}
+    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, device, what: {
+        case: [seconds[what]] * 3 for case in runs})
+    monkeypatch.setattr(bench, "bandwidth", lambda device: 1e6)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
+
+
+def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
+    cpu, config = torch.device("cpu"), TINY
+    _, _, rows = bench.decode_speed(config, 24, [3], 1, cpu, torch.float32, False, False)
+    row, model = rows[0], bench.build(config, cpu)
+    assert row["prefill tokens/s"] == 24 / 2 and row["tokens/s"] == 16 / 4
+    loop = sum(p.numel() for p in model.recurrent.parameters() if p.ndim == 2)
+    matrices = [p for p in model.parameters() if p.ndim == 2]  # the head is the embedding
+    once = sum(p.numel() for p in matrices) - loop
+    once -= sum(p.numel() for p in model.value_embeds.parameters())  # looked up
+    read = 4 * (once + 3 * loop) + bench.kv_bytes(config, 24, 3, 4)
+    assert row["memory limit"] == pytest.approx(1e6 / read)
+    flops = model.flops_per_token(3, 0, context=24)
+    assert row["compute limit"] == pytest.approx(1e9 / flops)
+    assert row["share of limit"] == pytest.approx(4 * max(flops / 1e9, read / 1e6))
+
+    _, rows = bench.train_speed(config, 16, 5, [1], 1, cpu, torch.float32, False)
+    assert all(row["tokens/s"] == 5 * 16 / 0.5 for row in rows)
+    plain = bench.build(bench.contenders(config)[rows[1]["model"]], cpu)
+    share = 160 * plain.flops_per_token(1, 1, context=16) / 1e9
+    assert rows[1]["share of peak"] == pytest.approx(share)
 
 
 def test_saved_bytes_are_those_that_the_backward_pass_needs():

@@ -623,6 +623,13 @@ def test_data_tells_of_what_text_it_was_made(tmp_path):
     assert "is another text than that of the tables" in data.other_text(tmp_path / "stdlib")
 
 
+def test_what_is_said_of_data_is_of_the_text_that_is_trained_on(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("\u00e9" * 1000)
+    prepare("text", tmp_path / "d", "bytes", [tmp_path / "t.txt"])
+    said = capsys.readouterr().out
+    assert "1,801 train and 201 val tokens" in said and "0.50 characters each" in said
+
+
 def test_what_cannot_be_read_twice_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     done = script("data.py", "text", tmp_path / "pipe", "--out", tmp_path / "out")

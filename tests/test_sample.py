@@ -8,9 +8,13 @@ import pytest
 import torch
 from conftest import save_run, script
 
+import figures
+import sample as sample_module
 from model import KVCache, Parcae, UserError
 from sample import (
+    EXIT_RULES,
     NO_TOKEN,
+    Look,
     choose,
     generate,
     probabilities,
@@ -200,6 +204,27 @@ class Scripts(HTMLParser):
     def handle_data(self, text):
         if self.open:
             self.texts[-1] += text
+
+
+def test_a_picture_is_of_the_end_of_a_long_prompt(run_directory, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "trace", lambda path, labels, *rest: shown.extend(labels))
+    model, tokenizer = Parcae.from_pretrained(run_directory), load_tokenizer(run_directory)
+    idx = torch.arange(65, 65 + 20).repeat(3)[None, -32:]  # block_size
+    monkeypatch.setattr(sample_module, "TRACED", 5)
+    sample_module.draw_trace(model, tokenizer, idx, 2, "t.png")
+    assert "".join(shown) == "PQRST"
+
+
+def test_exit_rules_measure_what_they_say():
+    h, before = torch.randn(2, 1, 3, 8, generator=torch.Generator().manual_seed(0))
+    p, q = torch.tensor([[[0.5, 0.25, 0.25]]]), torch.tensor([[[0.25, 0.25, 0.5]]])
+    now, last = Look(h, p.log()), Look(before, q.log())
+    found = {name: rule(now, last).item() for name, rule in EXIT_RULES.items()}
+    assert found["state"] == pytest.approx(float((h - before).norm() / h.norm()))
+    assert found["entropy"] == pytest.approx(1.5 * math.log(2))
+    # from the last prediction to this one, 0.5 ln(0.5 / 0.25) + 0.25 ln(0.25 / 0.5)
+    assert found["kl"] == pytest.approx(0.25 * math.log(2))
 
 
 def test_no_text_of_a_token_ends_the_page(tmp_path):
