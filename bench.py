@@ -81,10 +81,10 @@ def variants(config, recurrence):
 def build(config, device, dtype=None):
     """A model with random weights; dtype: of the activations, see Parcae."""
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device("cuda" if device.type == "cuda" else "cpu"):  # mps makes no orthogonal matrix
         model = Parcae(config)
     model.compute_dtype = dtype
-    return model
+    return model.to(device)
 
 # ------------------------------------------------------------------------------- memory
 

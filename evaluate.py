@@ -174,7 +174,7 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
         n_bytes += int(bytes_of[targets].sum())
         losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
         for loops, loss in losses.items():
-            nats[loops] += loss.double().sum(1).tolist()
+            nats[loops] += loss.cpu().double().sum(1).tolist()  # mps has no float64
     baseline = nats[recurrence[0]]
     rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
     return rows, sum(tokens), n_bytes
@@ -189,7 +189,7 @@ def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
     for idx, targets in batches:
         idx, targets = idx.to(device), targets.to(device)
         loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
-        nats.append(loss.double().sum().item())
+        nats.append(loss.cpu().double().sum().item())
         tokens.append(targets.numel())
         n_bytes += int(bytes_of[targets.cpu()].sum())
         loops_used += loops

@@ -327,7 +327,9 @@ class Diagonal(nn.Module):
         return F.linear(e, self.B.to(e.dtype)) * self.dt().to(e.dtype)
 
     def forward(self, h, u):
-        return (self.A_bar() * h + u).to(u.dtype)
+        A_bar = self.A_bar()
+        wide = torch.promote_types(A_bar.dtype, h.dtype)  # written out: mps mixes no dtypes
+        return (A_bar.to(wide) * h.to(wide) + u.to(wide)).to(u.dtype)
 
     def spectral_radius(self):
         return self.A_bar().max()
@@ -350,7 +352,7 @@ class Concat(nn.Module):
         return F.linear(h, self.W[:, :h.shape[-1]].to(h.dtype)) + u
 
     def spectral_radius(self):
-        state_half = self.W[:, :len(self.W)].float()
+        state_half = self.W[:, :len(self.W)].float().cpu()  # mps has no eigvals
         return torch.linalg.eigvals(state_half).abs().max()
 
 
@@ -443,7 +445,7 @@ class HeadLoss(torch.autograd.Function):
             share = (target != IGNORED) / count
             d_logits = (d_logits * share.unsqueeze(-1)).to(x.dtype)
             torch.matmul(d_logits, w, out=d_x_)
-            d_weight += d_logits.T @ x_
+            d_weight += (d_logits.T @ x_).to(d_weight.dtype)
         ctx.save_for_backward(d_x, d_weight)
         return loss / count
 

@@ -244,7 +244,9 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for part in parts:
-        idx, targets = (t.to(device, non_blocking=True) for t in loader.batch(first_sample + part))
+        # on mps, what is copied without waiting may be freed before it has arrived
+        idx, targets = (t.to(device, non_blocking=device.type == "cuda")
+                        for t in loader.batch(first_sample + part))
         torch.manual_seed(step_seed)  # the noise in which the loop starts is the same on every rank
         # ranks add up their gradients once, after the last part
         wait = world() > 1 and part is not parts[-1]

@@ -40,8 +40,10 @@ def measure(model, windows, tokenizer, most):
     fixed, _, _ = bits_per_byte(model, windows, tokenizer, [most, *range(1, most)])
     rows = [row_of_table("fixed", row["recurrence"], row)
             for row in sorted(fixed, key=lambda row: row["recurrence"])]
-    losses = [token_losses(model, *window, [most])[most] for window in windows]
-    first = [loss.double().sum().item() for loss in losses]
+    device = model.wte.weight.device
+    losses = [token_losses(model, idx.to(device), targets.to(device), [most])[most]
+              for idx, targets in windows]
+    first = [loss.cpu().double().sum().item() for loss in losses]
     for rule, thresholds in THRESHOLDS.items():
         for threshold in thresholds:
             sequences = progress_bar(windows, desc=f"{rule} {threshold:g}")
