@@ -35,6 +35,7 @@ from common import (
     progress_bar,
     read_json,
     run_script,
+    use_threads,
     write_json,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
@@ -438,6 +439,7 @@ def main():
     context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
     device = pick_device(args.device, args.compile)
+    use_threads(config.n_embd)
     if args.eager and device.type != "cuda":
         raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
     if device.type == "cuda" and device.index is not None:

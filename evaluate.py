@@ -36,6 +36,7 @@ from common import (
     read_json,
     run_script,
     some_path,
+    use_threads,
     write_json,
 )
 from data import EVAL_SEED, EVAL_TOKENS, Loader, changed_text, text_of
@@ -239,8 +240,9 @@ def open_run(args):
     """(model, tokenizer, loops to evaluate at) of the run that args name. Raises UserError."""
     keep_freed_memory()
     device = pick_device(args.device)
-    dtype = pick_dtype(device, args.dtype)
     model = Parcae.from_pretrained(args.run).to(device)
+    use_threads(model.config.n_embd)
+    dtype = pick_dtype(device, args.dtype)
     if dtype == torch.int8:
         cast(model, device, dtype)
     else:

@@ -327,9 +327,10 @@ class Diagonal(nn.Module):
         return F.linear(e, self.B.to(e.dtype)) * self.dt().to(e.dtype)
 
     def forward(self, h, u):
-        A_bar = self.A_bar()
-        wide = torch.promote_types(A_bar.dtype, h.dtype)  # written out: mps mixes no dtypes
-        return (A_bar.to(wide) * h.to(wide) + u.to(wide)).to(u.dtype)
+        dtype = u.dtype
+        if h.device.type == "mps":  # where dtypes may not be mixed
+            h, u = h.float(), u.float()
+        return (self.A_bar() * h + u).to(dtype)
 
     def spectral_radius(self):
         return self.A_bar().max()

@@ -37,6 +37,7 @@ from common import (
     progress_bar,
     run_script,
     some_path,
+    use_threads,
 )
 from model import Parcae
 from quantize import cast
@@ -440,6 +441,7 @@ def main():
         figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device, args.compile)
     model = Parcae.from_pretrained(args.run)
+    use_threads(model.config.n_embd)
     # token by token bfloat16 is no faster for small models on a CPU
     in_float32 = args.trace or (device.type == "cpu" and args.dtype == "auto")
     dtype = torch.float32 if in_float32 else pick_dtype(device, args.dtype)
