@@ -73,6 +73,12 @@ def test_bpe_merges_the_most_frequent_pair_every_time(corpus):
                 i += 1
 
 
+def test_every_part_of_a_long_word_is_counted(monkeypatch):
+    monkeypatch.setattr(tokenizing, "LONGEST_WORD", 3)
+    assert tokenizing.count_words(["abcdefgh abc"]) == {"abc": 1, "def": 1, "gh": 1, " ab": 1,
+                                                        "c": 1}
+
+
 def test_bpe_compresses_and_stops_when_nothing_is_left(corpus, bpe):
     assert len(bpe.encode_ordinary(corpus[0])) < 0.5 * len(corpus[0])
     assert len(train_bpe(["ab ab"], 1000)) == 258  # "ab" and " ab", then every word is one token

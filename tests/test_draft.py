@@ -30,6 +30,19 @@ def test_it_goes_on_where_the_context_is_full(build, tokens):
     assert torch.equal(plain, drafted)
 
 
+def test_the_loops_that_are_counted_are_those_that_ran(build, tokens):
+    model, ran, counts = build().eval(), [], {}
+    advance = model.advance
+
+    def counted(idx, cache, start, stop, *state):
+        ran.append(stop - start)
+        return advance(idx, cache, start, stop, *state)
+    model.advance = counted
+    drafted = list(draft_stream(model, tokens[:1, :4], 12, recurrence=5, draft=2, ahead=3,
+                                counts=counts, temperature=0))
+    assert len(drafted) == 12 and counts["loops"] == sum(ran)
+
+
 @pytest.mark.parametrize("n, ahead", [(11, 3), (12, 3), (1, 4)])
 def test_compiled_drafting_is_two_graphs_for_all_positions(build, tokens, n, ahead):
     """One drafts a token, one verifies; never a single token is verified, which were another."""
