@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -601,6 +602,9 @@ def test_pieces_have_the_tokens_of_the_whole(corpus, bpe, monkeypatch, tmp_path)
     parts = [text[i:i + 777] for i in range(0, len(text), 777)]
     for source in (text, parts, sources.read_text(tmp_path / "t.txt")):
         assert np.concatenate(list(tokenizing.encode(bpe, source))).tolist() == whole
+    seen = []
+    list(tokenizing.encode(bpe, text, types.SimpleNamespace(update=seen.append)))
+    assert sum(seen) == len(text)  # a bar counts characters
     assert max(map(len, tokenizing.pieces(text))) <= 2000
     assert "".join(tokenizing.pieces(text)) == text
 

@@ -396,6 +396,9 @@ def test_a_hugging_face_tokenizer_keeps_its_ids(corpus, tmp_path, split, first):
     (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "ends with Metaspace"),
     (lambda t: t["model"]["merges"].insert(40, t["model"]["merges"].pop(300)),
      "does not follow the order of the merges"),
+    (lambda t: t["model"]["merges"].pop(0), "does not follow the order of the merges"),
+    (lambda t: t["model"].update(dropout=0.1), "dropout is 0.1"),
+    (lambda t: t["model"].update(continuing_subword_prefix="##"), "subword_prefix is '##'"),
     (lambda t: t["model"]["vocab"].pop("a"), "lacks some of the 256 bytes"),
     (lambda t: t["model"].pop("merges"), "is not a tokenizer of this project")])
 def test_other_tokenizers_are_refused(corpus, tmp_path, change, said):
@@ -495,10 +498,10 @@ def test_mistakes_get_one_line_and_leave_nothing(run_directory, tmp_path, words,
 
 
 def test_a_tokenizer_that_its_model_has_no_room_for_is_refused(build, tmp_path):
-    export_model(build(), tmp_path / "theirs")
+    export_model(build(vocab_size=256), tmp_path / "theirs")
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "theirs" / "tokenizer.json")
     done = script("published.py", "import", tmp_path / "theirs", "--out", tmp_path / "new")
-    assert done.returncode == 2 and "has 257 tokens, its model 50" in done.stderr
+    assert done.returncode == 2 and "has 257 tokens, its model 256" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
