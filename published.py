@@ -221,10 +221,13 @@ def check_can_be_said(config, weights):
     alike = config
     if not config.n_recurrent:  # a GPT has one stack
         alike = replace(config, n_prelude=config.n_layer, n_coda=0)
+    known = {*FIELDS.values(), "value_embeds", "state_init"}
     problems = []
     for field in fields(alike):
         value = getattr(alike, field.name)
-        if getattr(again, field.name, field.default) != value:
+        # as in an import, a field that the other side does not know must be switched off
+        off_or_back = getattr(again, field.name) == value if field.name in known else not value
+        if not off_or_back:
             problems.append(f"{field.name} is {value!r}")
     if config.n_recurrent and config.injection not in INJECTED:
         problems.append(f"injection is {config.injection!r}")
