@@ -12,13 +12,14 @@ method does not say by itself are said here:
 mu* is held as a logarithm: -inf where it is at most the fewest loops, +inf where at least the most.
 """
 
+import itertools
 import math
 
 import numpy as np
 
 from common import nothing_to_run
 from laws import interval
-from tables import rows_by_budget
+from tables import NEAR_BUDGETS, rows_by_budget, seed_effects
 
 # A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
 # they double. Further away the loss is none.
@@ -78,24 +79,34 @@ def noise_of(budgets):
     """{"sd" of a run's log loss, "freedom", "source"}: of seeds; of what parabolas leave over where
     seeds are few and parabolas leave more degrees of freedom.
 
-    None where there is neither, or no noise at all."""
-    sums = {}  # source: (squares, degrees of freedom)
-    for source, left in (("seeds", left_by_seeds), ("parabolas", left_by_parabola)):
-        sums[source] = np.sum([(0, 0), *map(left, budgets)], axis=0)
-    seeds, parabolas = (freedom for _, freedom in sums.values())
-    few = seeds == 0 or seeds < ENOUGH_SEEDS and seeds < parabolas
-    source = "parabolas" if few else "seeds"
-    squares, freedom = sums[source]
+    What a seed does to all runs alike is no noise (see tables.seed_effects). None where there is
+    neither source, or no noise at all."""
+    by_seeds = left_by_seeds(budgets)
+    by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
+    few = by_seeds[1] == 0 or by_seeds[1] < ENOUGH_SEEDS and by_seeds[1] < by_parabolas[1]
+    source, (squares, freedom) = ("parabolas", by_parabolas) if few else ("seeds", by_seeds)
     if not squares:
         return None
     return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
 
 
-def left_by_seeds(budget):
-    """(squares that seeds leave over around the means of their cells, degrees of freedom)."""
-    cells = [np.array(list(seeds.values())) for seeds in budget.cells.values()]
-    squares = sum(((cell - cell.mean()) ** 2).sum() for cell in cells)
-    return squares, sum(map(len, cells)) - len(cells)
+def left_by_seeds(budgets):
+    """(squares that the means of cells and the effects of seeds leave over, degrees of freedom)."""
+    cells = [cell for budget in budgets for cell in budget.cells.values()]
+    squares = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
+    _, explained, used = seed_effects(cells)
+    return max(squares - explained, 0), sum(map(len, cells)) - len(cells) - used
+
+
+def seed_differences(budgets, noise):
+    """{"effects": {seed: of its log losses}, "chance": how often chance alone makes seeds differ so
+    much}; None where they are not known. budgets: their losses as measured."""
+    cells = [cell for budget in budgets for cell in budget.cells.values()]
+    effects, squares, freedom = seed_effects(cells)
+    if not effects:
+        return None
+    return {"effects": {str(seed): effect for seed, effect in effects.items()},
+            "chance": lack_of_fit(squares, freedom, noise)}
 
 
 def left_by_parabola(budget):
@@ -128,7 +139,7 @@ def most_by_chance(noise, runs):
 
 def noisy_optima(budgets, noise, resamples, rng):
     """log mu* (resamples, budgets) of the mean losses with the noise of their seeds added once
-    more (a parametric bootstrap)."""
+    more (a parametric bootstrap); the effects of seeds are taken as known."""
     log_mu = np.empty((resamples, len(budgets)))
     for i in range(resamples):
         # How large the noise is, is not known either: chi-squared over its degrees of freedom.
@@ -215,6 +226,13 @@ def fit_parabolas(budgets, cost, resamples=RESAMPLES, seed=0):
     if noise is None:
         notes.append("isoFLOP: no two runs differ in their seed alone, and no parabola leaves "
                      "anything over: nothing is known of the noise, so no intervals")
+    near = [f"{low.flops:.3g} and {high.flops:.3g}" for low, high in itertools.pairwise(budgets)
+            if high.flops <= NEAR_BUDGETS * low.flops]
+    if near:
+        more = " ..." if len(near) > 3 else ""
+        notes.append(f"isoFLOP: budgets of {'; '.join(near[:3])}{more} FLOPs are less than "
+                     f"{NEAR_BUDGETS - 1:.0%} apart and count as different: if they are meant "
+                     "as one, parabolas through parts of it mislead")
     usable = [budget for budget in budgets if len(budget.mu) >= 3]
     if len(usable) < len(budgets):
         notes.append(f"isoFLOP: {len(budgets) - len(usable)} of {len(budgets)} budgets have fewer "
@@ -267,15 +285,12 @@ def gains(budgets, noise):
 
     Of several recurrences the best by chance looks better than it is. So each seed's pair is that
     of the recurrence that the other seeds gain most by: the mean of these is no higher than what
-    the best recurrence gains. "ci" is by the noise of a run: two or three differences know little
-    of their own. Of a single seed it is the largest gain, "of" so many, and biased upwards."""
+    the best recurrence gains. Where no recurrence has two pairs it is the best of all: "single",
+    and biased upwards. "ci" is by the noise of a run: two or three differences know little of their
+    own."""
     result = []
     for budget in budgets:
-        losses = {mu: {seed: math.exp(loss) for seed, loss in seeds.items()}
-                  for mu, seeds in budget.cells.items()}
-        unlooped = losses.pop(1, {})
-        gained = {mu: {seed: unlooped[seed] - loss for seed, loss in seeds.items()
-                       if seed in unlooped} for mu, seeds in losses.items()}
+        gained, unlooped = pairs_of(budget)
         chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
         pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
         singles = [(one, mu) for mu, of_seeds in gained.items() for one in of_seeds.values()]
@@ -283,13 +298,35 @@ def gains(budgets, noise):
             continue
         shown = pairs or [max(singles)]
         gain, ci = float(np.mean([one for one, _ in shown])), [None, None]
-        if pairs and noise:
-            most = most_by_chance(noise, len(pairs)) * np.mean(list(unlooped.values()))
+        if noise:
+            most = most_by_chance(noise, len(shown)) * np.mean(list(unlooped.values()))
             ci = [float(gain - most), float(gain + most)]
         result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in shown}),
                        "gain": gain, "ci": ci, "by_seed": [one for one, _ in shown],
-                       "of": None if pairs else len(singles)})
+                       "single": not pairs})
     return result
+
+
+def pairs_of(budget):
+    """({mu_rec: {seed: gain over mu_rec = 1}}, {seed: loss at mu_rec = 1})."""
+    losses = {mu: {seed: math.exp(loss) for seed, loss in seeds.items()}
+              for mu, seeds in budget.cells.items()}
+    unlooped = losses.pop(1, {})
+    gained = {mu: {seed: unlooped[seed] - loss for seed, loss in seeds.items() if seed in unlooped}
+              for mu, seeds in losses.items()}
+    return gained, unlooped
+
+
+def without_a_pair(budgets):
+    """How many runs have none to be compared with, of their budget and seed, one of the two with
+    mu_rec = 1."""
+    alone = 0
+    for budget in budgets:
+        gained, unlooped = pairs_of(budget)
+        paired = {seed for seeds in gained.values() for seed in seeds}
+        looped = sum(map(len, budget.cells.values())) - len(unlooped)
+        alone += looped - sum(map(len, gained.values())) + len(unlooped.keys() - paired)
+    return alone
 
 
 def best_by_others(gained, seed):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import nothing_to_run, progress_bar
-from tables import column, run_key
+from tables import column, distinct, run_key, sizes
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
@@ -71,6 +71,27 @@ LAWS = {law.name: law for law in (
 )}
 
 # ----------------------------------------------------------------------------- fitting
+
+
+def reasons_against(law, rows):
+    """Why the rows cannot tell the parameters of a law; law: a name."""
+    reasons = []
+    unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
+    values = {"sizes of the unrolled model": len(unrolled),
+              "token counts": distinct(rows, "tokens")}
+    if law == "worth" and sizes(rows) < 2:
+        reasons.append("1 size of model, it needs 2")
+    if law == "unified":
+        shares = {row["recurrence"] / row["mu_rec"] for row in rows}
+        values["values of T / mu_rec at evaluation"] = len(shares)
+    for name, n in values.items():
+        if n < 3:
+            reasons.append(f"{n} {name}, it needs 3")
+    if len(rows) <= len(LAWS[law].parameters):
+        reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
+    if distinct(rows, "val_loss") == 1:
+        reasons.append("all losses are equal")
+    return reasons
 
 
 def units_of(rows):

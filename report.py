@@ -39,6 +39,8 @@ def report(out):
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
     if out.get("noise"):
         report_noise(out["noise"])
+    if out["seeds"]:
+        report_seeds(out["seeds"])
     if out["isoflop"] or out["gain"]:
         report_optima(out)
     if out["isoflop"] or "frontier" in out.get("training_law", {}):
@@ -84,6 +86,13 @@ def report_noise(noise):
           f"{most_by_chance(noise, 1):.1%} (95 %)")
 
 
+def report_seeds(seeds):
+    """Print how far seeds are apart in all runs alike; seeds: of isoflop.seed_differences."""
+    said = ", ".join(f"{seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
+    chance = f" (by chance so much in {seeds['chance']:.1%} of sweeps)" if seeds["chance"] else ""
+    print(f"seeds differ in all runs alike{chance}; taken out of all losses here: {said}")
+
+
 def value_text(value, ci):
     return f"{rounded(value, 4)} {span(ci)}"
 
@@ -92,16 +101,18 @@ def frontier_text(mu, ci):
     """mu* by a law and its interval as text: at an end of what was searched it is but a bound."""
     bound = "<= " if mu <= MU[0] else ">= " if mu >= MU[-1] else ""
     edges = (ci[0] <= MU[0], ci[1] >= MU[-1]) if None not in ci else (False, False)
-    return f"{bound}{rounded(mu)} {span(ci, edges)}"
+    kink = ", a kink of cost" if not bound and rounded(ci[0]) == rounded(ci[1]) != "-" else ""
+    return f"{bound}{rounded(mu)} {span(ci, edges)}{kink}"
 
 
 def optimum_text(optimum):
     """mu* at a budget by parabola; optimum: of isoflop.optimum_of."""
-    if optimum["inside"]:
-        return f"{rounded(optimum['mu_rec'])} {span(optimum['ci'], optimum['ci_at_edge'])}"
+    found = rounded(optimum["mu_rec"])
     if optimum["at_most"]:
-        return f"at most {optimum['at_most']:g}"
-    return f"at least {optimum['at_least']:g}"
+        found = f"at most {optimum['at_most']:g}"
+    if optimum["at_least"]:
+        found = f"at least {optimum['at_least']:g}"
+    return f"{found} {span(optimum['ci'], optimum['ci_at_edge'])}"
 
 
 def report_optima(out):
@@ -127,8 +138,9 @@ def report_optima(out):
 def gain_text(gain):
     """What looping gains at a budget, as text; gain: of isoflop.gains."""
     mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
-    if gain["of"]:
-        return f"{gain['gain']:+.4f} (one pair, the largest of {gain['of']}) by mu_rec {mu}"
+    if gain["single"]:
+        known = f", +-{(gain['ci'][1] - gain['gain']):.2g}" if None not in gain["ci"] else ""
+        return f"{gain['gain']:+.2g} (one pair{known}) by mu_rec {mu}, the best"
     pairs = len(gain["by_seed"])
     return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {pairs} pairs"
 
@@ -150,6 +162,10 @@ def report_exponents(out):
                    for accounting, laws in by_law.items()
                    if laws.get(name, {}).get("exponent") is not None]
         lines += of_laws
+        if name in training.get("with_seed_effects", {}):
+            law = training["with_seed_effects"][name]
+            if law["exponent"] is not None:
+                lines.append((law, "the same with the effects of seeds left in", "no interval"))
         published = f"published: C^{SLOPES[name]:.2f}"
         print(f"{label} grows as ({published if lines else 'no exponent'})")
         for law, method, missing in lines:

@@ -34,7 +34,14 @@ from common import (
     run_script,
     write_json,
 )
-from isoflop import budgets_of, fit_parabolas, gains, lack_of_fit
+from isoflop import (
+    budgets_of,
+    fit_parabolas,
+    gains,
+    lack_of_fit,
+    seed_differences,
+    without_a_pair,
+)
 from laws import (
     LAWS,
     RESAMPLES,
@@ -43,18 +50,26 @@ from laws import (
     frontier,
     frontier_exponents,
     interval,
+    reasons_against,
     token_cost,
 )
+from outliers import without_diverged
 from plan import design
 from report import draw, frontier_text, optimum_text, report, value_text
 from tables import (
+    at_trained_depth,
     column,
+    comparable,
     distinct,
+    kept,
     read_tables,
     rows_by_budget,
     run_key,
+    runs_in,
     same_budget,
+    sizes,
     trained_depth,
+    without_seed_effects,
 )
 
 HERE = Path(__file__).parent
@@ -68,38 +83,6 @@ COMMANDS = {  # name: (what it does, its flags in an example)
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
 # ----------------------------------------------------------------------------- all fits of a table
-
-
-def main_model(rows):
-    """The rows of the model with most runs; all of a table without loops, where sizes differ."""
-    if all(row["mu_rec"] == 1 for row in rows):
-        return rows
-    runs = {}
-    for row in rows:
-        runs.setdefault(row["model"], set()).add(run_key(row))
-    name = max(runs, key=lambda model: len(runs[model]))
-    return [row for row in rows if row["model"] == name]
-
-
-def reasons_against(law, rows):
-    """Why the rows cannot tell the parameters of a law."""
-    reasons = []
-    unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
-    values = {"sizes of the unrolled model": len(unrolled),
-              "token counts": distinct(rows, "tokens")}
-    if law == "worth" and sizes(rows) < 2:
-        reasons.append("1 size of model, it needs 2")
-    if law == "unified":
-        shares = {row["recurrence"] / row["mu_rec"] for row in rows}
-        values["values of T / mu_rec at evaluation"] = len(shares)
-    for name, n in values.items():
-        if n < 3:
-            reasons.append(f"{n} {name}, it needs 3")
-    if len(rows) <= len(LAWS[law].parameters):
-        reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
-    if distinct(rows, "val_loss") == 1:
-        reasons.append("all losses are equal")
-    return reasons
 
 
 def fit_without_largest(law, rows, notes):
@@ -139,7 +122,8 @@ def fit_unified(rows, resamples, notes):
     if without_largest:
         fit, unseen = without_largest
         measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
-        unseen = [row for row in unseen if run_key(row) in measured]
+        unseen = kept(unseen, lambda row: run_key(row) in measured, notes, "of the largest budget "
+                      "have no row at T = mu_rec: of the error given that loss they are")
         if unseen:
             at_mu = fit.predict([row | {"recurrence": row["mu_rec"]} for row in unseen])
             loss = fit.predict(unseen) - at_mu + [measured[run_key(row)] for row in unseen]
@@ -160,18 +144,23 @@ def fit_worth(rows, resamples):
             "sizes": sizes(rows)}
 
 
-def fit_test_time(rows):
+def fit_test_time(rows, notes):
     """[(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs, and of
     those the lowest seed."""
-    result = []
+    result, few = [], []
     for mu in sorted({row["mu_rec"] for row in rows} - {1}):
         largest = rows_by_budget([row for row in rows if row["mu_rec"] == mu])[-1]
         run = run_key(min(largest, key=lambda row: row["seed"]))
         data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
-        if len(data) >= 4 and distinct(data, "val_loss") > 1:
+        if len(data) < 4 or distinct(data, "val_loss") == 1:
+            few.append(f"{mu:g}")
+        else:
             fit = fit_law("test time", data, starts=16, resamples=0)
             values = {name: float(value) for name, value in fit.values(fit.theta).items()}
             result.append((data, fit, run._asdict() | values | {"error": fit.error(data)}))
+    if few:
+        notes.append(f"test-time law: not fitted for mu_rec {', '.join(few)} (it needs losses that "
+                     "differ at 4 values of T)")
     return result
 
 
@@ -191,20 +180,25 @@ class Table:
     """The runs of a table's main model, and what its fits, pictures and plans share.
 
     every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
-    those at T = mu_rec. `cost`: FLOPs of a token by mu_rec; `budgets`: see isoflop.budgets_of.
-    `fit` is the training law's, None where it could not be fitted; `test_time`: of
-    fit_test_time. `left_out`: how many runs of other models the table has; `not_counted`: how many
-    have no row of this accounting."""
+    those at T = mu_rec, `every_model` those of other models, too. Their losses are without the
+    effects of seeds; `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token by
+    mu_rec; `budgets`: see isoflop.budgets_of. `fit` is the training law's, None where it could not
+    be fitted; `test_time`: of fit_test_time. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
-        self.every_row, self.accounting = every_row, accounting
-        mine = [row for row in every_row if row["accounting"] == accounting]
-        self.at_every_T = main_model(mine)
-        self.left_out = runs_in(mine) - runs_in(self.at_every_T)
-        self.not_counted = len(set(map(without_flops, every_row)) - set(map(without_flops, mine)))
-        names = distinct(self.at_every_T, "model")
-        self.model = self.at_every_T[0]["model"] if names == 1 else f"{names} models"
+        self.every_row, self.accounting, self.notes = every_row, accounting, []
+        mine = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
+                    f"have no {accounting} FLOPs and are")
+        mine = without_diverged(mine, self.notes)
+        models = {row["model"] for row in max(comparable(mine), key=runs_in)}
+        main = kept(mine, lambda row: row["model"] in models, self.notes, "of other models are")
+        self.measured = kept(main, at_trained_depth, self.notes,
+                             "have no row at T = mu_rec, where loss is compared, and are")
+        corrected = without_seed_effects(mine)
+        self.every_model = trained_depth(corrected)
+        self.at_every_T = [row for row in corrected if row["model"] in models]
         self.rows = trained_depth(self.at_every_T)
+        self.model = main[0]["model"] if len(models) == 1 else f"{len(models)} models"
         self.cost = token_cost(self.at_every_T)
         self.budgets = budgets_of(self.rows)
         self.fit, self.test_time = None, []
@@ -222,19 +216,20 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     rows = table.rows
     out = {"model": table.model, "accounting": accounting, "looped": table.looped(),
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
-           "power_laws": {}, "gain": [], "notes": []}
+           "power_laws": {}, "gain": [], "seeds": None, "notes": table.notes.copy()}
     one_size = table.looped() and sizes(rows) <= 1
     if one_size:
-        out |= fit_parabolas(table.budgets, table.cost)
+        found = fit_parabolas(table.budgets, table.cost)
+        out |= found | {"notes": out["notes"] + found["notes"]}
+        out["seeds"] = seed_differences(budgets_of(table.measured), out["noise"])
         out["gain"] = gains(table.budgets, out["noise"])
+        alone = without_a_pair(table.budgets)
+        if alone:
+            out["notes"].append(f"gain over mu_rec = 1: {alone} runs have no other of their budget "
+                                "and seed to be compared with, and are left out")
     elif table.looped():
         out["notes"].append("the optimum at equal FLOPs: not computed, the runs called "
                             f"{table.model} have {sizes(rows)} sizes")
-    if table.left_out:
-        out["notes"].append(f"{table.left_out} runs of other models are left out")
-    if table.not_counted:
-        out["notes"].append(f"{table.not_counted} runs have no {accounting} FLOPs and are left out")
-
     if can_fit("training", rows, out["notes"]):
         table.fit = fit_law("training", rows, resamples=resamples)
         law = summary_of(table.fit, fit_without_largest("training", rows, out["notes"]))
@@ -260,25 +255,12 @@ def left_by_law(table):
     return squares, freedom
 
 
-def runs_in(rows):
-    return len({run_key(row) for row in rows})
-
-
-def without_flops(row):
-    """What is the same for a run by any accounting."""
-    return run_key(row)._replace(flops=None)
-
-
 def can_fit(law, rows, notes):
     """Whether a law can be fitted; if not, a note says why."""
     reasons = reasons_against(law, rows)
     if reasons:
         notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
     return not reasons
-
-
-def sizes(rows):
-    return len({(row["params_core"], row["params_noncore"]) for row in rows})
 
 
 def frontiers(table, shared_budgets):
@@ -309,13 +291,16 @@ def frontiers(table, shared_budgets):
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Everything that can be fitted to a table: fit_optima, and the other laws of looping."""
     out, table = fit_optima(every_row, accounting, resamples)
-    every_model = trained_depth(row for row in every_row if row["accounting"] == accounting)
+    if out["seeds"] and table.fit:
+        raw = fit_law("training", table.measured, resamples=resamples)
+        out["training_law"]["with_seed_effects"] = exponents_of(
+            raw, table.rows[0], table.cost, column(table.rows, "flops"))
     if table.looped():
         if can_fit("unified", table.at_every_T, out["notes"]):
             out["unified"] = fit_unified(table.at_every_T, resamples, out["notes"])
-        if can_fit("worth", every_model, out["notes"]):
-            out["recurrence_worth"] = fit_worth(every_model, resamples)
-        table.test_time = fit_test_time(table.at_every_T)
+        if can_fit("worth", table.every_model, out["notes"]):
+            out["recurrence_worth"] = fit_worth(table.every_model, resamples)
+        table.test_time = fit_test_time(table.at_every_T, out["notes"])
     out["laws"] = {}
     for name in LAWS:
         if name not in PUBLISHED_LAWS and can_fit(name, table.rows, out["notes"]):
@@ -346,6 +331,8 @@ def predict(args):
     low, top = column(rows, "flops").min(), column(rows, "flops").max()
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
+    for note in table.notes:
+        print("note:", note)
 
     best = frontier(fit, rows[0], table.cost, flops)
     sampled = frontier(fit, rows[0], table.cost, flops, fit.samples)
@@ -357,9 +344,11 @@ def predict(args):
     for optimum in out["isoflop"]:
         if same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    tried = column(rows, "mu_rec")
-    if not tried.min() < best[0][0] < tried.max():
-        print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
+    mu, tried = best[0][0], column(rows, "mu_rec")
+    if not tried.min() < mu < tried.max():
+        beyond = max(mu / tried.max(), tried.min() / mu)
+        by = f"{beyond:.3g} times beyond" if beyond > 1 else "at the edge of"
+        print(f"warning: mu* is not inside the recurrences tried but {by} them, {tried.min():g} to "
               f"{tried.max():g}: the law goes on where no run has been")
     if not low / 2 < flops < 2 * top:
         print(f"warning: {max(flops / top, low / flops):.3g} times beyond the budgets measured; "

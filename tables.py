@@ -8,7 +8,7 @@ them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd an
 import csv
 import itertools
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from common import UserError, lock, log_line, nothing_to_run, read_json, whole_f
 from run import say_differences
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
+NEAR_BUDGETS = 1.10  # budgets less apart than this may be meant as one
 
 COLUMNS = {
     "model": str,  # prelude/recurrent/coda x channels
     "params_core": float,  # parameters that multiply a token in each loop, as `accounting` counts
     "params_noncore": float,  # ... once
     "flops": float,  # of the whole training
-    "accounting": str,  # how they are counted: exact or paper, see model.py
+    "accounting": str,  # how they are counted, see ACCOUNTINGS
     "mu_rec": float,  # mean recurrence in training
     "mu_bwd": float,  # loops with gradient
     "tokens": float,  # of the whole training
@@ -33,15 +34,31 @@ COLUMNS = {
 }
 
 
-def read_csv(path):
-    """The rows of a table, a list of dicts. Raises UserError that names the file and the row."""
+# exact, paper: as model.py counts. 6ND: six for each parameter and token, of models without loops.
+ACCOUNTINGS = ("exact", "paper", "6ND")
+
+
+def read_lines(path):
+    """(column names, [(line number, {column: text})]) of a CSV file; names without spaces around.
+
+    Raises UserError that names the file: it cannot be read, or has a column twice (a spreadsheet's
+    join), of which csv.DictReader would take the last without a word."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            header = reader.fieldnames or []
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             lines = [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from None
+    twice = [name for name, times in Counter(header).items() if name and times > 1]
+    if twice:
+        raise UserError(f"{path} has the column {', '.join(twice)} more than once")
+    return header, lines
+
+
+def read_csv(path):
+    """The rows of a table, a list of dicts. Raises UserError that names the file and the row."""
+    header, lines = read_lines(path)
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         needed = ", ".join(COLUMNS)
@@ -53,6 +70,7 @@ def read_csv(path):
             if None in line:  # a decimal comma, say
                 raise UserError("it has more cells than the first line")
             rows.append({name: table_value(name, line[name]) for name in COLUMNS})
+            check_accounting(rows[-1])
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return rows
@@ -66,7 +84,7 @@ def table_value(name, said):
     if kind is str:
         if not said.strip():
             raise UserError(f"{name} is empty")
-        return said
+        return said.strip()
     try:
         value = float(said)
     except ValueError:
@@ -80,6 +98,15 @@ def table_value(name, said):
     if not (0 < value < math.inf or none):
         raise UserError(f"{name} is {said}, must be finite and above 0")
     return value
+
+
+def check_accounting(row):
+    """Raise UserError where a row's FLOPs are counted in no way that we know."""
+    said = row["accounting"]
+    if said not in ACCOUNTINGS:
+        raise UserError(f"accounting is {said!r}, must be exact or paper, or 6ND without loops")
+    if said == "6ND" and row["mu_rec"] != 1:
+        raise UserError(f"accounting is '6ND' and mu_rec {row['mu_rec']:g}, must be exact or paper")
 
 
 def last_line(path):
@@ -218,14 +245,14 @@ def add_rows(table, rows):
     table = Path(table).resolve()  # one lock, whichever link leads there
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
-        text, there = ",".join(COLUMNS) + "\n", set()
+        header, text, there = COLUMNS, ",".join(COLUMNS) + "\n", set()
         if table.exists():
+            header, _ = read_lines(table)  # perhaps with columns that are not ours
             there = {identity(row) for row in read_csv(table)}
             text = table.read_text(encoding="utf-8-sig").rstrip("\n") + "\n"
         missing = [row for row in rows if identity(row) not in there]
         if not missing:
             return
-        header = next(csv.reader(text.splitlines()))  # perhaps with columns that are not ours
         with whole_file(table) as file:
             file.write(text)
             writer = csv.DictWriter(file, header, lineterminator="\n")
@@ -237,9 +264,14 @@ def column(rows, name):
     return np.array([row[name] for row in rows])
 
 
+def at_trained_depth(row):
+    """Whether a row is evaluated at T = mu_rec."""
+    return row["recurrence"] == row["mu_rec"]
+
+
 def trained_depth(rows):
     """The rows evaluated at T = mu_rec."""
-    return [row for row in rows if row["recurrence"] == row["mu_rec"]]
+    return list(filter(at_trained_depth, rows))
 
 
 RunKey = namedtuple("RunKey", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"])
@@ -265,6 +297,83 @@ def same_budget(flops, other):
     return max(flops / other, other / flops) <= SAME_BUDGET
 
 
+def comparable(rows):
+    """Lists of rows whose losses obey one law: those of each model; all of a table without loops,
+    where sizes differ."""
+    if all(row["mu_rec"] == 1 for row in rows):
+        return [rows]
+    models = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return list(models.values())
+
+
+def runs_in(rows):
+    """How many runs there are; one run has other FLOPs by another accounting."""
+    return len({run_key(row)._replace(flops=None) for row in rows})
+
+
+def kept(rows, keep, notes, why):
+    """The rows that keep(row) is true for; a note counts the runs that are left out, and says why:
+    none leaves without a word."""
+    result = [row for row in rows if keep(row)]
+    left_out = runs_in(rows) - runs_in(result)
+    if left_out:
+        notes.append(f"{left_out} runs {why} left out")
+    return result
+
+
+def cells_of(rows):
+    """Lists of rows that differ in their seed alone."""
+    cells = {}
+    for i, group in enumerate(rows_by_budget(rows)):
+        for row in group:
+            settings = (row[name] for name in ("model", "params_core", "params_noncore", "mu_rec",
+                                               "mu_bwd", "recurrence"))
+            cells.setdefault((i, *settings), []).append(row)
+    return list(cells.values())
+
+
+def seed_effects(cells):
+    """({seed: effect}, squares, degrees of freedom): by how much a seed's log losses differ from
+    the mean of all seeds, in every cell alike, and how much of the squares that explains.
+
+    A seed is a block: it gives all runs the same order of the text, and some of the same initial
+    weights. Effects are the least squares of log loss = cell + seed, so only seeds that share two
+    cells with another have one, and the difference between cells plays no part.
+
+    cells: [{seed: log loss}]."""
+    shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
+    known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
+    if not known:
+        return {}, 0.0, 0
+    design, losses = np.empty((0, len(known))), np.empty(0)
+    for cell in cells:
+        mine = [seed for seed in known if seed in cell]
+        if len(mine) > 1:
+            here = np.array([[seed == other for other in known] for seed in mine], dtype=float)
+            loss = np.array([cell[seed] for seed in mine])
+            design = np.vstack([design, here - here.mean(0)])
+            losses = np.append(losses, loss - loss.mean())
+    effects = np.linalg.pinv(design) @ losses  # of all that fit alike, those whose sum is 0
+    squares = ((design @ effects) ** 2).sum()
+    return dict(zip(known, effects.tolist())), squares, int(np.linalg.matrix_rank(design))
+
+
+def without_seed_effects(rows):
+    """The rows, at every T, with the effects of seeds taken out of their losses: those at T =
+    mu_rec, for each model. They are taken as known then: to find them anew in each resample moves
+    no interval of our exponents by more than 0.02."""
+    result = []
+    for group in comparable(rows):
+        cells = [{row["seed"]: math.log(row["val_loss"]) for row in cell}
+                 for cell in cells_of(trained_depth(group))]
+        effects = seed_effects(cells)[0]
+        result += [row | {"val_loss": row["val_loss"] * math.exp(-effects.get(row["seed"], 0))}
+                   for row in group]
+    return result
+
+
 def distinct_budgets(budgets):
     """Budgets without repetitions, rising. Raises UserError where two would count as one."""
     budgets = sorted({*budgets})
@@ -279,6 +388,11 @@ def distinct_budgets(budgets):
 def distinct(rows, name):
     """How many different values a column has."""
     return len({row[name] for row in rows})
+
+
+def sizes(rows):
+    """How many sizes of model there are."""
+    return len({(row["params_core"], row["params_noncore"]) for row in rows})
 
 
 if __name__ == "__main__":

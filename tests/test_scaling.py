@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -261,3 +262,87 @@ def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
 def test_bad_input_gets_one_line(args, said, tmp_path):
     error = run(*args, cwd=tmp_path, code=2).stderr
     assert said in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_every_run_that_leaves_is_counted():
+    rows = evaluated(sweep(parametric, 1e-3))
+    gone = [row for row in rows if not (row["flops"] == 16e12 and row["mu_rec"] in (2, 4)
+                                        and row["recurrence"] == row["mu_rec"])]
+    out, table = scaling.fit_table(gone, "exact", resamples=0)
+    notes = " ".join(out["notes"])
+    assert "2 runs have no row at T = mu_rec, where loss is compared, and are left out" in notes
+    assert "2 runs of the largest budget have no row at T = mu_rec" in notes
+    assert len(table.rows) == 33 and out["runs"] == 35
+    few = [row for row in rows if row["mu_rec"] != 6 or row["recurrence"] in (2, 6)]
+    assert "test-time law: not fitted for mu_rec 6 (it needs" in " ".join(
+        scaling.fit_table(few, "exact", resamples=0)[0]["notes"])
+    alone = [row for row in rows if (row["flops"], row["mu_rec"]) != (4e12, 1)]
+    assert "gain over mu_rec = 1: 6 runs have no other" in " ".join(
+        scaling.fit_optima(alone, "exact", resamples=0)[0]["notes"])
+
+
+def test_a_law_is_fitted_without_the_effects_of_seeds(capsys):
+    """Seed 0 is lower and alone at many recurrences: taken for the curve, it moves the optimum."""
+    def loss(row):
+        return parametric(row) * math.exp({0: -0.02, 1: 0.01, 2: 0.01}[row["seed"]])
+    rows = [row for row in sweep(loss, 1e-4, seeds=3, recurrences=(1, 2, 4, 8, 16))
+            if row["mu_rec"] in (1, 8) or row["seed"] == 0]
+    out, table = scaling.fit_table(rows, "exact", resamples=30)
+    law = out["training_law"]
+    assert (law["x"], law["y"]) == pytest.approx((0.4, 0.6), rel=0.1)
+    assert out["seeds"]["effects"] == pytest.approx({"0": -0.02, "1": 0.01, "2": 0.01}, abs=5e-4)
+    assert out["noise"]["sd"] == pytest.approx(1e-4, rel=0.4)
+    true = fit_law("training", sweep(parametric, recurrences=(1, 2, 4, 8, 16)), resamples=0)
+    expected = scaling.exponents_of(true, rows[0], table.cost, scaling.column(rows, "flops"))
+    found = law["frontier"]["exponents"]["mu_rec"]["exponent"]
+    assert found == pytest.approx(expected["mu_rec"]["exponent"], abs=0.02)
+    left_in = law["with_seed_effects"]["mu_rec"]["exponent"]
+    assert abs(left_in - expected["mu_rec"]["exponent"]) > 0.05
+    report.report(out)
+    said = capsys.readouterr().out
+    assert "seeds differ in all runs alike" in said and "0: -2.00%, 1: +1.00%" in said
+    assert f"C^{left_in:.2f}" in said
+
+
+def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
+    rows = sweep(parametric, 1e-4)
+    above = [row | {"val_loss": row["val_loss"] * (1.03 if row["flops"] == 16e12 else 1)}
+             for row in rows]
+    for law in ("training", "unified"):
+        some = above if law == "training" else evaluated(above)
+        smaller, unseen = scaling.fit_without_largest(law, some, [])
+        assert {row["flops"] for row in unseen} == {16e12}
+        assert smaller.error(unseen) == pytest.approx(0.03, abs=0.003)
+        saw_it = fit_law(law, some, resamples=0)
+        assert saw_it.error(unseen) < 0.025
+    out, _ = scaling.fit_table(evaluated(above), "exact", resamples=0)
+    assert out["training_law"]["held_out_error"] == pytest.approx(0.03, abs=0.003)
+    assert out["unified"]["held_out_error"] == pytest.approx(0.03, abs=0.003)
+    assert out["unified"]["held_out_error_given_loss"] < 0.003  # that takes the level as measured
+
+
+def test_a_cell_headed_95_percent_has_an_interval():
+    edge = {"at_most": 1.0, "at_least": None, "mu_rec": None, "ci": [1.0, 2.2],
+            "ci_at_edge": [True, False]}
+    assert report.optimum_text(edge) == "at most 1 [<= 1, 2.2]"
+    edge = {"at_most": None, "at_least": 16.0, "mu_rec": None, "ci": [9.0, 16.0],
+            "ci_at_edge": [False, True]}
+    assert report.optimum_text(edge) == "at least 16 [9, >= 16]"
+    assert report.frontier_text(2.0, [2.0, 2.0]) == "2 [2, 2], a kink of cost"
+    assert report.frontier_text(2.0, [1.9, 2.1]) == "2 [1.9, 2.1]"
+    single = {"gain": -0.0121, "ci": [-0.0311, 0.0069], "mu_rec": [2.0], "single": True,
+              "by_seed": [-0.0121]}
+    assert report.gain_text(single).startswith("-0.012 (one pair, +-0.019) by mu_rec 2")
+    assert "one pair)" in report.gain_text(single | {"ci": [None, None]})
+
+
+def test_a_design_has_the_noise_and_the_cost_of_its_runs(capsys):
+    rows = sweep(parametric, recurrences=(1, 2, 4, 8, 16))
+    fit = fit_law("training", rows, resamples=0)
+    design = plan.grid(rows[0], cost, (4e12, 8e12), (1, 2, 4, 8, 16), range(4))
+    for row in design:
+        assert row["tokens"] == pytest.approx(row["flops"] / cost(row["mu_rec"]))
+    found = plan.simulate(fit, design, cost, 1e-6, 20)  # without noise each finds the truth
+    for j, true in enumerate(found["truth"]["mu"][0]):
+        assert found["law"]["mu"][:, j] == pytest.approx(true, abs=0.01)
+    assert plan.central(np.arange(1000.0)) == pytest.approx((25, 500, 975), abs=1)

@@ -92,3 +92,86 @@ def test_a_model_without_a_loop_has_a_mean_of_one(build, tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(done) + "\n")
     (row,) = tables.trained_depth(tables.rows_of_run(tmp_path))
     assert (row["mu_rec"], row["mu_bwd"], row["recurrence"]) == (1, 1, 1)
+
+
+def test_a_column_given_twice_is_refused_by_name(tmp_path):
+    path = tmp_path / "t.csv"
+    tables.write_csv(path, TABLE[:3])
+    header, *lines = path.read_text().splitlines()
+    for added in ("val_loss", " val_loss ", "flops", "seed"):
+        path.write_text("\n".join([f"{header},{added}", *(line + ",1" for line in lines)]))
+        with pytest.raises(UserError, match=f"column {added.strip()} more than once"):
+            tables.read_csv(path)
+        path.write_text("\n".join([f"{added},{header}", *("1," + line for line in lines)]))
+        with pytest.raises(UserError, match=f"column {added.strip()} more than once"):
+            tables.read_csv(path)
+    path.write_text("\n".join([f"note,{header},note", *(f"a,{line},b" for line in lines)]))
+    with pytest.raises(UserError, match="column note more than once"):  # whichever it is
+        tables.read_csv(path)
+    # Empty columns of a spreadsheet and spaces around a name are no second meaning.
+    path.write_text("\n".join([header.replace(",", " ,") + ",,", *(line + ",," for line in lines)]))
+    assert tables.read_csv(path) == [row | {"mu_bwd": float(row["mu_bwd"])} | {
+        "val_loss": float(f"{row['val_loss']:.6g}"), "tokens": float(f"{row['tokens']:.10g}")}
+        for row in TABLE[:3]]
+
+
+def test_an_accounting_that_nobody_knows_is_refused_by_line(tmp_path):
+    path = tmp_path / "t.csv"
+    for accounting, mu, said in (("Exact", 1.0, "line 3: accounting is 'Exact', must be exact"),
+                                 ("papr", 4.0, "line 3: accounting is 'papr', must be exact"),
+                                 ("6ND", 4.0, "line 3: accounting is '6ND' and mu_rec 4")):
+        wrong = TABLE[1] | {"accounting": accounting, "mu_rec": mu}
+        tables.write_csv(path, [TABLE[0], wrong, TABLE[2]])
+        with pytest.raises(UserError, match=said):
+            tables.read_csv(path)
+    tables.write_csv(path, [TABLE[0] | {"accounting": "6ND", "mu_rec": 1.0}])
+    assert tables.read_tables([path])[1] == "6ND"
+
+
+def test_rows_are_added_in_the_order_of_the_columns_there(tmp_path):
+    path = tmp_path / "t.csv"
+    names = list(tables.COLUMNS)[::-1]
+    path.write_text(" , ".join([*names, "mine"]) + "\n")
+    tables.add_rows(path, TABLE[:2])
+    tables.add_rows(path, TABLE[1:3])
+    again = tables.read_csv(path)
+    assert [tables.identity(row) for row in again] == [tables.identity(row) for row in TABLE[:3]]
+
+
+def test_what_is_left_out_is_counted_in_runs():
+    notes = []
+    left = tables.kept(TABLE, lambda row: row["mu_rec"] != 4, notes, "of four loops are")
+    assert {row["mu_rec"] for row in left} == {1, 2, 6, 8, 12, 16}
+    assert notes == ["5 runs of four loops are left out"]  # not its 25 rows
+    assert tables.kept(TABLE, lambda row: row["recurrence"] == 1, notes, "never")
+    assert len(notes) == 1  # every run has such a row
+
+
+def blocks(effects, cells):
+    """[{seed: log loss}]: cells of these seeds, each at a level of its own."""
+    return [{seed: 3.0 + i + effects[seed] for seed in seeds} for i, seeds in enumerate(cells)]
+
+
+def test_the_effects_of_seeds_are_found_within_cells():
+    true = {0: -0.004, 1: 0.001, 2: 0.003}
+    # Where seed 0 is alone its level says nothing of it: it is that of the cell.
+    cells = blocks(true, [(0,), (0,), (1, 2), (0, 1), (0, 1, 2), (2,), (1, 2)])
+    effects, squares, freedom = tables.seed_effects(cells)
+    assert effects == pytest.approx(true) and freedom == 2
+    within = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
+    assert squares == pytest.approx(within)
+    # Two seeds that share one cell alone, or none, have no effect that could be known.
+    assert tables.seed_effects(blocks(true, [(0, 1), (0,), (1,), (1, 2), (2,)])) == ({}, 0, 0)
+    only = tables.seed_effects(blocks(true, [(0, 1), (0, 1), (1, 2), (2,)]))[0]
+    assert only == pytest.approx({0: -0.0025, 1: 0.0025})
+
+
+def test_losses_without_the_effects_of_seeds_are_those_of_no_seed():
+    def loss(row):
+        return parametric(row) * math.exp({0: -0.006, 1: 0.002, 2: 0.004}[row["seed"]])
+    rows = evaluated(sweep(loss, seeds=3))
+    few = [row for row in rows if row["seed"] == 0 or row["mu_rec"] in (1, 8)]
+    for row in tables.trained_depth(tables.without_seed_effects(few)):
+        true = parametric(row) + 0.1 * math.exp(-2)
+        assert row["val_loss"] == pytest.approx(true, rel=2e-4)
+    assert len(tables.without_seed_effects(few)) == len(few)  # at every T
