@@ -566,7 +566,7 @@ def pick_dtype(device, dtype="auto"):
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
-        faster = matmul_peak(device, torch.bfloat16, 512) > matmul_peak(device, torch.float32, 512)
+        faster = matmul_peak(device, torch.bfloat16, 256) > matmul_peak(device, torch.float32, 256)
     else:
         faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if faster else torch.float32
