@@ -227,10 +227,10 @@ def optima(path, points, law):
             axes.set_xticks([], minor=True)
     mu = every[0]
     for point in points:
-        ends = np.array([point["ci"]], dtype=float).T
-        if point["inside"] and np.isfinite(ends).all():
-            mu.errorbar(point["flops"], point["mu_rec"], np.abs(ends - point["mu_rec"]), fmt="none",
-                        color=RED, lw=1)
+        ends, at = np.array([point["ci"]], dtype=float).T, point["mu_rec"]
+        at = at or point["at_most"] or point["at_least"]
+        if np.isfinite(ends).all():
+            mu.errorbar(point["flops"], at, np.abs(ends - at), fmt="none", color=RED, lw=1)
     for key, arrow in (("at_most", "v"), ("at_least", "^")):
         edges = [(point["flops"], point[key]) for point in points if point[key]]
         if edges:

@@ -246,13 +246,15 @@ def fit_parabolas(budgets, cost, resamples=RESAMPLES, seed=0):
     optima = [optimum_of(budget, samples[:, j], cost, noise)
               for j, budget in enumerate(usable)]
 
-    edges = sum(not optimum["inside"] for optimum in optima)
+    edges, said = sum(not optimum["inside"] for optimum in optima), []
     if edges:
-        notes.append(f"isoFLOP: {edges} of {len(optima)} budgets have their lowest loss at an "
-                     "edge: they bound the power law, and are no points of it")
+        said.append(f"{edges} of {len(optima)} budgets have their lowest loss at an edge: they "
+                    "bound the power law, and are no points of it")
     if len(optima) - edges < 2:
-        notes.append(f"isoFLOP: {len(optima) - edges} optima inside the recurrences: "
-                     "no exponent (it needs 2)")
+        said.append(f"{len(optima) - edges} optima inside the recurrences: no exponent (it needs "
+                    "2)")
+    if said:
+        notes.append(f"isoFLOP: {'; '.join(said)}")
     return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise,
             "notes": notes}
 

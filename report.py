@@ -200,8 +200,10 @@ def draw(out, table, folder):
     """Up to four figures, of what was fitted."""
     drawn = []
     if out["isoflop"]:
-        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"],
-                        f"Equal FLOPs and parameters ({out['model']})")
+        title = f"Equal FLOPs and parameters ({out['model']})"
+        if out["seeds"]:
+            title += ", effects of seeds taken out"
+        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
         drawn.append("isoflop")
     if "frontier" in out.get("training_law", {}):
         figures.optima(folder / "optima.png", out["isoflop"], bands(table))

@@ -17,7 +17,7 @@ from isoflop import budgets_of, fit_parabolas
 from laws import MU, fit_law, frontier, frontier_exponents, interval
 from plan import grid
 from scaling import default_tables, exponents_of, fit_optima
-from tables import read_tables
+from tables import read_tables, without_seed_effects
 
 BUDGETS = (4e12, 8e12, 1.6e13, 3.2e13)
 RECURRENCES = (1, 2, 4, 8, 16, 32)
@@ -81,7 +81,8 @@ def coverage(truth, repeats, noise, methods, seed=0):
     for i in progress_bar(range(repeats), desc=f"noise {noise:.1%}"):
         rng = np.random.default_rng([seed, i])
         drawn = losses * np.exp(noise * rng.standard_normal(len(rows)))
-        noisy = [row | {"val_loss": float(loss)} for row, loss in zip(rows, drawn)]
+        noisy = without_seed_effects(
+            [row | {"val_loss": float(loss)} for row, loss in zip(rows, drawn)])
         for name, method in methods.items():
             intervals, ci = method(noisy, cost, i)
             held = {c: holds(of, best[c]) for c, of in intervals.items()}

@@ -14,7 +14,8 @@ LOSS = np.array([3.0, 2.5, 2.2, 2.1])
 INSIDE = {"flops": 1e12, "inside": True, "fitted_to": [2, 4, 8], "mu_rec": 4.0, "val_loss": 2.1,
           "parabola": [0.1, -0.3, 1.0], "ci": [2.0, 5.0], "tokens": 1e6, "at_most": None,
           "at_least": None}
-EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": [None, None]}
+EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": [1.0, 2.2],
+        "mu_rec": None}
 BUDGETS = budgets_of([{"flops": c, "mu_rec": mu, "tokens": c, "val_loss": loss, "seed": 0}
                       for c in (1e12, 2e12, 3e12) for mu, loss in zip(X, LOSS)])
 PICTURES = {
@@ -57,6 +58,15 @@ def test_each_picture_is_drawn_whole(name, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert not figures.pyplot().get_fignums()  # closed: a sweep of pictures keeps no memory
+
+
+def test_a_bound_has_its_interval_in_the_picture_too(tmp_path, monkeypatch):
+    drawn = []
+    axes = figures.pyplot().Axes
+    monkeypatch.setattr(axes, "errorbar", lambda *args, **_: drawn.append(args[1:]))
+    figures.optima(tmp_path / "a.png", *PICTURES["optima"])
+    ends = [(point, *(point + np.ravel(away) * [-1, 1])) for _, point, away in drawn]
+    assert ends == [(4, 2, 5), (1, 1, 2.2)]
 
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, full_disk):

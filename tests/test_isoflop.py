@@ -253,9 +253,11 @@ def test_tokens_at_the_optimum_follow_the_cost():
     tokens = [optimum["flops"] / cost(optimum["mu_rec"]) for optimum in optima]
     slope = np.polyfit(np.log([o["flops"] for o in optima]), np.log(tokens), 1)[0]
     assert laws["tokens"]["exponent"] == pytest.approx(slope) and slope < 1
-    # "At most one loop" is at least so many tokens: a bound from the other side.
-    rows = [row for row in sweep(parabolic) if row["flops"] > 1e12 or row["mu_rec"] >= 4]
-    optima, laws, _, _ = optima_of(rows, 0)
-    assert optima[0]["at_most"] == 4 and laws["mu_rec"]["exponent"] == pytest.approx(0.4)
-    assert laws["tokens"]["exponent"] == pytest.approx(np.polyfit(
-        np.log([o["flops"] for o in optima[1:]]), np.log(tokens[1:]), 1)[0], abs=0.01)
+    # "At most two loops" is at least so many tokens. The line through the others contradicts both.
+    smallest = sweep(lambda row: parabolic(row, 0.5))[1:7]
+    optima, laws, _, _ = optima_of([*smallest, *sweep(parabolic)[7:]], 0)
+    assert [o["at_most"] for o in optima] == [2, None, None, None, None]
+    flops, mu = np.array([(o["flops"], o["mu_rec"] or o["at_most"]) for o in optima]).T
+    for name, values in (("mu_rec", mu), ("tokens", flops / cost(mu))):
+        slope = np.polyfit(np.log(flops), np.log(values), 1)[0]
+        assert laws[name]["exponent"] == pytest.approx(slope)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import sweeps
 from conftest import ROOT
 from sweeps import chinchilla, parabolic, parametric, sweep
 
@@ -77,6 +78,18 @@ def test_no_run_of_a_clean_sweep_is_named(loss):
         rows = [row for row in rows if row["seed"] == 0 or rng.random() < 0.6]
         assert diverged(rows)[1] == []
     assert diverged(chinchilla())[1] == []
+
+
+def test_no_run_beside_cells_of_several_seeds_is_named(monkeypatch):
+    """A fit that saw them goes through those cells: what it leaves over is no noise of a run that
+    is alone in its own."""
+    monkeypatch.setattr(sweeps, "BUDGETS", (1e11, 1e12, 1e13, 1e14))
+    for number in range(30):
+        rng = np.random.default_rng(number)
+        rows = sweep(parametric, 0.001, 3, seed=number,
+                     recurrences=((1, 8), (1, 4, 16))[number % 2])
+        rows = [row for row in rows if row["seed"] == 0 or rng.random() < 0.6]
+        assert diverged(rows)[1] == []
 
 
 def test_what_a_law_misses_has_not_diverged():

@@ -175,3 +175,13 @@ def test_losses_without_the_effects_of_seeds_are_those_of_no_seed():
         true = parametric(row) + 0.1 * math.exp(-2)
         assert row["val_loss"] == pytest.approx(true, rel=2e-4)
     assert len(tables.without_seed_effects(few)) == len(few)  # at every T
+
+
+def test_flops_by_another_accounting_are_in_proportion_to_its_cost(build, tmp_path):
+    cost = {name: {"params_core": 10, "params_noncore": 10, "flops_per_token": per_token}
+            for name, per_token in (("exact", 100), ("paper", 80))}
+    save_run(build(), tmp_path, settings={"accounting": "exact", "seed": 0}, cost=cost)
+    done = {"kind": "done", "tokens": 1000, "flops": 100_000, "val_loss": {"4": 2.0}}
+    (tmp_path / "log.jsonl").write_text(json.dumps(done) + "\n")
+    flops = {row["accounting"]: row["flops"] for row in tables.rows_of_run(tmp_path)}
+    assert flops == {"exact": 100_000, "paper": 80_000}
