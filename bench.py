@@ -39,6 +39,7 @@ from common import (
     write_json,
 )
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
+from muon import Muon
 from quantize import activations, cast
 from recording import speed_up
 
@@ -100,10 +101,11 @@ def kv_bytes(config, context, recurrence, itemsize=2):
 
 
 def optimizer_bytes(model):
-    """float32 state: Muon keeps one number for a weight of a layer's matrices, AdamW two for any
-    other."""
+    """float32 state: Muon keeps one number for a weight of a layer's matrices, and one for each row
+    (or column, where they are more); AdamW two for any other."""
     muon = sum(p.numel() for p in model.matrices())
-    return 4 * muon + 8 * (count_parameters(model) - muon)
+    longer = sum(max(p.shape) for p in model.matrices())
+    return 4 * (muon + longer) + 8 * (count_parameters(model) - muon)
 
 
 def saved_bytes(model, forward):
@@ -137,7 +139,7 @@ def optimizer_state_bytes(model):
     """What Muon and AdamW hold after a step, measured."""
     muon = set(model.matrices())
     others = set(model.parameters()) - muon
-    optimizers = [torch.optim.Muon(muon), torch.optim.AdamW(others, fused=True)]
+    optimizers = [Muon(muon), torch.optim.AdamW(others, fused=True)]
     held = 0
     for optimizer in optimizers:
         optimizer.step()

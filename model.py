@@ -148,16 +148,18 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Initial weights of the published code: scaled orthogonal, output projections zero."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.init_std)
-            elif name.endswith(("attn.c_proj", "mlp.proj")):
-                nn.init.zeros_(module.weight)
-            elif isinstance(module, Linear) and module.weight is not self.wte.weight:
-                # an orthogonal matrix has entries of size 1 / sqrt(its longer side)
-                gain = self.init_std * math.sqrt(max(module.weight.shape))
-                nn.init.orthogonal_(module.weight, gain=gain)
+        """Give the weights the start of the published code: value embeddings normal, their gates
+        uniform, the layers' output projections zero, embedding and all else orthogonal."""
+        for name, p in self.named_parameters():
+            if name.startswith("value_embeds."):
+                nn.init.normal_(p)
+            elif name.endswith("ve_gate.weight"):
+                limit = 1 / math.sqrt(p.shape[1])
+                nn.init.uniform_(p, -limit, limit)
+            elif name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):
+                nn.init.zeros_(p)
+            elif p.ndim == 2 and not name.startswith("injection."):  # which has a start of its own
+                orthogonal_(p, self.init_std)
 
     # ------------------------------------------------------------------------- all loops at once
 
@@ -184,19 +186,22 @@ class Parcae(nn.Module):
         last = self.config.backprop_depth if self.training else max(depths)
         without = [max(0, n - last) for n in depths]  # depths [9, 5, 2], the last 4: [5, 1, 0]
         with_gradient = [min(n, last) for n in depths]  # [4, 4, 2]
+        done = torch.tensor(without, device=idx.device)
         with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
-            h = self.loop(h, u.detach(), inputs.each(torch.detach), without)
-        h = self.loop(h, u, inputs, with_gradient)
+            h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), without)
+        h = self.loop(h, u, inputs, done, with_gradient)
 
         # the coda, once; the rows in their own order again
         x = self.readout(h, inputs)[order.argsort()]
         return self.head(x, targets)
 
-    def loop(self, h, u, inputs, rounds):
-        """The state (B, T, C) after rounds[i] more loops of each row i, the most of the first."""
-        for t in range(rounds[0]):
-            live = sum(n > t for n in rounds)  # the first rows: those that still loop
-            new = self.recurrent_pass(h[:live], u[:live], inputs.rows(live))
+    def loop(self, h, u, inputs, done, rounds):
+        """The state (B, T, C) after rounds[i] more loops of each row i, the most of the first.
+        done: (B,), the loops that each row has had."""
+        for n in range(rounds[0]):
+            live = sum(most > n for most in rounds)  # the first rows: those that still loop
+            t = (done[:live] + n)[:, None]
+            new = self.recurrent_pass(h[:live], u[:live], inputs.rows(live), t=t)
             h = torch.cat([new, h[live:]])
         return h
 
@@ -271,7 +276,8 @@ class Parcae(nn.Module):
         return h.expand_as(e)
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """The state (B, T, C) after one more loop, number t = 0, 1, ... (eq. 3)."""
+        """The state (B, T, C) after one more loop (eq. 3). t: its number, 0, 1, ..., for all rows
+        or, in training, (B, 1) for each: a vector for each loop is `self.vectors[t]`."""
         h = self.injection(h, u)
         return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
 
@@ -350,8 +356,7 @@ class Parcae(nn.Module):
     def matrices(self):
         """The weight matrices of the layers: what Muon trains (appendix E)."""
         blocks = [*self.prelude, *self.recurrent, *self.coda]
-        return [p for block in blocks for name, p in block.named_parameters()
-                if p.ndim == 2 and "ve_gate" not in name]
+        return [p for block in blocks for p in block.parameters() if p.ndim == 2]
 
     def matmul_params(self, accounting="exact"):
         """(once, core): parameters that multiply a token once, and in every loop; see below."""
@@ -409,6 +414,16 @@ class Parcae(nn.Module):
         step = state.get("step") if isinstance(state, dict) else None
         model.step = step if type(step) is int else None
         return model.eval()
+
+
+def orthogonal_(p, std):
+    """Fill a matrix with orthogonal rows, or columns, of entries of a standard deviation.
+
+    As published, from normal numbers without those beyond two standard deviations."""
+    start = nn.init.trunc_normal_(p.new_empty(max(p.shape), min(p.shape)))
+    q, r = torch.linalg.qr(start)
+    q = q * r.diagonal().sign() * std * math.sqrt(len(q))
+    p.copy_(q if len(p) == len(q) else q.T)
 
 
 def count_parameters(module, dimensions=None):

@@ -314,7 +314,12 @@ class Run:
                                 "must be a number from 0")
         fit_weights(self.model, checkpoint["model"], f"{file} does not fit these settings")
         updated = state["step"] > state["skipped"]
-        for name, optimizer in self.optimizers.items():
+        optimizers = self.optimizers
+        if began_with_torch_muon(checkpoint["optimizers"]):
+            say("goes on, but not exactly: the run began with PyTorch's Muon, so its optimisers "
+                "start anew")
+            optimizers = {}
+        for name, optimizer in optimizers.items():
             saved = checkpoint["optimizers"].get(name)
             load_optimizer(optimizer, saved, updated, f"{file} is damaged: the state of the "
                            f"optimiser {name} is missing or does not fit the model")
@@ -337,6 +342,20 @@ class Run:
         return [line for line in whole if line["step"] <= self.state["step"]]
 
 
+def began_with_torch_muon(optimizers):
+    """Whether the optimisers of a checkpoint are those of runs before ours had its own Muon."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        return "momentum_buffer" in optimizers["muon"]["state"][0]
+    return False
+
+
+def fits_shape(value, p):
+    """Whether a tensor is a number, as large as a parameter, or one number for each of its rows or
+    columns."""
+    return value.ndim == 0 or (value.ndim == p.ndim
+                               and torch.broadcast_shapes(value.shape, p.shape) == p.shape)
+
+
 def load_optimizer(optimizer, saved, updated, complaint):
     """Give an optimiser its state again. Raises UserError with the complaint where it does not fit.
 
@@ -347,10 +366,10 @@ def load_optimizer(optimizer, saved, updated, complaint):
         if saved["state"] or updated:
             states = [dict(saved["state"][i]) for i in range(len(parameters))]
         fits = all(state and state.keys() == states[0].keys()
-                   and all(value.shape in ((), p.shape) and value.dtype == p.dtype
+                   and all(fits_shape(value, p) and value.dtype == p.dtype
                            for value in state.values())
                    for state, p in zip(states, parameters))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         fits = False
     if not fits:
         raise UserError(complaint)

@@ -72,14 +72,15 @@ def make_parser(about):
         "--mean-recurrence")
     add("--loop-from", type=number(float, 0, 1), default=0, metavar="F",
         help="loop once only until this share of the budget is spent (default: %(default)s)")
-    add("--muon-lr", type=POSITIVE, default=3e-2, metavar="LR",
+    add("--muon-lr", type=POSITIVE, default=8e-3, metavar="LR",
         help="peak learning rate of Muon (default: %(default)s)")
-    add("--adamw-lr", type=POSITIVE, default=3e-2, metavar="LR",
+    add("--adamw-lr", type=POSITIVE, default=8e-3, metavar="LR",
         help="peak learning rate of AdamW (default: %(default)s)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.2,
-        help="of Muon, falls to 0 over the run (default: %(default)s)")
+        help="of Muon, falls to 0 over the run; only where the update shrinks a weight anyway "
+        "(default: %(default)s)")
     add("--grad-clip", type=POSITIVE, default=1.0,
         help="largest gradient norm (default: %(default)s)")
     add("--seed", type=SEED, default=0,

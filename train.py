@@ -55,6 +55,7 @@ from data import (
 )
 from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
+from muon import Muon, momentum_at
 from run import Run, check_free, clear_up, describe, held, rank, say, world
 from sample import stream
 from settings import DEFAULT_DATA, parse_args
@@ -182,13 +183,14 @@ def read_start(source, tokenizer, data):
 
 
 def make_optimizers(model, args):
-    """Muon for the matrices of the layers, AdamW for embeddings, head, norms, gates and injection
+    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and injection
     (appendix E)."""
+    on_gpu = model.wte.weight.is_cuda
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
-    return {"muon": torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95,
-                                     weight_decay=args.weight_decay),
+    return {"muon": Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay,
+                         products=torch.bfloat16 if on_gpu else torch.float32),
             "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10,
                                        weight_decay=0, fused=True)}
 
@@ -259,7 +261,7 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
     return total
 
 
-def update(model, optimizers, args, loss, progress):
+def update(model, optimizers, args, loss, progress, step):
     """Clip the gradient and step the optimisers, at the rates for a share `progress` of the budget;
     skip what is not finite. Returns (loss, gradient norm, whether they are finite)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -269,6 +271,7 @@ def update(model, optimizers, args, loss, progress):
     for group in optimizers["muon"].param_groups:
         group["lr"] = args.muon_lr * factor
         group["weight_decay"] = args.weight_decay * (1 - progress)
+        group["momentum"] = momentum_at(step)
     for group in optimizers["adamw"].param_groups:
         group["lr"] = args.adamw_lr * factor
     if finite:
@@ -425,7 +428,8 @@ def train(s):
             # 2. forward and backward
             loss = backward(parallel, s.loader, depths, state["samples"], s.micro, step_seed)
             # 3. update the weights, or skip what is not finite
-            loss, norm, finite = update(model, run.optimizers, args, loss, progress)
+            loss, norm, finite = update(model, run.optimizers, args, loss, progress,
+                                        state["step"])
             skipped = 0 if finite else skipped + 1
             state["skipped"] += not finite
             # 4. count tokens and FLOPs, log

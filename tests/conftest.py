@@ -19,6 +19,36 @@ from data import prepare  # noqa: E402
 from model import Parcae, ParcaeConfig  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--config", default="", metavar="NAME=VALUE,...",
+                     help="run what must hold for any model alone, with these fields of "
+                     "ParcaeConfig in every model: injection=concat,n_head=4")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "any_config: holds whatever a model's configuration is")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--config"):
+        others = [item for item in items if not item.get_closest_marker("any_config")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def config_fields(text):
+    """{name: value} of "name=value,...": numbers, true, false and none as JSON has them, else
+    text."""
+    fields = {}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        try:
+            fields[name] = json.loads(value.lower().replace("none", "null"))
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
 def script(name, *args, stdin=b"", cwd="."):
     """Run a script as from the command line, but in this process: importing torch takes seconds."""
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -48,8 +78,10 @@ def save_run(model, directory, **settings):
 
 
 @pytest.fixture
-def build():
-    """build(**config) makes a small model whose every weight matters: none is left at zero."""
+def build(pytestconfig):
+    """build(**config) makes a small model whose every weight matters: none is left at zero. What a
+    test does not choose comes from --config."""
+    asked = config_fields(pytestconfig.getoption("--config"))
 
     def build(seed=0, **kwargs):
         torch.manual_seed(seed)
@@ -63,7 +95,7 @@ def build():
             "n_coda": 1,
             "mean_recurrence": 4,
         }
-        model = Parcae(ParcaeConfig(**base | kwargs))
+        model = Parcae(ParcaeConfig(**base | asked | kwargs))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):

@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, UserError
+from published import our_name
 
 
 def executed_flops(run):
@@ -36,6 +38,7 @@ def test_published_sizes_and_flops(name, parameters, flops):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.any_config
 def test_each_row_loops_as_if_it_were_alone(build, tokens, injection):
     model = build(injection=injection, value_embeds=True, state_init="zero").train()
     depths = torch.tensor([3, 1, 7, 4, 1, 9])
@@ -49,6 +52,35 @@ def test_each_row_loops_as_if_it_were_alone(build, tokens, injection):
         (loss / len(depths)).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(together[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
+class WithLoopVectors(Parcae):
+    """What people add first: a learned vector for each loop."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vectors = torch.nn.Parameter(torch.randn(20, config.n_embd))
+
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
+        return super().recurrent_pass(h + self.vectors[t], u, inputs, cache, t)
+
+
+@pytest.mark.any_config
+def test_a_loop_knows_its_number_in_training_and_in_generation(build, tokens):
+    model = WithLoopVectors(build(state_init="zero", backprop_depth=2).config)
+    with torch.no_grad():
+        for p in model.matrices():
+            p.normal_(std=0.2)
+    depths = torch.tensor([3, 1, 7, 4, 1, 9])
+    together = model.train()(tokens, depths=depths)[0]
+    for row, depth in enumerate(depths.tolist()):
+        alone = model(tokens[row : row + 1], recurrence=depth)[0]
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+    model.eval()
+    for loops, (h, inputs) in enumerate(model.states(tokens, 9), start=1):
+        logits = model.lm_head(model.readout(h, inputs))
+        torch.testing.assert_close(logits, model(tokens, recurrence=loops)[0], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(h, [*model.states(tokens, 8)][-1][0])
 
 
 def test_gradient_is_that_of_the_loop_written_out(build, tokens):
@@ -115,19 +147,31 @@ def test_training_starts_from_noise_and_evaluation_from_zero(build, tokens):
     assert torch.equal(a, model(tokens, recurrence=4)[0])  # mean_recurrence
 
 
-def test_initial_weights(build):
+def test_initial_weights_and_optimisers_are_the_published_ones():
+    """parcae-140m, its vocabulary cut to 1,024; init.json has every tensor of theirs."""
+    expected = json.loads((Path(__file__).parent / "init.json").read_text())["parameters"]
     torch.manual_seed(0)
-    model = Parcae(ParcaeConfig(vocab_size=500, n_embd=64, n_head=2))
-    std = math.sqrt(2 / (5 * 64))
-    assert model.wte.weight.std().item() == pytest.approx(std, rel=0.02)
-    for block in [*model.prelude, *model.recurrent, *model.coda]:
-        assert block.attn.c_proj.weight.abs().max() == block.mlp.proj.weight.abs().max() == 0
-        for w in (block.attn.c_q.weight, block.mlp.fc.weight):
-            assert w.std().item() == pytest.approx(std, rel=0.02)
-            singular = torch.linalg.svdvals(w.detach())
-            torch.testing.assert_close(singular, singular[0].expand_as(singular))
+    model = Parcae(ParcaeConfig(**PRESETS["parcae-140m"] | {"vocab_size": 1024}))
+    muon = {id(p) for p in model.matrices()}
+    found = dict(model.named_parameters())
+    assert {our_name(name) for name in expected} == found.keys()
+    for name, theirs in expected.items():
+        p = found[our_name(name)]
+        assert list(p.shape) == theirs["shape"], name
+        assert ("muon" if id(p) in muon else "adamw") == theirs["trained_by"], name
+        gate = "ve_gate" in name  # 192 numbers: their standard deviation varies by some 3 %
+        std = p.std(correction=0).item()
+        assert std == pytest.approx(theirs["std"], rel=0.15 if gate else 0.01, abs=1e-5), name
+        mean = p.mean().item()
+        assert mean == pytest.approx(theirs["mean"], abs=0.05 if gate else 3e-3), name
+        largest = p.abs().max().item()
+        assert largest == pytest.approx(theirs["absmax"], rel=0.2 if std else 1e-4), name
+    for block in model.recurrent:
+        singular = torch.linalg.svdvals(block.attn.c_q.weight.detach())
+        torch.testing.assert_close(singular, singular[0].expand_as(singular))
 
 
+@pytest.mark.any_config
 def test_future_tokens_change_nothing(build, tokens):
     model = build(value_embeds=True).eval()
     changed = tokens.clone()
@@ -137,6 +181,7 @@ def test_future_tokens_change_nothing(build, tokens):
     assert (a[:, 9:] - b[:, 9:]).abs().max() > 1e-3
 
 
+@pytest.mark.any_config
 def test_bf16_activations_and_float32_agree(build, tokens):
     model = build(value_embeds=True).eval()
     exact = model(tokens)[0]
@@ -199,6 +244,7 @@ def test_depths_repeat_with_a_seed_and_mean_one_is_fixed(build):
     ],
     ids=["looped", "value-embeds-untied", "add", "concat", "fixed", "plain", "loop-only"],
 )
+@pytest.mark.any_config
 def test_flops_per_token_are_those_executed(build, kwargs):
     model = build(n_embd=64, block_size=32, backprop_depth=2, **kwargs)
     idx = torch.randint(50, (4, 32))
@@ -214,6 +260,7 @@ def test_flops_per_token_are_those_executed(build, kwargs):
             )
 
 
+@pytest.mark.any_config
 def test_only_live_rows_are_computed(build):
     model = build(mean_recurrence=8, n_embd=64)
     idx, depths = (
@@ -226,6 +273,7 @@ def test_only_live_rows_are_computed(build):
     )
 
 
+@pytest.mark.any_config
 def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
     def saved_bytes(recurrence, backprop_depth):
         model = build(backprop_depth=backprop_depth).train()
@@ -245,6 +293,7 @@ def test_activation_memory_depends_on_backprop_depth_alone(build, tokens):
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.any_config
 def test_loss_without_the_logits(build, monkeypatch, dtype, close):
     model = build(state_init="zero").train()
     model.compute_dtype = dtype
@@ -269,6 +318,7 @@ def test_loss_without_the_logits(build, monkeypatch, dtype, close):
     "kwargs", [{}, {"value_embeds": True, "injection": "concat"}, {"n_recurrent": 0}]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.any_config
 def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
     model = build(**kwargs).eval()
     model.compute_dtype = dtype
@@ -358,6 +408,7 @@ def test_spectral_radius_is_the_growth_of_the_state_alone():
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.any_config
 def test_every_loop_reads_as_if_it_were_the_last(build, tokens, injection):
     model = build(value_embeds=True, injection=injection).eval()
     read = [model.lm_head(model.readout(*state)) for state in model.states(tokens, 5)]
@@ -396,6 +447,7 @@ def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs
 
 
 @torch.no_grad()
+@pytest.mark.any_config
 def test_a_loop_can_be_left_at_any_time(build, tokens):
     """What the cache then holds is that of a model with so many loops."""
     model = build(value_embeds=True).eval()

@@ -1,0 +1,102 @@
+"""Muon as the published code has it: momentum, orthogonalised, for the matrices of the layers.
+
+A gradient step along the largest singular directions of a matrix is most of a plain update; here
+every direction gets the same length. For a matrix W (rows, columns) with gradient G, at each step:
+
+    M <- M + (1 - mu) (G - M);   G <- G + mu (M - G)           Nesterov momentum
+    X <- G / (1.02 |G| + 1e-6), five times X <- a X + (b S + c S S) X with S = X X^T
+                                                               near to U V^T, for G = U D V^T
+    v <- v + (1 - beta2) (mean of squares of each row - v)     of each column where W is wide
+    X <- X / sqrt(v), then as long as it was before            NorMuon
+    W <- W - lr sqrt(max(1, rows / columns)) (X + decay * W where X and W have the same sign)
+
+The sources: Muon (Jordan et al. 2024), the coefficients of each step (Polar Express, arXiv
+2505.16932), NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402); put together in
+the published code of Parcae, whose products are in bfloat16.
+"""
+
+import torch
+
+from common import nothing_to_run
+
+# (a, b, c) of each step: together they bring singular values from near 0 to near 1
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+WARM_UP = 300  # steps in which the momentum rises
+
+
+def momentum_at(step):
+    """Return the momentum mu of a step: 0.85, rising to 0.95 over the first 300 steps."""
+    return 0.85 + 0.10 * min(1, step / WARM_UP)
+
+
+def orthogonalise(G, dtype):
+    """Return U V^T, roughly, of each matrix G = U D V^T in a stack (n, rows, columns); dtype: of
+    the products."""
+    X = G.to(dtype)
+    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = X.shape[-2] > X.shape[-1]
+    for a, b, c in POLAR_EXPRESS:
+        S = X.mT @ X if tall else X @ X.mT  # on the smaller side
+        S = b * S + c * (S @ S)
+        X = a * X + (X @ S if tall else S @ X)
+    return X.to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for 2-D parameters. Those of one shape are a group, and are updated together.
+
+    products: the dtype in which matrices are orthogonalised, bfloat16 where it is the faster one.
+    """
+
+    def __init__(self, params, lr=8e-3, momentum=0.95, weight_decay=0.2, beta2=0.95,
+                 products=torch.bfloat16):
+        self.products = products
+        shapes = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": alike} for alike in shapes.values()],
+                         dict(lr=lr, momentum=momentum, weight_decay=weight_decay, beta2=beta2))
+
+    @torch.no_grad()
+    def step(self):
+        """Update every parameter, from its gradient."""
+        for group in self.param_groups:
+            params = group["params"]
+            rows, columns = params[0].shape
+            along = -1 if rows >= columns else -2  # one scale for each row, or for each column
+            for p in params:
+                if p not in self.state:
+                    scale = p.new_zeros((rows, 1) if along == -1 else (1, columns))
+                    self.state[p] = {"momentum": torch.zeros_like(p), "scale": scale}
+            momenta, scales = ([self.state[p][name] for p in params]
+                               for name in ("momentum", "scale"))
+
+            # momentum, then all directions alike
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            G = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+            X = orthogonalise(G, self.products)
+
+            # all rows, or columns, alike; the norm stays
+            mean_square = X.square().mean(along, keepdim=True)
+            v = torch.stack(scales).lerp_(mean_square, 1 - group["beta2"])
+            torch._foreach_copy_(scales, list(v))
+            norm = X.norm(dim=(-2, -1), keepdim=True)
+            X = X * v.clamp(min=1e-10).rsqrt()
+            X = X * (norm / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+            # weights decay only where the update makes them smaller, too
+            W = torch.stack(params)
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            W = W - lr * (X + group["weight_decay"] * W * (X * W >= 0))
+            torch._foreach_copy_(params, list(W))
+
+
+if __name__ == "__main__":
+    nothing_to_run(__doc__)
