@@ -48,6 +48,21 @@ def orthogonalise(G, dtype):
     return X.to(G.dtype)
 
 
+def even_out(X, v, beta2):
+    """Return a stack X (n, rows, columns) with the rows, or columns, of each matrix about equally
+    long, and the matrix as long as before. v: running means of their squares, (n, rows, 1) or
+    (n, 1, columns), updated."""
+    v.lerp_(X.square().mean(-1 if v.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
+    even = X * v.clamp(min=1e-10).rsqrt()
+    before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (X, even))
+    return even * (before / after.clamp(min=1e-10))
+
+
+def decays(X, W):
+    """Return which weights decay: those that the update X makes smaller anyway."""
+    return X * W >= 0
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D parameters. Those of one shape are a group, and are updated together.
 
@@ -69,13 +84,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             rows, columns = params[0].shape
-            along = -1 if rows >= columns else -2  # one scale for each row, or for each column
+            shape = (rows, 1) if rows >= columns else (1, columns)
             for p in params:
                 if p not in self.state:
-                    scale = p.new_zeros((rows, 1) if along == -1 else (1, columns))
-                    self.state[p] = {"momentum": torch.zeros_like(p), "scale": scale}
-            momenta, scales = ([self.state[p][name] for p in params]
-                               for name in ("momentum", "scale"))
+                    self.state[p] = {"momentum": torch.zeros_like(p), "squares": p.new_zeros(shape)}
+            momenta, squares = ([self.state[p][name] for p in params]
+                                for name in ("momentum", "squares"))
 
             # momentum, then all directions alike
             grads = [p.grad for p in params]
@@ -83,18 +97,15 @@ class Muon(torch.optim.Optimizer):
             G = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
             X = orthogonalise(G, self.products)
 
-            # all rows, or columns, alike; the norm stays
-            mean_square = X.square().mean(along, keepdim=True)
-            v = torch.stack(scales).lerp_(mean_square, 1 - group["beta2"])
-            torch._foreach_copy_(scales, list(v))
-            norm = X.norm(dim=(-2, -1), keepdim=True)
-            X = X * v.clamp(min=1e-10).rsqrt()
-            X = X * (norm / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+            # then all rows, or columns
+            v = torch.stack(squares)
+            X = even_out(X, v, group["beta2"])
+            torch._foreach_copy_(squares, list(v))
 
-            # weights decay only where the update makes them smaller, too
+            # the weights
             W = torch.stack(params)
             lr = group["lr"] * max(1, rows / columns) ** 0.5
-            W = W - lr * (X + group["weight_decay"] * W * (X * W >= 0))
+            W = W - lr * (X + group["weight_decay"] * W * decays(X, W))
             torch._foreach_copy_(params, list(W))
 
 
