@@ -59,10 +59,14 @@ FIXED = {
 # Fields on which the function that the model computes does not depend. Any field not named here
 # must be switched off: false, null, 0 or empty.
 FREE = {
-    "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_strategy",
-    "init_orthogonal", "skip_initialization", "use_fused_head", "activation_checkpoint_impl",
-    "simple_ops", "strategy", "sampling_scheme", "lockstep_n", "lockstep_k", "curriculum_target",
+    "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_orthogonal",
+    "skip_initialization", "use_fused_head", "activation_checkpoint_impl", "simple_ops",
+    "strategy", "sampling_scheme", "lockstep_n", "lockstep_k", "curriculum_target",
     "recurrent_iteration_method", "_class_name", "model_class_name", "architecture_class_name"}
+# Starts of training that are no more than that. Others scale embeddings, logits or residuals in
+# every forward pass: takase, takase-scaled and scaled-and-logit-scale among them.
+STARTS = {"scaled-zero", "scaled", "scaled-stuck", "scaled-large-embed", "small", "normal", "bert",
+          "kaiming", "llama", "llama-by-dim", "megatron", "megatron2", "mitchell", "wang"}
 # Values with another name here; the others are called the same. Our exports once said "concat".
 OUR_INJECTION = {"linear": "concat"}
 OUR_STATE = {"zero": "zero", "normal": "normal", "like-init": "normal"}
@@ -93,12 +97,16 @@ def config_from(settings):
         "recurrent_intermediation_embedding_dimension": settings["intermediate_size"],
         "rope_settings.rope_condense_ratio": 1}
     for name, value in settings.items():
-        known = name in FIELDS or name in FREE or name == "state_init"
+        known = name in FIELDS or name in FREE or name in ("state_init", "init_strategy")
         as_required = name in fixed and value == fixed[name]
         switched_off = not value and name not in FIXED
         if not (known or as_required or switched_off):
             only = f", only {fixed[name]!r}" if name in fixed else ""
             raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
+    start = settings.get("init_strategy") or "scaled-zero"
+    if start not in STARTS:
+        raise UserError(f"init_strategy is {start!r}, which scales embeddings, logits or residuals, "
+                        f"must be one of {', '.join(sorted(STARTS))}")
     state = settings.get("state_init", "normal")
     if state not in OUR_STATE:
         raise UserError(f"state_init is {state!r}, must be one of {', '.join(OUR_STATE)}")
