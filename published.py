@@ -105,7 +105,7 @@ def config_from(settings):
             raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
     start = settings.get("init_strategy") or "scaled-zero"
     if start not in STARTS:
-        raise UserError(f"init_strategy is {start!r}, which scales embeddings, logits or residuals, "
+        raise UserError(f"init_strategy is {start!r}, it scales embeddings, logits or residuals; "
                         f"must be one of {', '.join(sorted(STARTS))}")
     state = settings.get("state_init", "normal")
     if state not in OUR_STATE:
