@@ -90,23 +90,18 @@ class Muon(torch.optim.Optimizer):
                     self.state[p] = {"momentum": torch.zeros_like(p), "squares": p.new_zeros(shape)}
             momenta, squares = ([self.state[p][name] for p in params]
                                 for name in ("momentum", "squares"))
+            G, W, M, v = map(torch.stack, ([p.grad for p in params], params, momenta, squares))
 
-            # momentum, then all directions alike
-            grads = [p.grad for p in params]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            G = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
-            X = orthogonalise(G, self.products)
-
-            # then all rows, or columns
-            v = torch.stack(squares)
+            # momentum, then all directions alike, then all rows or columns
+            M.lerp_(G, 1 - group["momentum"])
+            X = orthogonalise(G.lerp(M, group["momentum"]), self.products)
             X = even_out(X, v, group["beta2"])
-            torch._foreach_copy_(squares, list(v))
-
             # the weights
-            W = torch.stack(params)
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             W = W - lr * (X + group["weight_decay"] * W * decays(X, W))
-            torch._foreach_copy_(params, list(W))
+
+            for stored, stack in ((momenta, M), (squares, v), (params, W)):
+                torch._foreach_copy_(stored, list(stack))
 
 
 if __name__ == "__main__":

@@ -572,7 +572,7 @@ def test_a_failure_before_the_first_step_leaves_what_was_there(train, monkeypatc
     train("old", "--max-steps", 1, "--dtype", "float32", "--eval-recurrence", 1)
     before = tree(train.out)
 
-    def no_room(*args):
+    def no_room(*args, **options):
         raise MemoryError("allocation failed")
     monkeypatch.setattr(Parcae, "recurrent_pass", no_room)
     for name in ("a/b", "old"):
