@@ -346,3 +346,37 @@ def test_a_design_has_the_noise_and_the_cost_of_its_runs(capsys):
     for j, true in enumerate(found["truth"]["mu"][0]):
         assert found["law"]["mu"][:, j] == pytest.approx(true, abs=0.01)
     assert plan.central(np.arange(1000.0)) == pytest.approx((25, 500, 975), abs=1)
+
+
+def test_what_a_law_leaves_over_is_the_noise_of_seeds():
+    table = scaling.Table(sweep(parametric, 0.003, seeds=4), "exact")
+    table.fit = fit_law("training", table.rows, starts=16, resamples=0)
+    squares, freedom = scaling.left_by_law(table)
+    assert freedom == 35 - 5
+    assert squares / freedom / 0.003 ** 2 == pytest.approx(1, abs=0.5)  # of one run, not of four
+
+
+def test_made_up_sweeps_have_the_noise_asked_for(monkeypatch):
+    rows = sweep(parametric, recurrences=(1, 2, 4, 8))
+    fit = fit_law("training", rows, starts=16, resamples=0)
+    drawn = []
+
+    def fits_of_noisy(fit, rows, log_loss):
+        drawn.append(log_loss.numpy() - np.log(fit.predict(rows)))
+        return fit.theta.repeat(len(log_loss), 1)
+    monkeypatch.setattr(plan, "fits_of_noisy", fits_of_noisy)
+    plan.simulate(fit, rows, cost, 0.004, 50)
+    assert drawn[0].std() == pytest.approx(0.004, rel=0.1)
+
+
+def test_of_each_recurrence_the_run_with_most_flops_has_a_test_time_law():
+    rows = evaluated(sweep(parametric, seeds=2, recurrences=(1, 4)))
+    (found,) = scaling.fit_test_time(rows, [])
+    assert (found[2]["flops"], found[2]["mu_rec"], found[2]["seed"]) == (16e12, 4, 0)
+
+
+def test_a_loop_that_is_worth_a_layer_fits_best_as_one():
+    rows = sweep(parametric, 0.001, sizes=(0.5, 1, 2), recurrences=(1, 2, 4, 8))
+    objective = scaling.fit_worth(rows, resamples=0)["objective"]
+    assert objective["free"] <= objective["phi = 1"] * (1 + 1e-6)
+    assert objective["phi = 1"] < 1.2 * objective["free"] < objective["phi = 0"] / 2
