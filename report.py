@@ -202,7 +202,7 @@ def draw(out, table, folder):
     if out["isoflop"]:
         title = f"Equal FLOPs and parameters ({out['model']})"
         if out["seeds"]:
-            title += ", effects of seeds taken out"
+            title = f"Equal FLOPs ({out['model']}), effects of seeds taken out"
         figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
         drawn.append("isoflop")
     if "frontier" in out.get("training_law", {}):
