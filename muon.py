@@ -66,11 +66,11 @@ def decays(X, W):
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D parameters. Those of one shape are a group, and are updated together.
 
-    products: the dtype in which matrices are orthogonalised, bfloat16 where it is the faster one.
-    """
+    products: the dtype in which matrices are orthogonalised; None is bfloat16 on a GPU, as
+    published, and elsewhere, where it may be the slower one, that of the weights."""
 
     def __init__(self, params, lr=8e-3, momentum=0.95, weight_decay=0.2, beta2=0.95,
-                 products=torch.bfloat16):
+                 products=None):
         self.products = products
         shapes = {}
         for p in params:
@@ -94,7 +94,8 @@ class Muon(torch.optim.Optimizer):
 
             # momentum, then all directions alike, then all rows or columns
             M.lerp_(G, 1 - group["momentum"])
-            X = orthogonalise(G.lerp(M, group["momentum"]), self.products)
+            products = self.products or (torch.bfloat16 if G.is_cuda else G.dtype)
+            X = orthogonalise(G.lerp(M, group["momentum"]), products)
             X = even_out(X, v, group["beta2"])
             # the weights
             lr = group["lr"] * max(1, rows / columns) ** 0.5

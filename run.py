@@ -40,7 +40,7 @@ from common import (
     write_json,
     write_text,
 )
-from data import identity
+from data import identity, text_of
 from tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
@@ -181,7 +181,7 @@ def describe(args, model, before):
     return {"settings": {k: v for k, v in vars(args).items() if k not in not_stored},
             "model": asdict(model.config),
             "data": args.data,
-            "text": read_json(Path(args.data) / "tokenizer.json").get("text"),
+            "text": text_of(args.data),
             "parameters": sum(p.numel() for p in model.parameters()),
             "cost": cost,
             **machine,

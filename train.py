@@ -185,12 +185,10 @@ def read_start(source, tokenizer, data):
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms and injection
     (appendix E)."""
-    on_gpu = model.wte.weight.is_cuda
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
-    return {"muon": Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay,
-                         products=torch.bfloat16 if on_gpu else torch.float32),
+    return {"muon": Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay),
             "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10,
                                        weight_decay=0, fused=True)}
 
@@ -343,7 +341,7 @@ def inexact(before, record):
     """Lines that say why a run goes on otherwise than without the interruption. before, record:
     what config.json said and says."""
     def facts(config):  # {name: value} of what a rounding may depend on, whatever level it is at
-        flags = {f"--{name.replace('_', '-')}": value for name, value in config["settings"].items()}
+        flags = {flag_of(name): value for name, value in config["settings"].items()}
         return (config.get("versions") or {}) | config | flags
     was, now = facts(before), facts(record)
     lines = [f"goes on up to rounding: {name} was {was[name]}, is {now[name]}"
@@ -355,7 +353,7 @@ def inexact(before, record):
               if name not in before["settings"] and value is not None]
     if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
         lines.append(f"MFU is a share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s from here on, "
-                     "the log so far has it of another machine's")
+                     "since the machine, dtype or threads are different")
     if texts_differ(before.get("text"), record["text"]):
         lines.append(f"goes on with another text, of {record['data']}")
     return lines
