@@ -20,28 +20,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import (
+from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
+from parts import figures
+from parts.cli import (
     COUNT,
     LOOPS,
     Parser,
     UserError,
     check_idle,
-    keep_freed_memory,
-    matmul_peak,
     new_directory,
-    pick_device,
-    pick_dtype,
     progress_bar,
-    read_json,
     run_script,
-    use_threads,
-    write_json,
 )
-from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
-from muon import Muon
-from quantize import activations, cast
-from recording import speed_up
+from parts.files import read_json, write_json
+from parts.machine import keep_freed_memory, matmul_peak, pick_device, pick_dtype, use_threads
+from parts.muon import Muon
+from parts.quantize import activations, cast
+from parts.recording import speed_up
 
 MB = 1e6
 LOOPED = [name for name in PRESETS if name.startswith("parcae")]

@@ -26,20 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (
-    Parser,
-    UserError,
-    from_hub,
-    lock,
-    progress_bar,
-    read_json,
-    run_script,
-    some_path,
-    whole_directory,
-    write_text,
-)
-from sources import SOURCES
-from tokenizer import begin_token, encode, make_tokenizer, save_tokenizer
+from parts.cli import Parser, UserError, progress_bar, run_script, some_path
+from parts.files import from_hub, lock, read_json, whole_directory, write_text
+from parts.sources import SOURCES
+from parts.tokenizer import begin_token, encode, make_tokenizer, save_tokenizer
 
 # llm.c's shard formats, magic number: (version, dtype); the second is for large vocabularies
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}

@@ -39,29 +39,113 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (
-    UserError,
-    check_finite,
-    fit_weights,
-    load_checkpoint,
-    nothing_to_run,
-)
-from layers import (
-    IGNORED,
-    INJECTIONS,
-    PRESETS,
-    Block,
-    HeadLoss,
-    KVCache,
-    Linear,
-    ParcaeConfig,
-    Replace,
-    RMSNorm,
-    read_config,
-)
+from parts.cache import KVCache
+from parts.cli import UserError
+from parts.config import PRESETS, ParcaeConfig, read_config
+from parts.files import check_finite, fit_weights, load_checkpoint
+from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
+A0 = math.sqrt(1 / 5)  # A_bar's initial value (published code)
 CHUNK = 1024  # tokens whose logits are held at once in training, see HeadLoss
+
+# ------------------------------------------------------------------------------- injection
+
+
+class Diagonal(nn.Module):
+    """A_bar * h + dt * (B e), the rule of Parcae (eq. 3): stable whatever is learned.
+
+    A = -exp(log_A), dt = softplus(dt_bias), A_bar = exp(dt * A) (zero-order hold), in (0, 1)."""
+
+    products_once = 1  # B e
+    products_per_loop = 0
+
+    def __init__(self, d, a0=A0):
+        super().__init__()
+        self.log_A = nn.Parameter(torch.zeros(d))
+        # softplus(dt_bias) = -ln a0: A_bar starts at a0
+        self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / a0 - 1)))
+        self.B = nn.Parameter(torch.eye(d))
+
+    def dt(self):
+        """(C,) float32 step sizes."""
+        return F.softplus(self.dt_bias.float())
+
+    def A_bar(self):
+        """(C,) float32 factors by which the state shrinks in each loop."""
+        A_bar = torch.exp(-self.dt() * self.log_A.float().exp())
+        # float32 would round the ends to 0 and 1
+        return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)
+
+    def input(self, e):
+        return F.linear(e, self.B.to(e.dtype)) * self.dt().to(e.dtype)
+
+    def forward(self, h, u):
+        dtype = u.dtype
+        if h.device.type == "mps":  # where dtypes may not be mixed
+            h, u = h.float(), u.float()
+        return (self.A_bar() * h + u).to(dtype)
+
+    def spectral_radius(self):
+        return self.A_bar().max()
+
+
+class Add(nn.Module):
+    """h + e (table 1): as if A_bar were the identity, marginally stable.
+
+    A new rule is a class like this one and an entry in INJECTIONS. It says how many d x d matrices
+    it multiplies a token by, once and in every loop, so that FLOPs stay exact."""
+
+    products_once = 0
+    products_per_loop = 0
+
+    def __init__(self, d):
+        super().__init__()
+
+    def input(self, e):
+        """u: what forward needs of e (B, T, C); the same in every loop, so computed once."""
+        return e
+
+    def forward(self, h, u):
+        """The injected state (B, T, C) from the state h (B, T, C) and u."""
+        return h + u
+
+    def spectral_radius(self):
+        """Of the matrix that multiplies the state: above 1, the loop alone lets it grow."""
+        return torch.ones(())
+
+
+class Concat(nn.Module):
+    """W [h; e] (table 1): unconstrained. W starts where the diagonal rule does, [a0 I, dt I]."""
+
+    products_once = 1  # the half of W that sees e
+    products_per_loop = 1  # the half that sees the state
+
+    def __init__(self, d, a0=A0):
+        super().__init__()
+        self.W = nn.Parameter(torch.cat([a0 * torch.eye(d), -math.log(a0) * torch.eye(d)], dim=1))
+
+    def input(self, e):
+        return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))
+
+    def forward(self, h, u):
+        return F.linear(h, self.W[:, :h.shape[-1]].to(h.dtype)) + u
+
+    def spectral_radius(self):
+        state_half = self.W[:, :len(self.W)].float().cpu()  # mps has no eigvals
+        return torch.linalg.eigvals(state_half).abs().max()
+
+
+class Replace(Add):
+    """e itself, of a plain transformer: there is no loop, and so no state."""
+
+    def forward(self, h, u):
+        return u
+
+
+INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
+
+# ------------------------------------------------------------------------------- the model
 
 
 @dataclass
@@ -98,6 +182,8 @@ class Parcae(nn.Module):
     def __init__(self, config: ParcaeConfig):
         super().__init__()
         self.config = config
+        config.need(config.injection in INJECTIONS, "injection",
+                    f"one of {', '.join(INJECTIONS)}")
         P, R, d = config.n_prelude, config.n_recurrent, config.n_embd
 
         # value embeddings in layers 1, 3, 5, ... and in the last one
@@ -232,7 +318,7 @@ class Parcae(nn.Module):
         """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits
         (B, T, vocab_size) float32, and the state h and u, both (B, T, C).
 
-        A later call for the same tokens takes up h and u from `stop` on (draft.py). What
+        A later call for the same tokens takes up h and u from `stop` on (parts/draft.py). What
         compile_decoding compiles."""
         if start == 0:
             inputs, u, h = self.begin(idx, cache)
@@ -429,7 +515,3 @@ def orthogonal_(p, std):
 def count_parameters(module, dimensions=None):
     """Numbers in the parameters of a module; dimensions: only in those of so many (2: matrices)."""
     return sum(p.numel() for p in module.parameters() if dimensions in (None, p.ndim))
-
-
-if __name__ == "__main__":
-    nothing_to_run(__doc__)

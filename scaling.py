@@ -7,11 +7,11 @@
                                                     what would such a sweep find, and cost?
 
 With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
-and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Tables come from sweep.py.
-Tables without loops are fitted too: then the training law is that of Chinchilla.
+and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Tables come from
+tools/sweep.py. Tables without loops are fitted too: then the training law is that of Chinchilla.
 
-isoflop.py reads mu* off the runs, laws.py fits laws of the loss and finds mu* on them. Both are
-printed side by side: where they disagree, neither is to be trusted.
+parts/isoflop.py reads mu* off the runs, parts/laws.py fits laws of the loss and finds mu* on them.
+Both are printed side by side: where they disagree, neither is to be trusted.
 """
 
 import sys
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import (
+from parts import figures
+from parts.cli import (
     COUNT,
     LOOPS,
     POSITIVE,
@@ -32,9 +32,10 @@ from common import (
     new_file,
     number,
     run_script,
-    write_json,
 )
-from isoflop import (
+from parts.files import write_json
+from parts.fit_report import draw, frontier_text, optimum_text, report, value_text
+from parts.isoflop import (
     budgets_of,
     fit_parabolas,
     gains,
@@ -42,7 +43,7 @@ from isoflop import (
     seed_differences,
     without_a_pair,
 )
-from laws import (
+from parts.laws import (
     LAWS,
     RESAMPLES,
     far_exponents,
@@ -53,10 +54,8 @@ from laws import (
     reasons_against,
     token_cost,
 )
-from outliers import without_diverged
-from plan import design
-from report import draw, frontier_text, optimum_text, report, value_text
-from tables import (
+from parts.outliers import without_diverged
+from parts.tables import (
     at_trained_depth,
     column,
     comparable,
@@ -71,6 +70,7 @@ from tables import (
     trained_depth,
     without_seed_effects,
 )
+from tools.design import design
 
 HERE = Path(__file__).parent
 COMMANDS = {  # name: (what it does, its flags in an example)

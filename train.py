@@ -7,10 +7,10 @@
     python train.py --init-from out/default --data data/mine --out out/mine --muon-lr 1e-2
     torchrun --standalone --nproc-per-node=8 train.py --preset parcae-140m --data data/fineweb-edu
 
-Writes a run directory, see run.py. The recipe is the paper's (§4.2, appendix E): Muon for the
-matrices of the layers, AdamW for the rest, no warm-up, the learning rate constant and then falling
-linearly to 0. All randomness of a step is a function of (seed, step), so that a resumed run repeats
-an uninterrupted one, and several ranks repeat a single one.
+Writes a run directory, see parts/run_directory.py. The recipe is the paper's (§4.2, appendix E):
+Muon for the matrices of the layers, AdamW for the rest, no warm-up, the learning rate constant and
+then falling linearly to 0. All randomness of a step is a function of (seed, step), so that a
+resumed run repeats an uninterrupted one, and several ranks repeat a single one.
 """
 
 import argparse
@@ -30,20 +30,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import explain
-from common import (
-    UserError,
-    fit_weights,
-    flag_of,
-    json_text,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    progress_bar,
-    read_json,
-    run_script,
-    use_threads,
-)
 from data import (
     EVAL_SEED,
     EVAL_TOKENS,
@@ -53,13 +39,17 @@ from data import (
     prepare,
     texts_differ,
 )
-from layers import read_config
 from model import PRESETS, Parcae, ParcaeConfig
-from muon import Muon, momentum_at
-from run import Run, check_free, clear_up, describe, held, rank, say, world
-from sample import stream
-from settings import DEFAULT_DATA, parse_args
-from tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
+from parts import explain
+from parts.cli import UserError, flag_of, progress_bar, run_script
+from parts.config import read_config
+from parts.files import fit_weights, json_text, read_json
+from parts.generation import stream
+from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
+from parts.muon import Muon, momentum_at
+from parts.run_directory import Run, check_free, clear_up, describe, held, rank, say, world
+from parts.settings import DEFAULT_DATA, parse_args
+from parts.tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
 
 MAX_SKIPPED = 10  # steps in a row that are not finite
 

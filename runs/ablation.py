@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Parser, UserError, run_script
-from run import say_differences
+from parts.cli import Parser, UserError, run_script
+from parts.run_directory import say_differences
+from parts.tables import write_csv
 from runs.half import finished
-from tables import write_csv
 
 
 def read_row(path):

@@ -12,12 +12,12 @@ import math
 import numpy as np
 import torch
 
-from common import COUNT, Parser, number, progress_bar, run_script
-from isoflop import budgets_of, fit_parabolas
-from laws import MU, fit_law, frontier, frontier_exponents, interval
-from plan import grid
+from parts.cli import COUNT, Parser, number, progress_bar, run_script
+from parts.isoflop import budgets_of, fit_parabolas
+from parts.laws import MU, fit_law, frontier, frontier_exponents, interval
+from parts.tables import read_tables, without_seed_effects
 from scaling import default_tables, exponents_of, fit_optima
-from tables import read_tables, without_seed_effects
+from tools.design import grid
 
 BUDGETS = (4e12, 8e12, 1.6e13, 3.2e13)
 RECURRENCES = (1, 2, 4, 8, 16, 32)

@@ -1,5 +1,5 @@
 """How much faster is drafting, compiling, weights of 8 bits, stopping early? Decoding of a trained
-run, every way in turns; on a GPU all but stopping early is replayed, see recording.py.
+run, every way in turns; on a GPU all but stopping early is replayed, see parts/recording.py.
 
     python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes out/draft.csv
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
@@ -17,26 +17,16 @@ from functools import cache, partial
 import torch
 
 from bench import alternate
-from common import (
-    COUNT,
-    LOOPS,
-    Parser,
-    UserError,
-    keep_freed_memory,
-    new_file,
-    number,
-    pick_device,
-    run_script,
-    some_path,
-)
-from draft import draft_stream
-from evaluate import open_data
 from model import Parcae
-from quantize import cast
-from recording import speed_up
-from sample import stream
-from tables import write_csv
-from tokenizer import load_tokenizer
+from parts.cli import COUNT, LOOPS, Parser, UserError, new_file, number, run_script, some_path
+from parts.draft import draft_stream
+from parts.generation import stream
+from parts.machine import keep_freed_memory, pick_device
+from parts.quantize import cast
+from parts.recording import speed_up
+from parts.tables import write_csv
+from parts.tokenizer import load_tokenizer
+from tools.evaluate import open_data
 
 COLUMNS = ["recurrence", "dtype", "compiled", "draft", "ahead", "exit", "temperature",
            "tokens_per_second", "slowest", "fastest", "speedup", "kept", "loops_per_token"]

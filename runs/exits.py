@@ -9,12 +9,12 @@ rule loses against all `--most` loops has a small standard error.
 
 from pathlib import Path
 
-import figures
-from common import Parser, UserError, number, progress_bar, run_script, some_path
-from evaluate import add_text_flags, bits_per_byte, early_exit, open_text, token_losses
 from model import Parcae
-from tables import write_csv
-from tokenizer import load_tokenizer
+from parts import figures
+from parts.cli import Parser, UserError, number, progress_bar, run_script, some_path
+from parts.tables import write_csv
+from parts.tokenizer import load_tokenizer
+from tools.evaluate import add_text_flags, bits_per_byte, early_exit, open_text, token_losses
 
 THRESHOLDS = {  # of each rule, from a late stop to an early one
     "kl": (0.003, 0.01, 0.03, 0.1, 0.3),
@@ -25,7 +25,8 @@ COLUMNS = ["rule", "threshold", "loops", "val_loss", "standard_error", "above", 
 
 
 def row_of_table(rule, threshold, row):
-    """A row of evaluate.py as one of this table; "above": nats a token more than with all loops."""
+    """A row of tools/evaluate.py as one of this table; "above": nats a token more than with all
+    loops."""
     return {"rule": rule, "threshold": threshold, "loops": round(row["recurrence"], 3),
             "val_loss": round(row["val_loss"], 5),
             "standard_error": round(row["standard_error"], 5),

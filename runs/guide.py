@@ -1,4 +1,4 @@
-"""The pictures of GUIDE.md: a loop in one dimension, and a trained model's way to its fixed point.
+"""The pictures of docs/guide.md: a loop in one dimension, and a trained model's fixed point.
 
     python -m runs.guide --run out/default    writes guide-loop.png and guide-fixed-point.png
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import COUNT, Parser, UserError, run_script, some_path
-from evaluate import add_text_flags, open_text
 from model import Parcae
-from sample import check_predicts
-from tokenizer import load_tokenizer
+from parts import figures
+from parts.cli import COUNT, Parser, UserError, run_script, some_path
+from parts.generation import check_predicts
+from parts.tokenizer import load_tokenizer
+from tools.evaluate import add_text_flags, open_text
 
 RULES = {0.45: "a = 0.45: settles at 1.82", 1.0: "a = 1: grows by 1 a loop",
          1.1: "a = 1.1: explodes"}

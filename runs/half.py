@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
 from bench import kv_bytes
-from common import Parser, UserError, read_json, run_script
 from model import Parcae, ParcaeConfig
-from run import say_differences
-from tables import last_line, write_csv
+from parts import figures
+from parts.cli import Parser, UserError, run_script
+from parts.files import read_json
+from parts.run_directory import say_differences
+from parts.tables import last_line, write_csv
 
 NAMES = {
     "looped": "looped, T = 8",

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import UserError, progress_bar, run_script
 from data import changed_text, open_shard
 from model import Parcae
-from run import say_differences
+from parts import figures
+from parts.cli import UserError, progress_bar, run_script
+from parts.generation import check_predicts
+from parts.run_directory import say_differences
+from parts.tables import write_csv
 from runs.half import finished, parse_args, read_table
-from sample import check_predicts
-from tables import write_csv
 
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]

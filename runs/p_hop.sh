@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A task where depth is everything (p-hop induction, see sources.py): one layer looped 8 times, and 4
+# A task where depth is everything (p-hop induction, see parts/sources.py): one layer looped 8 times, and 4
 # times, on average; the same layer run once for as many tokens, and for as many FLOPs as the first
 # one; eight layers. A quarter of an hour on two cores for one seed; SEEDS="0 1 2" for the published
 # table.

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import Parser, run_script
-from laws import cost_between, lower_hull
 from model import PRESETS, Parcae, ParcaeConfig
-from tables import write_csv
+from parts import figures
+from parts.cli import Parser, run_script
+from parts.laws import cost_between, lower_hull
+from parts.tables import write_csv
 
 GRID = np.array([1, 2, 4, 6, 8, 10, 12])  # the recurrences that the paper trained
 TABLE_6 = {  # training FLOPs as the paper counts them: the best recurrence

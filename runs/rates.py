@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
-from common import Parser, run_script
+from parts import figures
+from parts.cli import Parser, run_script
 from runs.half import COLUMNS, NAMES, losses_of, read_table
 from runs.worth import TABLES
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Parser, UserError, read_json, run_script, whole_directory, whole_file, write_json
 from model import Parcae
-from sample import check_predicts
+from parts.cli import Parser, UserError, run_script
+from parts.files import read_json, whole_directory, whole_file, write_json
+from parts.generation import check_predicts
 
 
 @torch.no_grad()

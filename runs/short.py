@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 import data
-import figures
-from common import UserError, run_script, whole_directory
 from data import ShardWriter, open_shard
+from parts import figures
+from parts.cli import UserError, run_script
+from parts.files import whole_directory
+from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs.half import collect, finished, gain_text, losses_of, pairs, parse_args
-from tokenizer import load_tokenizer, save_tokenizer
 
 SOURCE = Path("data/stdlib")
 PIECES, PIECE_TOKENS = 64, 4096  # the short text: pieces of the long one, at equal distances

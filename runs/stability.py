@@ -8,10 +8,11 @@ Runs are named RULE-RATE. Those that broke off count: they are what the picture 
 import math
 from pathlib import Path
 
-import figures
-from common import Parser, UserError, read_json_lines, run_script
-from run import say_differences
-from tables import write_csv
+from parts import figures
+from parts.cli import Parser, UserError, run_script
+from parts.files import read_json_lines
+from parts.run_directory import say_differences
+from parts.tables import write_csv
 
 
 def read_logs(folder):

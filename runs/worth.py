@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-from common import Parser, UserError, run_script
 from model import PRESETS, Parcae, ParcaeConfig
+from parts import figures
+from parts.cli import Parser, UserError, run_script
 from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
 
 T = 8  # loops of all models here

@@ -39,7 +39,7 @@ def good(tmp_path_factory):
 
 SAMPLE = ["sample.py", "--run", "r", "--tokens", "2", "--device", "cpu"]
 EVALUATE = [
-    "evaluate.py",
+    "tools/evaluate.py",
     "--run",
     "r",
     "--recurrence",
@@ -52,7 +52,7 @@ EVALUATE = [
     "2",
 ]
 CORE = [
-    "core.py",
+    "tools/core.py",
     "core",
     "--run",
     "r",
@@ -223,8 +223,8 @@ FLAGS = [
     (FIT, "--resamples", "abc"),
     (["scaling.py", "predict", "s.csv"], "--flops", "nan"),
     (["scaling.py", "predict", "s.csv"], "--flops", "1e400"),
-    (["sweep.py", "--recurrences", "1"], "--budgets", "x"),
-    (["sweep.py", "--budgets", "1e7"], "--recurrences", "1.5"),
+    (["tools/sweep.py", "--recurrences", "1"], "--budgets", "x"),
+    (["tools/sweep.py", "--budgets", "1e7"], "--recurrences", "1.5"),
     (BENCH, "--out", "t.txt"),
     (BENCH, "--rounds", "0"),
     (["data.py", "text", "t.txt"], "--out", "t.txt"),

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from conftest import ROOT, script
 
-from runs import check_docs
+from tools import check_docs
 
 GOOD = """# A document
 
@@ -13,14 +13,14 @@ GOOD = """# A document
     python train.py $small --mean-recurrence 1 \\
         --out out/x && python sample.py    # don't run this
 
-Then `python evaluate.py --recurrence 1 2` and [results](results/README.md), see `model.py`.
+Then `python -m tools.evaluate --recurrence 1 2` and [results](results/README.md), see `model.py`.
 
 ```bash
 RATES=1e-1 bash runs/stability.sh
 for seed in 0 1; do
     python train.py $small --seed $seed --out out/$seed
 done
-python sweep.py --budgets 1e12 --recurrences 1 2 --n-embd 16
+python -m tools.sweep --budgets 1e12 --recurrences 1 2 --n-embd 16
 python -m runs.half out/half results | tee half.txt
 python - <<'EOF'
 from model import Parcae
@@ -45,7 +45,7 @@ def faults(tmp_path, monkeypatch):
 
 def test_our_documents_have_no_fault():
     paths = check_docs.find_documents()
-    assert {"README.md", "EXERCISES.md", "p_hop.sh"} <= {path.name for path in paths}
+    assert {"README.md", "docs/exercises.md", "p_hop.sh"} <= {path.name for path in paths}
     assert check_docs.check(paths) == []
 
 
@@ -104,7 +104,7 @@ def test_a_fence_in_a_list_is_read(faults):
     ("    python train.py $unset", "$unset is not set"),
     ("    python scaling.py predict", "--flops"),
     ("    python scaling.py fit --budgets 1", "--budgets"),
-    ("    python sweep.py --budgets 1e12 --recurrences 1 --n-emd 3", "--n-emd"),
+    ("    python -m tools.sweep --budgets 1e12 --recurrences 1 --n-emd 3", "--n-emd"),
     ("    python -c \"from model import Parcel\"", "no Parcel"),
     ("    python train.py --out \"out/x", "to its end"),
     ("Then `bash runs/nothing.sh` and", "runs/nothing.sh does not exist"),
@@ -130,9 +130,9 @@ def test_a_shell_script_is_checked(faults):
 
 def test_faults_are_printed_and_exit_with_1(tmp_path):
     (tmp_path / "x.md").write_text("    python train.py --wrong\n")
-    done = script("runs/check_docs.py", "--quick", tmp_path / "x.md")
+    done = script("tools/check_docs.py", "--quick", tmp_path / "x.md")
     assert done.returncode == 1 and done.stdout.splitlines()[0].startswith("x.md:1: ")
-    done = script("runs/check_docs.py", "--quick", tmp_path / "y.md")
+    done = script("tools/check_docs.py", "--quick", tmp_path / "y.md")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
@@ -145,7 +145,8 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
         "    python --version  # twice\n    python --version\n"
         "    n=1 python -c \"open('count', 'a').write('x')\"\n    python -c pass\n"
         "\nor `python -c 'print(7)'`\n")
-    (root / "GUIDE.md").write_text("    python -c 'print(7)'\n    python -c \"print('$word')\"\n")
+    (root / "docs/guide.md").write_text(
+        "    python -c 'print(7)'\n    python -c \"print('$word')\"\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(root)]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
@@ -157,8 +158,8 @@ def test_full_runs_each_command_in_a_clone_and_logs_it(tmp_path, monkeypatch, ca
     assert (copy / "made.txt").read_text() == "made here\n" and not (root / "made.txt").exists()
     log = (copy / "docs-log.txt").read_text()
     assert "README.md:3: exit code 3" in log and "README.md:4: skipped: needs GPUs" in log
-    assert "GUIDE.md:1: exit code 0" in log and "\n    7\n" in log
-    assert "GUIDE.md:2: exit code" in log and "unbound variable" in log
+    assert "docs/guide.md:1: exit code 0" in log and "\n    7\n" in log
+    assert "docs/guide.md:2: exit code" in log and "unbound variable" in log
     assert log.count("python --version") == 1
     assert (copy / "count").read_text() == "x"  # a command with a variable is no assignment
     with pytest.raises(check_docs.UserError):

@@ -13,29 +13,28 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-import common
-from common import (
-    UserError,
+from parts import cli, files, machine
+from parts.cli import UserError, new_directory, new_file, progress_bar
+from parts.files import (
     load_checkpoint,
     lock,
     log_line,
-    matmul_peak,
-    new_directory,
-    new_file,
-    pick_device,
-    progress_bar,
     read_json,
     whole_directory,
     whole_file,
     write_json,
     write_text,
 )
-from tokenizer import quiet_stderr
+from parts.machine import matmul_peak, pick_device
+from parts.tokenizer import quiet_stderr
+
+IMPORTS = ("import sys; sys.argv = ['x.py']; from parts.cli import *; "
+           "from parts.files import *")
 
 
 def python(code, **options):
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = ['x.py']; from common import *\n{code}"],
+        [sys.executable, "-c", f"{IMPORTS}\n{code}"],
         cwd=ROOT,
         capture_output=True,
         **options,
@@ -58,7 +57,7 @@ def test_a_console_that_is_not_utf8_shows_replacements(encoding):
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
     code = "run_script(lambda: [print('line', i) for i in range(100_000)])"
     done = subprocess.run(
-        f"{sys.executable} -c \"import sys; sys.argv = ['x.py']; from common import *; {code}\""
+        f"{sys.executable} -c \"{IMPORTS}; {code}\""
         " | head -1",
         shell=True,
         cwd=ROOT,
@@ -103,7 +102,7 @@ def test_streams_that_are_closed_lead_to_nowhere(closed, tmp_path):
             for number in closed:
                 os.close(number)
                 setattr(sys, ("stdin", "stdout", "stderr")[number], None)
-            common.run_script(main)
+            cli.run_script(main)
         except SystemExit as stop:
             code = stop.code
         finally:
@@ -179,7 +178,7 @@ def test_progress_in_a_log_is_lines_now_and_then(monkeypatch, capsys):
     """And none for short work; also while one item takes long, and none after the end."""
     for _ in progress_bar(range(100), desc="short"):
         pass
-    monkeypatch.setattr(common, "LINE_SECONDS", 0.02)
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0.02)
     with progress_bar(total=4, desc="long", postfix="loss 3") as bar:
         for _ in range(3):
             bar.update()
@@ -201,7 +200,7 @@ def test_every_bar_is_one_of_those():
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):
     hold = f"with lock({str(tmp_path)!r}):\n    print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; from common import *\n{hold}"],
+        [sys.executable, "-c", f"{IMPORTS}\n{hold}"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -220,7 +219,7 @@ def test_locks_are_of_one_process_and_end_with_it(tmp_path):
 def test_a_file_system_without_locks_is_named(code, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(getattr(errno, code), "Function not implemented")
-    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     said = r"^\S+ is on a file system without locks \(Function not .* local disk with --out"
     with pytest.raises(UserError, match=said), lock(tmp_path, patience=60):
         pass
@@ -300,7 +299,7 @@ def test_another_compiler_may_be_named_and_a_gpu_needs_triton(tmp_path, monkeypa
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match="--compile on a GPU needs triton"):
-        common.check_compiler("cuda")
+        machine.check_compiler("cuda")
 
 
 def test_json_has_no_number_that_is_not_finite(tmp_path):
@@ -322,4 +321,4 @@ def test_every_script_writes_json_by_one_function():
     """common.py's, which writes null for NaN. The other files write no fractions."""
     users = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("runs/*.py")]
              if "json.dump" in path.read_text()}
-    assert users <= {"common.py", "data.py", "tokenizer.py", "sweep.py"}
+    assert users <= {"common.py", "data.py", "parts/tokenizer.py", "tools/sweep.py"}

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import save_run, script
 
-import core
-from common import UserError
 from model import Parcae
-from tokenizer import make_tokenizer
+from parts.cli import UserError
+from parts.tokenizer import make_tokenizer
+from tools import core
 
 
 def call(*flags):
-    return script("core.py", *flags)
+    return script("tools/core.py", *flags)
 
 
 def made_up(kind, n=40, seed=0):

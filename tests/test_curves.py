@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import script
 
-import curves
-import figures
+from parts import figures
+from tools import curves
 
 
 def make_run(path, evaluations, looped=True, steps=60, mean=4, **change):
@@ -45,7 +45,7 @@ def drawn(monkeypatch):
 
 def draw(tmp_path, *runs):
     """Draw run directories in a file; whether it is a picture."""
-    done = script("curves.py", *runs, "--out", tmp_path / "curves.png")
+    done = script("tools/curves.py", *runs, "--out", tmp_path / "curves.png")
     assert done.returncode == 0 and not done.stderr, done.stderr
     return (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -84,7 +84,7 @@ def test_runs_of_different_things_are_said_to_be(tmp_path, drawn, tokens, change
         (run / "tokenizer.json").write_text(json.dumps({"name": "x", "tokens": of_it}))
     said = f"these runs have different {named}: compare nothing that depends on them"
     for flags in ([], ["--watch"]):
-        done = script("curves.py", *runs, *flags, "--out", tmp_path / "c.png")
+        done = script("tools/curves.py", *runs, *flags, "--out", tmp_path / "c.png")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("these runs") == done.stdout.count(said) == (named is not None)
         assert drawn.pop().get_suptitle() == (said if named else "")
@@ -161,7 +161,7 @@ def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
     (tmp_path / "config.json").write_text('{"model": {"n_recurrent": 1, "mean_recurrence": 4}}')
     if log is not None:
         (tmp_path / "log.jsonl").write_text(log)
-    done = script("curves.py", tmp_path, "--out", tmp_path / "curves.png")
+    done = script("tools/curves.py", tmp_path, "--out", tmp_path / "curves.png")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "curves.png").exists()
 
@@ -170,7 +170,7 @@ def test_a_run_without_a_log_gets_one_line(tmp_path, log, message):
 def test_a_config_of_something_else_gets_one_line(tmp_path, config):
     run = make_run(tmp_path / "a", {})
     (run / "config.json").write_text(config)
-    done = script("curves.py", run, "--out", tmp_path / "curves.png")
+    done = script("tools/curves.py", run, "--out", tmp_path / "curves.png")
     assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -190,14 +190,14 @@ def test_watching_draws_until_every_run_has_ended(tmp_path, monkeypatch):
         file.write_text("".join(parts[len(waits) - 1]))
 
     monkeypatch.setattr(time, "sleep", wait)
-    done = script("curves.py", run, "--out", tmp_path / "curves.png", "--watch", "7")
+    done = script("tools/curves.py", run, "--out", tmp_path / "curves.png", "--watch", "7")
     assert done.returncode == 0 and waits == [7, 7, 7], done.stderr
     assert pictures[0] is None and len({*pictures, (tmp_path / "curves.png").read_bytes()}) == 4
     said = done.stdout.splitlines()
     assert "no training step yet" in said[0] and f"a {5 / 20 ** 0.2:.3f}" in said[1]
     assert len(said) == 4
     # those that have ended are drawn once
-    done = script("curves.py", run, ended, "--out", tmp_path / "curves.png", "--watch")
+    done = script("tools/curves.py", run, ended, "--out", tmp_path / "curves.png", "--watch")
     assert done.returncode == 0 and len(waits) == 3 and done.stdout.count("\n") == 1
 
 
@@ -216,7 +216,7 @@ def test_watching_ends_with_control_c(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "sleep", interrupt)
     run = make_run(tmp_path / "a", {})
-    done = script("curves.py", run, "--out", tmp_path / "curves.png", "--watch")
+    done = script("tools/curves.py", run, "--out", tmp_path / "curves.png", "--watch")
     assert done.returncode == 130 and not done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "curves.png"]
 
@@ -224,8 +224,8 @@ def test_watching_ends_with_control_c(tmp_path, monkeypatch):
 def test_a_wait_that_is_no_number_and_no_matplotlib_get_one_line(tmp_path, monkeypatch):
     run = make_run(tmp_path / "a", {})
     for seconds in ("0", "-1", "x", "1e300"):
-        done = script("curves.py", run, "--watch", seconds)
+        done = script("tools/curves.py", run, "--watch", seconds)
         assert done.returncode == 2 and "--watch" in done.stderr and done.stderr.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = script("curves.py", run)
+    done = script("tools/curves.py", run)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, script
 
 import data
-import sources
-import tokenizer as tokenizing
 from data import Loader, ShardWriter, UserError, open_shard, prepare, texts_differ
-from sources import read_text
-from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
+from parts import sources
+from parts import tokenizer as tokenizing
+from parts.sources import read_text
+from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
          "naïve café, 你好世界, здравствуй, שלום, ไทย",
@@ -118,7 +118,7 @@ def test_damaged_tokenizer_is_refused(tmp_path):
 
 def test_the_format_of_others_is_told_what_to_do_with(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    with pytest.raises(UserError, match="python published.py tokenizer .* --out DIR"):
+    with pytest.raises(UserError, match="python -m tools.published tokenizer .* --out DIR"):
         load_tokenizer(tmp_path)
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import script
 
-from common import UserError
-from draft import accept, draft_stream, propose
-from sample import probabilities, stream
+from parts.cli import UserError
+from parts.draft import accept, draft_stream, propose
+from parts.generation import probabilities, stream
 
 
 def greedy(logits):

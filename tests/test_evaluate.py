@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-import evaluate
-from common import UserError
 from data import prepare
-from tokenizer import load_tokenizer
+from parts.cli import UserError
+from parts.tokenizer import load_tokenizer
+from tools import evaluate
 
 
 def call(*flags):
-    return script("evaluate.py", *flags)
+    return script("tools/evaluate.py", *flags)
 
 
 def test_bits_per_byte_and_perplexity(run):
@@ -107,7 +107,7 @@ def test_a_model_that_predicts_nothing_gets_one_line_and_no_number(run, build):
 
 
 def measured(run, *flags):
-    """What evaluate.py prints first, and writes."""
+    """What tools/evaluate.py prints first, and writes."""
     done = call("--run", run, "--recurrence", 1, "--sequences", 3, "--dtype", "float32", *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[0], json.loads((run / "eval.json").read_text())

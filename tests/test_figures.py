@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import figures
-from common import UserError
-from isoflop import budgets_of
+from parts import figures
+from parts.cli import UserError
+from parts.isoflop import budgets_of
 
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
-from isoflop import (
+from parts.isoflop import (
     budgets_of,
     fit_parabolas,
     gains,

@@ -4,10 +4,10 @@ import torch
 from conftest import ROOT
 from sweeps import chinchilla, evaluated, parametric, sweep
 
-import laws
-import report
 import scaling
-from laws import (
+from parts import fit_report as report
+from parts import laws
+from parts.laws import (
     POWER,
     Law,
     Parameter,
@@ -18,7 +18,7 @@ from laws import (
     lower_hull,
     token_cost,
 )
-from tables import column, read_csv, trained_depth
+from parts.tables import column, read_csv, trained_depth
 
 
 def test_laws_are_recovered():

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import INJECTIONS, PRESETS, KVCache, Parcae, ParcaeConfig, UserError
-from published import our_name
+from tools.published import our_name
 
 
 def executed_flops(run):

@@ -8,14 +8,13 @@ import torch
 from mps import MPS, FakeMps, Refused
 
 import bench
-import core
-import evaluate
-import run as run_module
 import sample
 import train
 from model import ParcaeConfig
+from parts import run_directory as run_module
 from runs import draft as drafts
 from runs import exits
+from tools import core, evaluate, trace
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_evaluating(on_mps, run, dtype):
     on_mps(evaluate.main, *flags)
     rows = json.loads((run / "eval.json").read_text())["results"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--device", "cpu"])
+        patch.setattr(sys, "argv", ["tools/evaluate.py", *map(str, flags), "--device", "cpu"])
         evaluate.main()
     host = json.loads((run / "eval.json").read_text())["results"]
     assert [row["val_loss"] for row in rows] == pytest.approx([row["val_loss"] for row in host],
@@ -105,8 +104,7 @@ def test_sampling(on_mps, run, dtype, flags):
 
 @pytest.mark.parametrize("name", ["t.html", "t.png"])
 def test_a_trace(on_mps, run, name):
-    on_mps(sample.main, "--run", run, "--prompt", "a b", "--recurrence", 3, "--trace", name,
-           "--device", "mps")
+    on_mps(trace.main, "--run", run, "--prompt", "a b", "--recurrence", 3, name, "--device", "mps")
 
 
 def test_measuring_exits(monkeypatch, run):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from muon import POLAR_EXPRESS, Muon, momentum_at, orthogonalise
+from parts.muon import POLAR_EXPRESS, Muon, momentum_at, orthogonalise
 
 PARITY = json.loads((Path(__file__).parent / "muon.json").read_text())
 

@@ -1,4 +1,4 @@
-"""class.ipynb runs from its first cell to its last and shows its pictures. Half a minute."""
+"""docs/class.ipynb runs from its first cell to its last and shows its pictures. Half a minute."""
 
 import csv
 import re
@@ -14,7 +14,7 @@ pytest.importorskip("ipykernel", reason="needs ipykernel: pip install nbclient i
 
 
 def read_notebook():
-    return nbformat.read(ROOT / "class.ipynb", as_version=4)
+    return nbformat.read(ROOT / "docs/class.ipynb", as_version=4)
 
 
 def copy_tracked(folder):

@@ -5,9 +5,9 @@ from conftest import ROOT
 from sweeps import chinchilla, parabolic, parametric, sweep
 
 import scaling
-from isoflop import noise_of
-from outliers import diverged, without_diverged
-from tables import column, read_tables, trained_depth, without_seed_effects
+from parts.isoflop import noise_of
+from parts.outliers import diverged, without_diverged
+from parts.tables import column, read_tables, trained_depth, without_seed_effects
 
 OURS = trained_depth(row for row in read_tables([ROOT / "results" / "sweep-stdlib-16.csv"])[0]
                      if row["accounting"] == "exact")

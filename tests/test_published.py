@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-from common import UserError
 from data import prepare
-from layers import INJECTIONS, Diagonal
-from model import Parcae, ParcaeConfig
-from published import export_model, import_model, our_name, read_tokenizer
-from tokenizer import begin_token, load_tokenizer, make_tokenizer, save_tokenizer
+from model import INJECTIONS, Diagonal, Parcae, ParcaeConfig
+from parts.cli import UserError
+from parts.tokenizer import begin_token, load_tokenizer, make_tokenizer, save_tokenizer
+from tools.published import export_model, import_model, our_name, read_tokenizer
 
 PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())
 
@@ -387,7 +386,7 @@ def test_a_hugging_face_tokenizer_keeps_its_ids(corpus, tmp_path, split, first):
 
     # as the README says to use it
     source = tmp_path / "hf" / "tokenizer.json"
-    done = script("published.py", "tokenizer", source, "--out", tmp_path / "ours")
+    done = script("tools/published.py", "tokenizer", source, "--out", tmp_path / "ours")
     assert done.returncode == 0 and "1,5" in done.stdout, done.stderr
     out = prepare("text", tmp_path / "data", str(tmp_path / "ours"), [ROOT / "data.py"])
     assert load_tokenizer(out).encode_ordinary("def f") == theirs.encode("def f").ids
@@ -445,12 +444,13 @@ def run_directory(build, tmp_path):
 
 
 def test_a_run_goes_out_and_comes_back(run_directory, tmp_path):
-    done = script("published.py", "export", run_directory, "--out", tmp_path / "exported")
+    done = script("tools/published.py", "export", run_directory, "--out", tmp_path / "exported")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == [
         "config.json", "pytorch_model.bin", "tokenizer.json"]
     (tmp_path / "again").mkdir()  # an empty directory may be there
-    done = script("published.py", "import", tmp_path / "exported", "--out", tmp_path / "again")
+    done = script("tools/published.py", "import", tmp_path / "exported", "--out",
+                  tmp_path / "again")
     assert done.returncode == 0, done.stderr
     model = Parcae.from_pretrained(run_directory)
     parameters = sum(p.numel() for p in model.parameters())
@@ -484,7 +484,7 @@ def test_nothing_of_the_users_is_replaced(run_directory, tmp_path, action):
                       (".", "is the current directory")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-        done = script("published.py", action, source, "--out", out, cwd=tmp_path / "empty")
+        done = script("tools/published.py", action, source, "--out", out, cwd=tmp_path / "empty")
         assert done.returncode == 2 and said in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
         after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
@@ -496,7 +496,7 @@ def test_nothing_of_the_users_is_replaced(run_directory, tmp_path, action):
     (["tokenizer", "none.json"], "none.json does not exist"), (["sell", "run"], "is 'sell', must"),
     (["import", "run"], "is a run directory of this project"), (["import", ""], "is empty")])
 def test_mistakes_get_one_line_and_leave_nothing(run_directory, tmp_path, words, said):
-    done = script("published.py", *words, "--out", "new", cwd=tmp_path)
+    done = script("tools/published.py", *words, "--out", "new", cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -504,12 +504,12 @@ def test_mistakes_get_one_line_and_leave_nothing(run_directory, tmp_path, words,
 def test_a_tokenizer_that_its_model_has_no_room_for_is_refused(build, tmp_path):
     export_model(build(vocab_size=256), tmp_path / "theirs")
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "theirs" / "tokenizer.json")
-    done = script("published.py", "import", tmp_path / "theirs", "--out", tmp_path / "new")
+    done = script("tools/published.py", "import", tmp_path / "theirs", "--out", tmp_path / "new")
     assert done.returncode == 2 and "has 257 tokens, its model 256" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_a_full_disk_leaves_nothing(run_directory, tmp_path, full_disk):
-    done = script("published.py", "export", run_directory, "--out", tmp_path / "new")
+    done = script("tools/published.py", "export", run_directory, "--out", tmp_path / "new")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

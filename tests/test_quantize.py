@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import script
 
-from quantize import FEW, Int8Linear, cast
+from parts.quantize import FEW, Int8Linear, cast
 
 
 @pytest.mark.parametrize("n_in, n_out", [(32, 5), (64, 96), (36, 8), (10, 7)])
@@ -46,7 +46,7 @@ def test_a_model_of_8_bits_says_nearly_the_same_and_costs_as_much(build, tokens)
 def test_scripts_take_int8(run):
     losses = {}
     for dtype in ("float32", "int8"):
-        done = script("evaluate.py", "--run", run, "--dtype", dtype, "--sequences", 8,
+        done = script("tools/evaluate.py", "--run", run, "--dtype", dtype, "--sequences", 8,
                       "--recurrence", 4)
         assert done.returncode == 0, done.stderr
         record = json.loads((run / "eval.json").read_text())

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from common import UserError
-from draft import draft_stream
-from recording import Recorder, speed_up
-from sample import generate
+from parts.cli import UserError
+from parts.draft import draft_stream
+from parts.generation import generate
+from parts.recording import Recorder, speed_up
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"value_embeds": True}, {"n_recurrent": 0}])

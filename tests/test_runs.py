@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-from common import UserError
 from data import open_shard, prepare
 from model import PRESETS, Parcae, ParcaeConfig
+from parts.cli import UserError
+from parts.sources import p_hop_docs
+from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from runs import guide, half, p_hop, short, worth
-from sources import p_hop_docs
-from tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
 

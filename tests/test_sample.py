@@ -1,36 +1,20 @@
-import json
 import math
-import sys
 from fractions import Fraction
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from conftest import save_run, script
 
-import figures
-import sample as sample_module
 from model import KVCache, Parcae, UserError
-from sample import (
-    EXIT_RULES,
-    NO_TOKEN,
-    Look,
-    choose,
-    generate,
-    probabilities,
-    settle,
-    tokens_before,
-    trace,
-    until,
-)
-from tokenizer import (
+from parts.generation import EXIT_RULES, Look, choose, generate, probabilities, settle
+from parts.tokenizer import (
     begin_token,
     decode_stream,
     load_tokenizer,
     make_tokenizer,
     save_tokenizer,
 )
-from trace_page import write_page
+from sample import NO_TOKEN, tokens_before, until
 
 
 @pytest.fixture
@@ -91,8 +75,6 @@ def test_prompt_from_file_and_standard_input(run_directory):
         (["--exit-rule", "kl"], "--exit-rule does nothing without --exit-threshold"),
         (["--ahead", "8"], "--ahead does nothing without --draft"),
         (["--exit-threshold", "1", "--kv-cache", "per-loop"], "leave out --kv-cache"),
-        (["--trace", "t.html", "--top-k", "3", "--ignore-eot"], "leave out --ignore-eot, --top-k"),
-        (["--trace", "t.html", "--dtype", "int8"], "--dtype is int8, must be float32"),
     ],
 )
 def test_mistakes_get_one_line(run_directory, flags, message):
@@ -159,61 +141,9 @@ def test_only_a_model_that_loops_has_a_draft_or_an_exit(build, tmp_path):
     save_run(build(vocab_size=320, n_recurrent=0, n_prelude=2), tmp_path)
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
     for name, *flags in (("sample.py", "--draft", 1), ("sample.py", "--exit-threshold", 1),
-                         ("evaluate.py", "--exit-threshold", 1)):
+                         ("tools/evaluate.py", "--exit-threshold", 1)):
         done = script(name, "--run", tmp_path, "--device", "cpu", *flags)
         assert done.returncode == 2 and f"{flags[0]} needs a model that loops" in done.stderr
-
-
-def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
-    model = Parcae.from_pretrained(run_directory)
-    idx = torch.arange(12)[None]
-    probs, moved = trace(model, idx, 5, 12)
-    assert probs.shape == (5, 12, 320)
-    assert torch.allclose(probs[3], model(idx, recurrence=4)[0][0].softmax(-1))
-    assert torch.allclose(moved[0], torch.ones(12)) and (moved[4] < moved[1]).all()
-    for of_all, of_last in zip((probs, moved), trace(model, idx, 5, 3)):  # which see all the same
-        assert torch.allclose(of_all[:, -3:], of_last, atol=1e-6)
-    prompt = "x = [1, 2]\n" * 5  # longer than a picture, and than the context
-    done = sample(run_directory, "--prompt", prompt, "--trace", tmp_path / "t.png",
-                  "--recurrence", "4")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.tmp"))
-    assert (
-        "needs a model that loops and a prompt"
-        in sample(run_directory, "--trace", tmp_path / "t.png").stderr
-    )
-
-
-class Scripts(HTMLParser):
-    """What an HTML reader takes for script elements, a list of their texts."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.texts, self.open, self.links = [], False, []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.open = tag == "script"
-        self.texts += [""] * self.open
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        self.open = False
-
-    def handle_data(self, text):
-        if self.open:
-            self.texts[-1] += text
-
-
-def test_a_picture_is_of_the_end_of_a_long_prompt(run_directory, monkeypatch):
-    shown = []
-    monkeypatch.setattr(figures, "trace", lambda path, labels, *rest: shown.extend(labels))
-    model, tokenizer = Parcae.from_pretrained(run_directory), load_tokenizer(run_directory)
-    idx = torch.arange(65, 65 + 20).repeat(3)[None, -32:]  # block_size
-    monkeypatch.setattr(sample_module, "TRACED", 5)
-    sample_module.draw_trace(model, tokenizer, idx, 2, "t.png")
-    assert "".join(shown) == "PQRST"
 
 
 def test_exit_rules_measure_what_they_say():
@@ -227,83 +157,9 @@ def test_exit_rules_measure_what_they_say():
     assert found["kl"] == pytest.approx(0.25 * math.log(2))
 
 
-def test_no_text_of_a_token_ends_the_page(tmp_path):
-    texts = ["</script>", "<!--", "<script>", "</SCRIPT ", '"', "&lt;", "\\u003c", "\u2028", "日"]
-    tops = [[[(text, 0.5), ("__DATA__", 0.25)] for text in texts]]
-    write_page(tmp_path / "t.html", texts, tops)
-    scripts = Scripts((tmp_path / "t.html").read_text())
-    assert len(scripts.texts) == 2 and scripts.texts[1].strip().startswith("const data = ")
-    data = json.loads(scripts.texts[0])
-    assert data["tokens"] == texts and data["loops"] == json.loads(json.dumps(tops))
-
-
-PROMPT = """</script><!-- <script> "'&amp; \\n\r\n\té日\u2028"""
-
-
-def test_a_page_holds_the_likeliest_tokens_of_each_loop(run_directory, tmp_path):
-    (tmp_path / "p.txt").write_bytes(PROMPT.encode())
-    page = tmp_path / "t.HTML"
-    flags = ["--recurrence", "2", "5", "--trace", page]
-    done = sample(run_directory, "--prompt-file", tmp_path / "p.txt", *flags)
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {page}: 32 tokens, 5 loops" in done.stdout  # the context is 32
-    assert page.read_bytes().isascii() and "http" not in page.read_text()
-    scripts = Scripts(page.read_text())
-    assert len(scripts.texts) == 2 and not scripts.links  # no text ended or began an element
-    data = json.loads(scripts.texts[0])
-
-    read = ["<|endoftext|>", *PROMPT.encode().decode("latin-1")]
-    assert data["tokens"] == [c if c.isascii() else f"\\x{ord(c):x}" for c in read][-32:]
-    tokenizer = make_tokenizer("bytes")
-    ids = [tokenizer.eot_token, *tokenizer.encode(PROMPT)][-32:]
-    model = Parcae.from_pretrained(run_directory)
-    for loops, tops in enumerate(data["loops"], start=1):
-        probs = model(torch.tensor([ids]), recurrence=loops)[0][0].softmax(-1)
-        best = probs.topk(5)
-        shown = torch.tensor([[p for _, p in top] for top in tops])
-        torch.testing.assert_close(shown, best.values, atol=1e-5, rtol=0)
-        for top, row in zip(tops, best.indices.tolist()):
-            # the model's vocabulary of 320 is larger than the tokenizer's of 257
-            texts = [chr(i) if i < 128 else f"\\x{i:x}" if i < 256 else "?" for i in row]
-            eot = ["<|endoftext|>" if i == 256 else text for i, text in zip(row, texts)]
-            assert [text for text, _ in top] == eot
-    assert len(data["loops"]) == 5
-
-
-@pytest.mark.parametrize("name", ["t.html", "t.png"])
-def test_what_predicts_nothing_is_not_traced(run_directory, build, tmp_path, name):
-    model = build(vocab_size=320, injection="concat")
-    with torch.no_grad():
-        model.injection.W.mul_(100)
-    save_run(model, run_directory)
-    flags = ["--prompt", "x = 1", "--trace", tmp_path / name]
-    assert sample(run_directory, *flags, "--recurrence", "2").returncode == 0
-    (tmp_path / name).unlink()
-    done = sample(run_directory, *flags, "--recurrence", "64")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "is not finite" in done.stderr and not (tmp_path / name).exists()
-
-
-def test_a_page_needs_no_matplotlib_but_a_loop(run_directory, build, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    flags = ["--prompt", "x = 1", "--trace", tmp_path / "t.html"]
-    assert sample(run_directory, *flags).returncode == 0
-    (tmp_path / "t.html").unlink()
-    save_run(build(vocab_size=320, n_recurrent=0), run_directory)
-    done = sample(run_directory, *flags)
-    assert done.returncode == 2 and "needs a model that loops" in done.stderr
-    assert not (tmp_path / "t.html").exists()
-
-
 def test_an_exit_threshold_saves_loops(run_directory):
     done = sample(run_directory, "--tokens", "12", "--recurrence", "6", "--exit-threshold", "1e9")
     assert done.returncode == 0 and ", 2.00 loops a token" in done.stdout, done.stderr
-
-
-def test_matplotlib_is_asked_for_first(run_directory, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = sample("nowhere", "--prompt", "x", "--trace", run_directory / "t.png")
-    assert done.returncode == 2 and "pip install matplotlib" in done.stderr
 
 
 def test_the_least_temperatures_are_greedy():

@@ -6,13 +6,13 @@ import pytest
 from conftest import ROOT, script
 from sweeps import cost, evaluated, parabolic, parametric, sweep
 
-import figures
-import plan
-import report
 import scaling
-from common import UserError
-from laws import fit_law, frontier, token_cost
-from tables import read_tables, write_csv
+from parts import figures
+from parts import fit_report as report
+from parts.cli import UserError
+from parts.laws import fit_law, frontier, token_cost
+from parts.tables import read_tables, write_csv
+from tools import design as plan
 
 
 def test_the_laws_of_a_table(tmp_path):

@@ -12,30 +12,31 @@ from conftest import ROOT, script
 from sweeps import parametric
 from sweeps import sweep as made_up_sweep
 
-import sweep
-import tables
-from common import UserError, lock
 from data import prepare
+from parts import tables
+from parts.cli import UserError
+from parts.files import lock
+from tools import sweep
 
 SMALL = ["--n-embd", "32", "--n-head", "2", "--block-size", "32", "--batch-size", "4",
          "--eval-sequences", "2", "--eval-every", "20", "--device", "cpu", "--dtype", "float32"]
 
 
 def run(*args, cwd, code=0):
-    done = script("sweep.py", *args, cwd=cwd)
+    done = script("tools/sweep.py", *args, cwd=cwd)
     assert done.returncode == code, done.stderr[-2000:]
     return done
 
 
 def start(*args, cwd):
     """The same in a process of its own."""
-    command = [sys.executable, ROOT / "sweep.py", *map(str, args)]
+    command = [sys.executable, ROOT / "tools/sweep.py", *map(str, args)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             start_new_session=True)
 
 
 def make_data(folder):
-    sources = [ROOT / name for name in ("model.py", "sweep.py", "data.py", "train.py")]
+    sources = [ROOT / name for name in ("model.py", "tools/sweep.py", "data.py", "train.py")]
     prepare("text", folder / "data", "bytes", sources)
 
 

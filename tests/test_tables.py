@@ -6,8 +6,8 @@ import pytest
 from conftest import save_run
 from sweeps import evaluated, parametric, sweep
 
-import tables
-from common import UserError
+from parts import tables
+from parts.cli import UserError
 
 TABLE = evaluated(sweep(parametric))
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-import explain
-import run as run_module
-import settings
 import train as train_module
 from data import open_shard, prepare
 from model import Parcae, ParcaeConfig
-from run import FILES
+from parts import explain, settings
+from parts import run_directory as run_module
+from parts.run_directory import FILES
 from train import schedule
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -175,7 +174,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
 
 
 def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):
-    """sweep.py sends one besides the terminal's."""
+    """tools/sweep.py sends one besides the terminal's."""
     save, write = run_module.Run.save, run_module.Run.log
 
     def log_and_signal(self, kind, **values):
@@ -462,7 +461,7 @@ def test_a_last_step_that_is_not_finite_costs_no_other(train, monkeypatch):
 def test_training_starts_from_another_model(train, tmp_path):
     train("first", "--max-steps", 60)
     for action, source, out in (("export", "first", "published"), ("import", "published", "again")):
-        done = script("published.py", action, tmp_path / source, "--out", tmp_path / out)
+        done = script("tools/published.py", action, tmp_path / source, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
     small = TINY[4:]  # the sizes come with the model
     for source in ("first", "again"):
@@ -929,7 +928,7 @@ def test_data_of_another_tokenizer_is_refused(train, tmp_path):
             "t", "--resume", "--max-steps", 2, "--data", tmp_path / "bpe", code=2, tiny=[]
         ).stderr
     )
-    done = script("evaluate.py", "--run", train.out / "t", "--data", tmp_path / "bpe")
+    done = script("tools/evaluate.py", "--run", train.out / "t", "--data", tmp_path / "bpe")
     assert done.returncode == 2 and "has other tokens" in done.stderr
 
 

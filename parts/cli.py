@@ -1,0 +1,220 @@
+"""The command line of every script: checked flags, the one-line error, progress."""
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A value from outside is wrong. The message says which and what is allowed; `run_script`
+    prints it alone."""
+
+
+def run_script(main):
+    """Call main(). What a user can mend becomes one line and exit code 2, no traceback."""
+    open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # consoles that are not UTF-8
+    # as Ctrl-C: temporary files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except UserError as error:
+        message = str(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = trouble(error)
+        if not message:
+            raise
+    message = message.replace("\r", "\\r").replace("\n", "\\n")
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def open_streams():
+    """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
+    files opened would get their numbers, and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, and with those below open the number that comes next
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def trouble(error):
+    """What the system refused, in one line: a file, disk or memory; None for any other error."""
+    if isinstance(error, OSError):
+        name = error.filename2 or error.filename  # of a rename the file that was to be
+        return f"{name}: {error.strerror}" if name else str(error)
+    if isinstance(error.__context__, OSError):
+        # torch.save on a full disk ends in a RuntimeError of its own
+        return trouble(error.__context__)
+    text = str(error)
+    no_room = "out of memory", "allocate memory", "PytorchStreamWriter"
+    if isinstance(error, MemoryError) or any(words in text for words in no_room):
+        return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
+    return None
+
+
+def first_line(error, otherwise):
+    """The first line of an error's message, or another text where it has none."""
+    return (str(error).splitlines() or [otherwise])[0]
+
+
+LINE_SECONDS = 25  # between two lines of the same work, in a log
+
+
+class Lines(tqdm):
+    """A progress bar where there is no terminal: a plain line now and then, none for what is soon
+    done."""
+
+    def __init__(self, *arguments, **options):
+        self.closed = threading.Event()
+        # a file for what tqdm itself writes at the end
+        line = {"bar_format": "{l_bar} {elapsed} so far, {remaining} to go{postfix}",
+                "file": io.StringIO()}
+        super().__init__(*arguments, **options | line)
+        if not self.disable:
+            threading.Thread(target=self.report, args=[weakref.ref(self), self.closed],
+                             daemon=True).start()
+
+    @staticmethod
+    def report(bar, closed):
+        """Print lines until the bar is closed. bar: a reference to it that does not keep it."""
+        while not closed.wait(LINE_SECONDS):
+            with contextlib.suppress(OSError):
+                print(bar(), file=sys.stderr, flush=True)
+
+    def display(self, msg=None, pos=None):
+        """Draw nothing."""
+
+    def close(self):
+        self.closed.set()
+        super().close()
+
+
+def progress_bar(iterable=None, **options):
+    """A tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
+    return (tqdm if in_terminal() else Lines)(iterable, **{"leave": False} | options)
+
+
+def in_terminal():
+    """Whether somebody sees bars move."""
+    return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows a script's docstring as it is and raises UserError."""
+
+    def __init__(self, **options):
+        super().__init__(usage=argparse.SUPPRESS, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ...", as do choices
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        raise UserError(re.sub(r": invalid choice: (.*) \(choose from (.*)\)$",
+                               r" is \1, must be one of \2", message))
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number from low to high; above: larger than low.
+
+    >>> number(int, 1)("2e3")
+    2000
+    """
+    limits = f"{'above' if above else 'at least'} {low}"
+    if high < math.inf:
+        limits = f"at least {low} and at most {high}"
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
+        if kind is int and value.is_integer():
+            value = int(value)
+        if not math.isfinite(value) or not low <= value <= high or above and value == low:
+            raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
+        if not isinstance(value, kind):
+            raise argparse.ArgumentTypeError(f"is {value}, must be a whole number, {limits}")
+        return value
+    return parse
+
+
+def flag_of(name):
+    """The flag of a setting: "--top-k" of "top_k"."""
+    return "--" + name.replace("_", "-")
+
+
+def check_needs(args, **needs):
+    """Raise UserError for a flag that does nothing without another one. needs: {name: the other};
+    of both, what is not given is None."""
+    for name, other in needs.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise UserError(f"{flag_of(name)} does nothing without {flag_of(other)}: give that, "
+                            "too, or leave it out")
+
+
+def check_idle(parser, args, names, why):
+    """Raise UserError for the flags among `names` that are given (not at their defaults), since
+    they do nothing: why."""
+    idle = [flag_of(name) for name in names if getattr(args, name) != parser.get_default(name)]
+    if idle:
+        raise UserError(f"{why}: leave out {', '.join(idle)}")
+
+
+def some_path(text):
+    """An argparse type: a path, not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, must name a file or directory")
+    return text
+
+
+def new_file(text):
+    """An argparse type: a file that can be written, there already or not. It is asked for before
+    the work whose result it is to hold."""
+    path = Path(some_path(text))
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"is {text}, which is no file")
+    new_directory(path.parent)
+    return text
+
+
+def new_directory(text):
+    """An argparse type: a directory that can be written to, there already or not."""
+    path = Path(some_path(str(text)))
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"is {text}, but {there} is no directory")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"is {text}, but {there} may not be written to")
+    return text
+
+
+COUNT = number(int, 1, 2 ** 53)
+POSITIVE = number(float, 0, above=True)
+SEED = number(int, 0, 2 ** 32 - 1)
+LOOPS = number(int, 1, 65536)

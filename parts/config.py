@@ -1,0 +1,136 @@
+"""The configuration of a model, its presets, and reading it back from a run."""
+
+import math
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from parts.cli import UserError
+from parts.files import read_json
+
+LARGEST = 2 ** 24  # of any size: more is a typing error
+
+
+@dataclass
+class ParcaeConfig:
+    vocab_size: int = 32768
+    block_size: int = 2048  # longest context, tokens
+    n_embd: int = 768  # channels, d
+    n_head: int = 6  # attention heads
+    n_prelude: int = 2  # layers before the loop, P
+    n_recurrent: int = 2  # layers in the loop, R; 0 is a plain transformer
+    n_coda: int = 2  # layers after the loop, C
+    mlp_width: int | None = None  # hidden channels of the MLP; None is 4 * n_embd
+    mean_recurrence: int = 8  # mean number of loops in training, mu_rec; 1 is fixed depth
+    backprop_depth: int | None = None  # last loops with gradient, mu_bwd; None is ceil(mu_rec / 2)
+    injection: str = "diagonal"  # how the state takes in the prelude's output, see INJECTIONS
+    prelude_norm: bool = True  # normalise the prelude's output
+    qk_norm: bool = True  # normalise queries and keys
+    value_embeds: bool = False  # gated per-token tables for values, every second layer and the last
+    tie_embeddings: bool = True  # the head is the embedding
+    state_init: str = "normal"  # start state of the loop in training: normal or zero
+    rope_base: float = 50_000.0  # of the rotary positions
+    norm_eps: float = 1e-5  # of the RMSNorms
+
+    def __post_init__(self):
+        self.check_types()
+        if self.mlp_width is None:
+            self.mlp_width = 4 * self.n_embd
+        if self.backprop_depth is None:
+            self.backprop_depth = math.ceil(self.mean_recurrence / 2)
+
+        self.need(self.norm_eps > 0, "norm_eps", "above 0")
+        self.need(self.rope_base >= 1, "rope_base", "at least 1")
+        for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width",
+                     "mean_recurrence", "backprop_depth"):
+            self.need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("n_prelude", "n_recurrent", "n_coda"):
+            self.need(getattr(self, name) >= 0, name, "at least 0")
+        self.need(self.n_layer > 0, "n_recurrent", "at least 1 where there is no other layer")
+        pairs = 2 * self.n_head  # each head rotates pairs of channels
+        self.need(self.n_embd % pairs == 0, "n_embd", f"a multiple of 2 * n_head ({pairs})")
+        self.need(self.state_init in ("normal", "zero"), "state_init", "normal or zero")
+
+    def check_types(self):
+        """Raise TypeError for a value of another type than its field's, as files may hold."""
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        for field in fields(self):
+            kinds = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
+            value = getattr(self, field.name)
+            allowed = (int, float) if kinds == (float,) else kinds
+            if type(value) not in allowed:  # bool is an int to isinstance
+                raise TypeError(f"{field.name} is {value!r}, must be {words[kinds[0]]}")
+            if type(value) in (int, float):
+                self.need(abs(value) < LARGEST, field.name, f"closer to 0 than {LARGEST:,}")
+
+    def check_length(self, tokens):
+        """Raise UserError for a sequence that is longer than block_size."""
+        if tokens > self.block_size:
+            raise UserError(f"{tokens} tokens do not fit block_size {self.block_size}")
+
+    def need(self, ok, name, allowed):
+        if not ok:
+            raise UserError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+
+    @property
+    def n_layer(self):
+        """Distinct layers, P + R + C."""
+        return self.n_prelude + self.n_recurrent + self.n_coda
+
+
+def published_size(layers, channels, heads):
+    """A preset of table 6: as many layers before, in and after the loop."""
+    return dict(n_prelude=layers, n_recurrent=layers, n_coda=layers, n_embd=channels,
+                n_head=heads, value_embeds=True)
+
+
+def without_loop(size):
+    """The plain transformer of a preset: the same layers without loop, injection and C_proj."""
+    layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
+    return size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
+
+
+PRESETS = {
+    "parcae-140m": published_size(2, 768, 6),
+    "parcae-370m": published_size(4, 1024, 8),
+    "parcae-770m": published_size(6, 1280, 10),
+    "parcae-1.3b": published_size(8, 1536, 12),
+    "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2,
+                        value_embeds=True, mean_recurrence=4, block_size=256),
+    "parcae-micro": dict(n_prelude=2, n_recurrent=2, n_coda=2, n_embd=256, n_head=4,
+                         value_embeds=True, block_size=256, vocab_size=4096),
+}
+PRESETS |= {name.replace("parcae", "gpt"): without_loop(size) for name, size in PRESETS.items()}
+
+
+def parse_config(file, parse):
+    """parse(the JSON object in a file): a ParcaeConfig. Raises UserError that names the file."""
+    try:
+        settings = read_json(file)
+    except UserError as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+    try:
+        return parse(settings)
+    except KeyError as error:
+        raise UserError(f"{file} has no {error}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the JSON of a model: {error}") from None
+
+
+def config_of_run(settings):
+    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
+    if "model" not in settings and "n_embd" in settings:
+        raise UserError("a model in another format; python -m tools.published import makes a run "
+                        "of it")
+    return ParcaeConfig(**settings["model"])
+
+
+def read_config(run_directory):
+    """The ParcaeConfig of a run directory. Raises UserError."""
+    file = Path(run_directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{run_directory} holds no model: {file} does not exist; "
+                        "train one first: python train.py")
+    return parse_config(file, config_of_run)

@@ -1,0 +1,121 @@
+"""Self-speculative decoding: a looped model drafts with few loops and verifies with all of them.
+
+    python sample.py --recurrence 8 --draft 1 --ahead 8
+
+A looped model holds a cheap draft of itself: the same weights, fewer loops. `ahead` tokens are
+drafted one by one with `draft` loops. Then all of them go through the remaining loops together, as
+a prompt would, and what the full model would not have said is thrown away (Leviathan et al., arXiv
+2211.17192). What comes out is distributed exactly as without drafting.
+
+No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
+it, and nothing of later loops or of the coda. So the draft's loops are the first loops of the
+verification, its cache entries of these loops are the final ones, and its states are where the
+verification goes on. This holds for a cache with a pair for every loop; not for a shared one, where
+a token's keys and values are those of its last loop.
+"""
+
+import torch
+
+from parts.cli import UserError
+from parts.generation import check, check_predicts, probabilities, stream
+
+
+def propose(model, last, cache, recurrence, ahead, distribution, generator):
+    """Draft tokens after `last` (1, 1), with `recurrence` loops each.
+
+    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size).
+    Returns (tokens (1, ahead), their distributions (ahead, vocab_size), and for `last` and all
+    drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
+    by ahead + 1."""
+    seen, given, states, inputs = [last], [], [], []
+    for i in range(ahead + 1):
+        logits, h, u = model.advance(seen[i], cache, 0, recurrence)
+        states.append(h)
+        inputs.append(u)
+        if i < ahead:  # after the last draft comes a token of the full model
+            given.append(distribution(logits[:, -1]))
+            seen.append(torch.multinomial(given[i], 1, generator=generator))
+    tokens = torch.cat(seen, dim=1)[:, 1:]
+    return tokens, torch.cat(given), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
+
+
+def accept(tokens, given, wanted, generator):
+    """The drafts that stay and one token more, (1, kept + 1).
+
+    tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
+    full model's, (k + 1, vocab_size). A draft stays with probability wanted / given, at most 1, and
+    if those before it do. At the first that does not, a token is drawn from what the draft gave too
+    little, max(0, wanted - given): together that is a draw from `wanted`. If all stay, the token
+    more is one of the full model."""
+    k = tokens.shape[1]
+    p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
+    chance = torch.rand(k, 1, generator=generator, device=tokens.device)
+    kept = int((chance * p_given < p_wanted).cumprod(dim=0).sum())
+    p = wanted[kept]
+    if kept < k:
+        short = (p - given[kept]).clamp(min=0)
+        # Equal distributions reject by rounding alone: then short is nothing.
+        p = short if short.sum() > 0 else p
+    return torch.cat([tokens[:, :kept], torch.multinomial(p, 1, generator=generator)[None]], dim=1)
+
+
+@torch.no_grad()
+def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
+                 top_p=None, generator=None, counts=None):
+    """Yield n next tokens (1, 1) of idx (1, T), as sample.stream does, but drafted.
+
+    draft: loops of a draft, fewer than `recurrence`; ahead: tokens drafted at a time. counts: a
+    dict that gets "drafted" and "kept" tokens, and "loops", how many ran one after the other.
+    Once the context is full the window slides, and nothing is drafted. Raises UserError."""
+    check(idx, temperature, top_k, top_p, None)
+    if len(idx) != 1:
+        raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
+    if ahead < 1:
+        raise UserError(f"ahead is {ahead}, must be at least 1")
+
+    def distribution(logits):
+        check_predicts(logits)
+        return probabilities(logits, temperature, top_k, top_p)
+    counts = {} if counts is None else counts
+    counts.update(drafted=0, kept=0, loops=0)
+    training = model.training
+    model.eval()
+    try:
+        recurrence, = model.depths_of(1, recurrence)
+        if not 1 <= draft < recurrence:
+            raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below "
+                            "recurrence")
+        capacity = min(idx.shape[1] + n + 1, model.config.block_size)
+        cache = model.new_cache(1, capacity, recurrence)
+        if 1 < idx.shape[1] < capacity:
+            model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
+        while n > 0 and idx.shape[1] < capacity:
+            # Room for the last token and its drafts. One at the least, even if it is one too many:
+            # a compiled verification of a single token would be a graph of its own.
+            k = min(ahead, max(1, n - 1), capacity - cache.pos - 1)
+            start = cache.pos
+            # Not a view: compiled, that would be another graph.
+            last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
+            tokens, given, h, u = propose(model, last, cache, draft, k, distribution, generator)
+            seen = torch.cat([last, tokens], dim=1)
+            cache.pos = start
+            logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
+            new = accept(tokens, given, distribution(logits[0]), generator)
+            counts["drafted"] += k
+            counts["kept"] += new.shape[1] - 1
+            new = new[:, :n]
+            counts["loops"] += (k + 1) * draft + recurrence - draft
+            # What was thrown away leaves the cache; its places are written anew.
+            cache.pos = start + new.shape[1]
+            idx = torch.cat([idx, new], dim=1)
+            n -= new.shape[1]
+            yield from new.split(1, dim=1)
+        if n > 0:
+            del cache  # stream makes one of its own
+            for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                                top_k=top_k, top_p=top_p, generator=generator):
+                counts["loops"] += recurrence
+                yield token
+    finally:
+        model.train(training)
+

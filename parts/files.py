@@ -1,0 +1,296 @@
+"""Files that appear whole, JSON without NaN, checkpoints that are checked, a lock.
+
+Files are written to a temporary name and renamed, so that whatever happens, a reader finds the old
+file or the new one, never a half.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from parts.cli import UserError, first_line, in_terminal
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+# what a file system answers that does not offer a call: mounted buckets, Lustre, FUSE
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """Open a file that takes path's place when the block ends well; else no file is left behind.
+
+    Its directory is made where there is none: what took hours to compute is not lost for that."""
+    path = Path(os.path.realpath(path))  # a link to a file stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # not mkstemp: its files are for the owner alone, and chmod fails on mounted buckets
+    temporary = path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
+            yield file
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NOT_OFFERED:
+                    raise
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path, value):
+    """Write a value as JSON, see json_text."""
+    write_text(path, json_text(value, indent=1))
+
+
+def json_text(value, **options):
+    """Return a value as JSON. It has no NaN and no infinity: such a number becomes null."""
+    return json.dumps(with_null(value), allow_nan=False, **options)
+
+
+def with_null(value):
+    """Return a value of JSON with None in place of each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: with_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_line(text):
+    """Return a line of a log, JSON in which null stands for a number that is not finite: NaN.
+    Raises ValueError."""
+    def with_nan(pairs):
+        return {key: math.nan if part is None else part for key, part in pairs}
+    return json.loads(text, object_pairs_hook=with_nan)
+
+
+def read_json(path):
+    """The JSON object in a file, a dict. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_json_lines(path):
+    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
+    values, bad = [], 0
+    for line in filter(None, Path(path).read_bytes().split(b"\n")):
+        try:
+            value = log_line(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            values.append(value)
+        else:
+            bad += 1
+    return values, bad
+
+
+def patient(check, path, attempts=6):
+    """check(path), again where it fails: another process may just be moving what is there."""
+    for attempt in range(attempts):
+        try:
+            return check(path)
+        except (UserError, FileNotFoundError):
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def whole_directory(path, check):
+    """Yield an empty temporary directory that takes path's place when the block ends well.
+
+    check(path) raises UserError where what is there must not be replaced. The old directory is
+    moved aside, the new one moved in, then the old removed: at any moment one of the two is
+    whole."""
+    path = Path(os.path.realpath(path))  # a link to a folder stays a link
+    patient(check, path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        yield new
+        while new.exists():  # another process may put its own there in between
+            patient(check, path)
+            # nothing there, or another process was faster
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():  # interrupted between the renames
+            os.rename(old, path)
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only if it is still empty
+
+
+def load_checkpoint(path):
+    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError, also
+    where a byte has changed since: the archive has sums, which torch.load does not check."""
+    try:
+        if zipfile.is_zipfile(path):  # older formats are none, and have no sums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"the sum of {damaged} in it is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = first_line(error, "it is empty")
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
+
+
+def misfits(expected, weights):
+    """What is wrong, in words, with tensors that are to be loaded: names that are missing or
+    unknown, other shapes, and other dtypes, which would be cast without a word.
+
+    expected, weights: {name: tensor}."""
+    problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
+    for name in filter(weights.__contains__, expected):
+        wanted, w = expected[name], weights[name]
+        plain = w.layout == torch.strided and w.device.type != "meta"
+        found = tuple(w.shape) if plain else "no plain tensor"
+        if found != tuple(wanted.shape):
+            problems.append(f"{name} is {found}, must be {tuple(wanted.shape)}")
+        elif w.dtype != wanted.dtype:
+            problems.append(f"{name} is {w.dtype}, must be {wanted.dtype}")
+    return problems
+
+
+def fit_weights(model, weights, complaint):
+    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
+    does not fit, see misfits, or differs from another name of the same weights."""
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{complaint}: they are no state dict of names and tensors")
+    problems = misfits(model.state_dict(), weights)
+    if problems:
+        raise UserError(f"{complaint}: {'; '.join(problems)}")
+    names = {}  # {address: the first name there}: a tied head is the embedding
+    for name, w in model.state_dict().items():
+        first = names.setdefault(w.data_ptr(), name)
+        if first != name and not same_values(weights[first], weights[name]):
+            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
+                            "differ there: one would be lost")
+    model.load_state_dict(weights)
+
+
+def same_values(a, b):
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def check_finite(model, path):
+    """Raise UserError where a weight of a model that comes from `path` is not finite."""
+    for name, w in model.state_dict().items():
+        if not w.isfinite().all():
+            raise UserError(f"the weights in {path} are damaged: {name} is not finite")
+
+
+def from_hub(function, repository, *arguments, **options):
+    """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
+    UserError."""
+    if not in_terminal():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{repository} is on the Hugging Face hub: "
+                        "pip install huggingface_hub") from None
+    try:
+        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
+    except Exception as error:  # whatever the network or the hub makes of it
+        reason = first_line(error, type(error).__name__)
+        raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
+                        f"{reason}") from None
+
+
+LOCKED_BYTE = 2 ** 30  # on Windows: far behind the holder's number, which others read
+
+
+@contextlib.contextmanager
+def lock(directory, patience=0):
+    """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
+    holder if it has the lock for `patience` seconds more.
+
+    The system drops the lock with the process, however that ends."""
+    path = Path(directory) / ".lock"
+    deadline = time.monotonic() + patience
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.seek(LOCKED_BYTE)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in NOT_OFFERED:
+                file.close()
+                path.unlink(missing_ok=True)
+                raise UserError(f"{directory} is on a file system without locks "
+                                f"({error.strerror}): choose a directory on a local disk with "
+                                "--out (for a table --table)") from None
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.close()
+                raise
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            raise UserError(f"{directory} is in use by process {holder}: "
+                            "wait for it or stop it") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its holder removed it between our two steps
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()

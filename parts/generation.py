@@ -1,0 +1,144 @@
+"""New tokens from a model: how they are drawn, `stream` and `generate`, and early exit.
+
+Early exit (`settle`) goes loop by loop through `model.states`, where a loop can be looked at and
+left.
+"""
+
+import math
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+
+from parts.cli import UserError
+
+FIXED_POINT = 2.0 ** 54  # keeps every bit of a float32 probability above 1e-9
+GREEDY = 1e-6  # temperatures below take the likeliest token: logits divided by less would overflow
+
+
+def probabilities(logits, temperature, top_k=None, top_p=None):
+    """What tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
+    if temperature < GREEDY:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    probs = (logits / temperature).softmax(-1)
+    if top_p == 1:  # all tokens, even those that rounding hides
+        top_p = None
+    if top_k is None and top_p is None:
+        return probs
+    probs, tokens = probs.sort(-1, descending=True)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+        probs /= probs.sum(-1, keepdim=True)
+    if top_p is not None:
+        # whole numbers add up exactly, on every device: mps has no float64
+        parts = (probs * FIXED_POINT).long()
+        before = parts.cumsum(-1) - parts
+        probs[:, 1:][before[:, 1:] >= math.ceil(top_p * FIXED_POINT)] = 0  # held already
+        probs /= probs.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, tokens, probs)
+
+
+def choose(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Draw tokens (B, 1) from logits (B, vocab_size). Raises UserError if they are not finite."""
+    check_predicts(logits)
+    if temperature < GREEDY:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1,
+                             generator=generator)
+
+
+def check_predicts(values, loops="so many"):
+    """Raise UserError where logits or losses are not finite. loops: that they come after."""
+    if not values.isfinite().all():
+        raise UserError(f"what the model predicts after {loops} loops is not finite: its state may "
+                        "have grown without bound (docs/guide.md, section 2)")
+
+
+# When has a token looped enough? When what a rule measures falls below a threshold. It looks at the
+# state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
+Look = namedtuple("Look", "h log_probs")
+EXIT_RULES = {
+    # how far the prediction moved, KL divergence in nats (recurrent-depth models, arXiv 2502.05171)
+    "kl": lambda now, last: F.kl_div(last.log_probs, now.log_probs, reduction="sum",
+                                     log_target=True),
+    # how unsure the prediction is, in nats
+    "entropy": lambda now, last: -(now.log_probs.exp() * now.log_probs).sum(),
+    # how far the state moved, as a share of its size
+    "state": lambda now, last: (now.h - last.h).norm() / now.h.norm(),
+}
+
+
+def settle(model, idx, most, cache, threshold, rule="kl"):
+    """Logits (B, T, vocab_size) of idx (B, T), and the loops that they took, at most `most`.
+
+    The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
+    that stop early have no keys and values for later loops, so the cache must be a shared one."""
+    last = None
+    for loops, (h, inputs) in enumerate(model.states(idx, most, cache), start=1):
+        logits = model.lm_head(model.readout(h, inputs, cache)).float()
+        now = Look(h, logits.log_softmax(-1))
+        if loops > 1 and EXIT_RULES[rule](now, last) < threshold:
+            break
+        last = now
+    return logits, loops
+
+
+@torch.no_grad()
+def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p=None,
+           generator=None, kv_cache="per-loop", exit_threshold=None, exit_rule="kl",
+           loops_used=None):
+    """Yield n next tokens (B, 1), each drawn given the last block_size before it.
+
+    Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
+    end early. The cache serves until the context is full; from then on the window slides, which
+    moves every token in it, and each token costs a full forward pass."""
+    check(idx, temperature, top_k, top_p, exit_threshold)
+    capacity = min(idx.shape[1] + n, model.config.block_size)
+    if exit_threshold is not None:
+        kv_cache = "shared"
+    training = model.training
+    model.eval()
+    try:
+        recurrence, = model.depths_of(1, recurrence)
+        cache = model.new_cache(len(idx), capacity, recurrence, kv_cache)
+        for _ in range(n):
+            slides = idx.shape[1] > capacity  # the window: no cache
+            if slides or cache.pos == 0:  # or the prompt: all tokens at once
+                x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
+                logits = model.lm_head(x[:, -1:]).float()
+            elif exit_threshold is not None:
+                new = idx[:, cache.pos:]
+                logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
+                if loops_used is not None:
+                    loops_used.append(loops)
+            else:  # one more token
+                logits, _, _ = model.advance(idx[:, cache.pos:], cache, 0, recurrence)
+            token = choose(logits[:, -1], temperature, top_k, top_p, generator)
+            idx = torch.cat([idx, token], dim=1)
+            yield token
+    finally:
+        model.train(training)
+
+
+def generate(model, idx, n, **options):
+    """Continue idx (B, T) int64 by n tokens: (B, T + n) int64.
+
+    options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
+    the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
+    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold, exit_rule: see
+    `settle` (B = 1). Raises UserError on an empty prompt and on values out of range."""
+    return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
+
+
+def check(idx, temperature, top_k, top_p, exit_threshold):
+    """Raise UserError for what `stream` cannot work with."""
+    if idx.ndim != 2 or idx.shape[1] == 0:
+        raise UserError("the prompt is empty, must hold at least one token")
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}, must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}, must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, must be in (0, 1]")
+    if exit_threshold is not None and not exit_threshold >= 0:
+        raise UserError(f"exit threshold is {exit_threshold}, must be at least 0")

@@ -1,0 +1,408 @@
+"""Laws of the loss, and their fits: what a run will reach, by its size, loops and tokens.
+
+A law is an object: a name, its prediction, its parameters. To add one, write the prediction and an
+entry of LAWS: scaling.py fits it to the runs at T = mu_rec and prints it.
+
+The laws here are those of §5 of "Parcae" (arXiv 2604.12946) and of "How Much Is One Recurrence
+Worth?" (arXiv 2604.21106), in the papers' letters. N(mu) = N_noncore + mu N_core counts the
+unrolled model; T is loops at test time.
+
+Fits are those of Hoffmann et al. 2022 (approach 3): the Huber loss of the error of the log of the
+prediction, delta 1e-3, from many random starts.
+"""
+
+import math
+from collections import namedtuple
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from parts.cli import progress_bar
+from parts.tables import column, distinct, run_key, sizes
+
+DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
+RESAMPLES = 200  # of the bootstrap
+
+# A parameter of a law.
+#   low, high: fits start between them, times `scale`
+#   scale: "lowest" loss, "span" of the losses, "one"
+#   domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any"
+#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0 (units_of), printed is X N0^x
+Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
+
+ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
+POWER = Parameter(0.1, 1.5, "one")
+RATE = Parameter(0.2, 3, "one")
+TERM = Parameter(0.05, 1, "span")
+
+
+# What a law predicts, from its parameters p and the runs r: see runs_of.
+
+def training(p, r, phi=1):
+    """L(mu, D) = E + X N^-x + Y D^-y, N = N_noncore + mu^phi N_core; phi 1: a loop is a layer."""
+    return p.E + p.X * (r.noncore + r.mu ** phi * r.core) ** -p.x + p.Y * r.D ** -p.y
+
+
+def unified(p, r):
+    """L(T, mu, D) = training law + Z exp(-z T / mu)."""
+    return training(p, r) + p.Z * torch.exp(-p.z * r.loops / r.mu)
+
+
+def test_time(p, r):
+    """L(T) = L_inf + Z exp(-z T), of one model."""
+    return p.L_inf + p.Z * torch.exp(-p.z * r.loops)
+
+
+def worth(p, r):
+    """The training law with a phi to be found (arXiv 2604.21106, with A, alpha, B, beta there)."""
+    return training(p, r, p.phi)
+
+
+Law = namedtuple("Law", "name predict parameters")
+POWERS = {"E": ASYMPTOTE, "X": TERM._replace(per=("N", "x")), "x": POWER,
+          "Y": TERM._replace(per=("D", "y")), "y": POWER}
+
+LAWS = {law.name: law for law in (
+    Law("training", training, POWERS),
+    Law("unified", unified, POWERS | {"Z": TERM, "z": RATE}),
+    Law("test time", test_time, {"L_inf": ASYMPTOTE, "Z": TERM, "z": RATE}),
+    Law("worth", worth, POWERS | {"phi": Parameter(0, 1, "one", "any")}),
+)}
+
+# ----------------------------------------------------------------------------- fitting
+
+
+def reasons_against(law, rows):
+    """Why the rows cannot tell the parameters of a law; law: a name."""
+    reasons = []
+    unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
+    values = {"sizes of the unrolled model": len(unrolled),
+              "token counts": distinct(rows, "tokens")}
+    if law == "worth" and sizes(rows) < 2:
+        reasons.append("1 size of model, it needs 2")
+    if law == "unified":
+        shares = {row["recurrence"] / row["mu_rec"] for row in rows}
+        values["values of T / mu_rec at evaluation"] = len(shares)
+    for name, n in values.items():
+        if n < 3:
+            reasons.append(f"{n} {name}, it needs 3")
+    if len(rows) <= len(LAWS[law].parameters):
+        reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
+    if distinct(rows, "val_loss") == 1:
+        reasons.append("all losses are equal")
+    return reasons
+
+
+def units_of(rows):
+    """N and D of a middling run: in these units a law's parameters do not stand in for each other.
+
+    (In X N^-x a change of x moves X by powers of ten, unless N is near 1.)"""
+    N = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
+    D = column(rows, "tokens")
+    return {"N": math.exp(np.log(N).mean()), "D": math.exp(np.log(D).mean())}
+
+
+def runs_of(rows, units):
+    """What laws see of a table: float64 tensors (rows,), parameters and tokens in `units`."""
+    def tensor(name):
+        return torch.tensor(column(rows, name), dtype=torch.float64)
+    return SimpleNamespace(
+        noncore=tensor("params_noncore") / units["N"],
+        core=tensor("params_core") / units["N"],
+        D=tensor("tokens") / units["D"],
+        mu=tensor("mu_rec"),
+        loops=tensor("recurrence"),
+    )
+
+
+def named(law, theta):
+    """The parameters by name, each (...,), from theta (..., parameters): see Parameter."""
+    result = SimpleNamespace()
+    for i, (name, parameter) in enumerate(law.parameters.items()):
+        value = theta[..., i]
+        setattr(result, name, value.exp() if parameter.domain == "log" else value)
+    return result
+
+
+def start_ranges(law, losses):
+    """Where fits to these losses start, as theta has it: (parameters,) low, and high."""
+    scales = {"lowest": losses.min(), "span": max(np.ptp(losses), 1e-3), "one": 1.0}
+    ends = []
+    for parameter in law.parameters.values():
+        low, high = (end * scales[parameter.scale] for end in parameter[:2])
+        ends.append((math.log(low), math.log(high)) if parameter.domain == "log" else (low, high))
+    return torch.tensor(ends, dtype=torch.float64).T
+
+
+def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
+    """Levenberg-Marquardt on the Huber loss, hundreds of independent fits at once (scipy makes one
+    at a time).
+
+    theta: (fits, parameters), where to start. log_loss and weights (how often a row counts): each
+    (rows,) or (fits, rows). Returns (theta, objective (fits,))."""
+    def predict(one):
+        return law.predict(named(law, one), runs).log()
+    predict_all = torch.func.vmap(predict)
+    jacobian_of = torch.func.vmap(torch.func.jacfwd(predict))
+
+    fits, rows = len(theta), log_loss.shape[-1]
+    log_loss = log_loss.expand(fits, rows)
+    weights = torch.ones(1).double().expand(fits, rows) if weights is None else weights
+    bounds = {"log": -40.0, "from 0": 0.0, "any": -math.inf}
+    lowest = torch.tensor([bounds[p.domain] for p in law.parameters.values()]).double()
+
+    def objective(some, i):
+        error = (predict_all(some) - log_loss[i]).abs()
+        huber = torch.where(error < DELTA, error ** 2 / 2, DELTA * (error - DELTA / 2))
+        return (huber * weights[i]).sum(1)
+
+    theta = theta.clone()
+    todo = torch.arange(fits)  # the fits that have not converged
+    best = objective(theta, todo)
+    damping = torch.full((fits,), 1e-3, dtype=torch.float64)
+    bar = progress_bar(total=fits, desc=f"{law.name} law: fits that have converged", delay=1)
+    for _ in range(steps):
+        old = theta[todo]
+        error = predict_all(old) - log_loss[todo]  # (fits, rows)
+        step = damped_step(error, jacobian_of(old), weights[todo], damping[todo], old <= lowest)
+        new = torch.maximum(old - step, lowest)
+
+        value = objective(new, todo)
+        gained = best[todo] - value
+        accepted = gained > 0
+        moved = todo[accepted]
+        theta[moved], best[moved] = new[accepted], value[accepted]
+        # Done: a step with little damping gains nothing, or no step however short gains anything.
+        flat = accepted & (gained <= 1e-8 * value + 1e-12) & (damping[todo] < 0.1)
+        stuck = ~accepted & (damping[todo] > 1e9)
+        damping[todo] = torch.where(accepted, damping[todo] / 5,
+                                    damping[todo] * 4).clamp(min=1e-12)
+        todo = todo[~(flat | stuck)]
+        bar.update(fits - len(todo) - bar.n)
+        if not len(todo):
+            break
+    bar.close()
+    return theta, best
+
+
+def damped_step(error, jacobian, weights, damping, at_bound):
+    """What to subtract from theta, (fits, parameters): between the Gauss-Newton step for reweighted
+    squares (no damping) and a short one downhill (much).
+
+    error, weights: (fits, rows); jacobian: (fits, rows, parameters); damping: (fits,); at_bound:
+    (fits, parameters), what can only rise."""
+    # Squares weighted so have the Huber loss's gradient: a large error counts for less.
+    huber = weights * (DELTA / error.abs()).clamp(max=1)
+    gradient = ((huber * error)[:, None] @ jacobian)[:, 0]
+    moves = ~(at_bound & (gradient > 0))
+    jacobian, gradient = jacobian * moves[:, None], gradient * moves
+    curvature = (huber[..., None] * jacobian).mT @ jacobian
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    ridge = damping[:, None] * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + 1e-30
+    step = torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient)
+    return step.clamp(-2, 2)  # of logarithms mostly: a factor of seven at most
+
+
+class Fit:
+    """A law fitted: theta (parameters,), samples (resamples, parameters), objective."""
+
+    def __init__(self, law, units, starts, theta, samples, objective):
+        self.law, self.units, self.starts, self.objective = law, units, starts, objective
+        self.theta, self.samples = theta, samples
+
+    def predict(self, rows):
+        """Losses (rows,)."""
+        return self.law.predict(named(self.law, self.theta), runs_of(rows, self.units)).numpy()
+
+    def error(self, rows):
+        """Mean relative error of the prediction."""
+        return float(np.abs(self.predict(rows) / column(rows, "val_loss") - 1).mean())
+
+    def values(self, theta):
+        """{parameter: value} in natural units: X is per parameter, Y per token."""
+        values = {name: value.numpy() for name, value in vars(named(self.law, theta)).items()}
+        for name, parameter in self.law.parameters.items():
+            if parameter.per:
+                unit, power = parameter.per
+                with np.errstate(over="ignore"):  # infinite where the data say nothing of it
+                    values[name] = values[name] * self.units[unit] ** values[power]
+        return values
+
+    def summary(self):
+        """What --json writes: each parameter, "ci" of each, and which are "undetermined".
+
+        A parameter is not determined where its interval is more than half as wide as the range
+        that fits started from: the data say little that the range had not said."""
+        result = {name: float(value) for name, value in self.values(self.theta).items()}
+        samples = self.values(self.samples)
+        result["ci"] = {name: interval(samples[name], result[name]) for name in samples}
+        result["undetermined"] = []
+        low, high = self.starts
+        for i, name in enumerate(self.law.parameters):
+            ci = interval(self.samples[:, i], self.theta[i])
+            if None not in ci and ci[1] - ci[0] > (high[i] - low[i]) / 2:
+                result["undetermined"].append(name)
+        return result
+
+
+def interval(samples, point):
+    """The central 95 % of samples, stretched to hold the point. [None, None] where more than 5 % of
+    them are not finite, or the point, or where they are fewer than 20."""
+    samples = np.asarray(samples, dtype=float)
+    finite = samples[np.isfinite(samples)]
+    if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
+        return [None, None]
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return [float(min(low, point)), float(max(high, point))]
+
+
+def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
+    """The best of many fits, and fits to resamples of the runs, each until it has converged.
+
+    law: a name."""
+    law = LAWS[law]
+    units = units_of(rows)
+    runs = runs_of(rows, units)
+    losses = column(rows, "val_loss")
+    log_loss = torch.tensor(np.log(losses))
+
+    low, high = start_ranges(law, losses)
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(starts, len(low), generator=generator, dtype=torch.float64)
+    theta = low + (high - low) * share
+    # A short fit of every start, then the best of them to the end.
+    theta, objective = minimise(law, runs, log_loss, theta, steps=50)
+    theta = theta[objective.argsort()[:8]]
+    theta, objective = minimise(law, runs, log_loss, theta)
+    best = theta[objective.argmin()]
+
+    # Fits to resamples start from the best. Of our table 24 other starts end lower in one resample
+    # of 200, and move no interval.
+    samples = torch.empty(0, len(best), dtype=torch.float64)
+    if resamples:
+        weights = resample(rows, resamples, seed)
+        samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights)
+    return Fit(law, units, (low, high), best, samples, objective.min().item())
+
+
+def fits_of_noisy(fit, rows, log_loss):
+    """theta (sweeps, parameters) of fits of the same law to other log losses (sweeps, rows)."""
+    theta = fit.theta.repeat(len(log_loss), 1)
+    return refit(fit.law, runs_of(rows, fit.units), log_loss, theta)
+
+
+def refit(law, runs, log_loss, theta, weights=None):
+    """theta as of minimise, twice: from the end with large steps again, some leave a small dip."""
+    for _ in range(2):
+        theta, _ = minimise(law, runs, log_loss, theta, weights)
+    return theta
+
+
+def resample(rows, resamples, seed):
+    """How often each row counts (resamples, rows): runs are drawn with replacement, whole."""
+    runs = [run_key(row) for row in rows]
+    index = {run: i for i, run in enumerate(dict.fromkeys(runs))}
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
+    return torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
+
+# ----------------------------------------------------------------------------- the frontier
+
+MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked for among
+
+
+def token_cost(rows):
+    """A function: mean recurrences (n,) -> FLOPs of a token, from what the runs of a table cost.
+
+    Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
+    recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
+    spent = {}
+    for row in rows:
+        flops, tokens = spent.get((row["mu_rec"], row["mu_bwd"]), (0, 0))
+        spent[row["mu_rec"], row["mu_bwd"]] = flops + row["flops"], tokens + row["tokens"]
+    cheapest = {}  # mu_rec: (FLOPs, mu_bwd)
+    for (mu, mu_bwd), (flops, tokens) in spent.items():
+        cheapest[mu] = min((flops / tokens, mu_bwd), cheapest.get(mu, (math.inf, 0)))
+    costs = {mu: cost for mu, (cost, _) in cheapest.items()}
+    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
+    return cost_between(lower_hull(costs) if rounded else costs)
+
+
+def lower_hull(costs):
+    """The recurrences that are no dearer than a mix of others; costs: {mean recurrence: FLOPs}."""
+    hull = []
+    for x, y in sorted(costs.items()):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return dict(hull)
+
+
+def cost_between(costs):
+    """A function: mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
+
+    Straight lines between them. Beyond the ends the first and the last line go on; below the first,
+    a token costs no less than in proportion."""
+    points = sorted(costs.items())
+    known, cost = np.array(points).T
+    first, last = (slope(*points[:2]), slope(*points[-2:])) if len(points) > 1 else (0.0, 0.0)
+
+    def cost_of(mu):
+        line = (np.interp(mu, known, cost) + first * np.minimum(0, mu - known[0])
+                + last * np.maximum(0, mu - known[-1]))
+        return np.maximum(line, cost[0] * np.minimum(1, mu / known[0]))
+    return cost_of
+
+
+def slope(a, b):
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def frontier(fit, size, cost, flops, theta=None):
+    """mu*, D* and the loss of lowest predicted loss at a budget, each (fits,).
+
+    size: a row with the parameters of the model. cost: see cost_between. theta: other fits than the
+    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond. It
+    stays for a while where the cost has a kink, as at 2: an interval without width is such a
+    kink."""
+    theta = fit.theta[None] if theta is None else theta
+    tokens = flops / cost(MU)
+    runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
+                    for mu, D in zip(MU, tokens)], fit.units)
+    loss = fit.law.predict(named(fit.law, theta[:, None, :]), runs).numpy()  # (fits, MU)
+    best = loss.argmin(1)
+    return MU[best], tokens[best], loss[np.arange(len(best)), best]
+
+
+def frontier_exponents(fit, size, cost, low, high, theta=None):
+    """Mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, each (fits,).
+
+    The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
+    exponent of `far_exponents` far above. So this is the mean slope, of a line through logarithms,
+    over the budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
+    C / cost(mu*): the second follows from the first."""
+    flops = np.geomspace(low, high, 25)
+    every = [frontier(fit, size, cost, c, theta)[:2] for c in flops]
+    log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
+    exponents = np.full((2, len(log_mu)), np.nan)
+    for i, inside in enumerate((log_mu > 0) & (log_mu < math.log(MU[-1]))):
+        if inside.any() and np.ptp(np.log(flops[inside])) > math.log(2):
+            for j, values in enumerate((log_mu[i], log_tokens[i])):
+                exponents[j, i] = np.polyfit(np.log(flops[inside]), values[inside], 1)[0]
+    return exponents
+
+
+def far_exponents(fit):
+    """{"params", "tokens"}: exponents of N* and D*, the best size and token count, C^(y / (x + y))
+    and C^(x / (x + y)), each with its interval.
+
+    By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
+    grows like it once the loops are most of the model."""
+    result = {}
+    for name, above in (("params", "y"), ("tokens", "x")):
+        point, samples = (p[above] / (p["x"] + p["y"])
+                          for p in map(fit.values, (fit.theta, fit.samples)))
+        result[name] = {"exponent": float(point), "ci": interval(samples, point)}
+    return result
+

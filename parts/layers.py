@@ -1,0 +1,158 @@
+"""The layers of a transformer, as the published model has them.
+
+Nothing here loops: a plain transformer has the same layers. model.py puts them together.
+In comments B is the batch, T the tokens of a sequence and C the channels; (B, T, C) is a shape.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+QK_NORM_EPS = torch.finfo(torch.float32).eps
+IGNORED = -100  # a target that does not count
+VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x, rope):
+    """Rotary positions on adjacent pairs (x0, x1), (x2, x3), ... of x (B, T, n_head, head_dim).
+
+    rope: cos and sin, each (T, 1, head_dim), every angle twice, sin negative at even places."""
+    cos, sin = rope
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)  # (x1, x0), (x3, x2), ...
+    return x * cos + swapped * sin
+
+
+def attend(q, k, v, mask=None):
+    """Attention of q (B, n_head, T, head_dim) to k and v (B, n_head, S, head_dim): causal, the last
+    T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
+        return attend_written_out(q, k, v)
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def attend_written_out(q, k, v):
+    """Causal attention as of attend, on CPUs in bfloat16: PyTorch's fused kernel takes twice as
+    long."""
+    T, S = q.shape[2], k.shape[2]
+    mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
+    q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
+    scores = torch.baddbmm(mask, q_, k_.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return (scores.softmax(-1) @ v_).view_as(q)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, has_ve):
+        super().__init__()
+        d = config.n_embd
+        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
+        self.c_q = Linear(d, d)
+        self.c_k = Linear(d, d)
+        self.c_v = Linear(d, d)
+        self.c_proj = Linear(d, d)
+        self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
+
+    def forward(self, x, rope, ve=None, kv=None):
+        """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); kv: None or
+        (keys, values, places, mask) of this layer and loop: two (B, n_head, capacity, head_dim),
+        and what KVCache.reserve gives."""
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
+        k = self.c_k(x).view(B, T, self.n_head, -1)
+        v = self.c_v(x).view(B, T, self.n_head, -1)
+
+        # value embeddings: each head adds as much of its token's as its gate lets through, 0 to 2
+        if self.ve_gate is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # (B, T, n_head)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+
+        # positions, then normalised queries and keys
+        q, k = rotate(q, rope), rotate(k, rope)
+        if self.qk_norm:
+            q = F.rms_norm(q, q.shape[-1:], eps=QK_NORM_EPS)
+            k = F.rms_norm(k, k.shape[-1:], eps=QK_NORM_EPS)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, n_head, T, head_dim)
+
+        # with a cache: put these keys and values in, take out all so far, or all and a mask
+        mask = None
+        if kv is not None:
+            keys, values, places, mask = kv
+            keys[:, :, places], values[:, :, places] = k, v
+            held = places.stop if mask is None else None
+            k, v = keys[:, :, :held], values[:, :, :held]
+
+        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = Linear(config.n_embd, config.mlp_width)
+        self.proj = Linear(config.mlp_width, config.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, has_ve):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config, has_ve)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, ve=None, kv=None):
+        x = x + self.attn(self.norm_1(x), rope, ve, kv)
+        # relu(x)^2 / 2, as published; halved here, where it costs nothing
+        return torch.add(x, self.mlp(self.norm_2(x)), alpha=0.5)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,). To save memory, nothing else.
+
+    All logits, (N, vocab_size) in float32, would be the largest tensor of a training step. Here
+    they are made `chunk` rows at a time. So that none need be kept or computed again, the forward
+    pass computes the gradient too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        w = weight.to(x.dtype)
+        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+        loss = x.new_zeros((), dtype=torch.float32)
+        count = (targets != IGNORED).sum()
+        for x_, target, d_x_ in zip(x.split(chunk), targets.split(chunk), d_x.split(chunk)):
+            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (chunk, vocab)
+            loss += F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
+            # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
+            d_logits = log_probs.exp_()  # in the same memory: the largest tensor here
+            row = torch.arange(len(target), device=target.device)
+            d_logits[row, target.clamp(min=0)] -= 1
+            share = (target != IGNORED) / count
+            d_logits = (d_logits * share.unsqueeze(-1)).to(x.dtype)
+            torch.matmul(d_logits, w, out=d_x_)
+            d_weight += (d_logits.T @ x_).to(d_weight.dtype)
+        ctx.save_for_backward(d_x, d_weight)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_x, d_weight = ctx.saved_tensors
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None

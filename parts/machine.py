@@ -1,0 +1,119 @@
+"""The machine: its devices, dtypes, threads and peak."""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from parts.cli import UserError
+
+# dense FLOP/s in bfloat16, from data sheets; of several names that fit, the first counts
+BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12,
+             "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+LESS = ("MIG", "Laptop", "4090 D")  # a slice of a chip, or a smaller chip of the same name
+SMALL = 64  # channels of models that one thread trains
+CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
+
+
+def pick_device(device="auto", compiled=False):
+    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError, also
+    where the model is to be compiled and what that needs is missing."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if device == "auto":
+        device = available[0]
+    name, _, index = device.partition(":")
+    if name not in available or device != name and not index.isdecimal():
+        raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
+    if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {device}, there are {torch.cuda.device_count()} CUDA devices")
+    if compiled:
+        check_compiler(name)
+    return torch.device(device)
+
+
+def check_compiler(kind):
+    """Raise UserError where torch.compile lacks what it needs on a kind of device."""
+    cxx = os.environ.get("CXX") or CXX.get(sys.platform, "g++")  # as PyTorch chooses it
+    if kind == "cpu" and not shutil.which(cxx):
+        raise UserError(f"--compile on a CPU needs a C++ compiler, and {cxx} does not exist: "
+                        "install g++, name another compiler in CXX, or leave out --compile")
+    if kind == "cuda" and not importlib.util.find_spec("triton"):
+        raise UserError("--compile on a GPU needs triton: pip install triton, or leave out "
+                        "--compile")
+
+
+def pick_dtype(device, dtype="auto"):
+    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else
+    float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
+        faster = matmul_peak(device, torch.bfloat16, 256) > matmul_peak(device, torch.float32, 256)
+    else:
+        faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if faster else torch.float32
+
+
+def matmul_peak(device, dtype, size=1024):
+    """Return the FLOP/s of large matrix products: the data sheet's where known, else the best of a
+    few measured in half a second."""
+    if device.type == "cuda":
+        name = machine_name(device)
+        known = [peak for part, peak in BF16_PEAK.items() if part in name]
+        if known and dtype == torch.bfloat16 and not any(word in name for word in LESS):
+            return known[0]
+        size = 8 * size  # a small product ends before the host has heard of it
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best, begin = float("inf"), time.perf_counter()
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        stop = time.perf_counter()
+        best = min(best, stop - start)
+        if stop - begin > 0.5:
+            break
+    return 2 * size ** 3 / best
+
+
+def machine_name(device):
+    """The name of a GPU, or of the processor as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def use_threads(channels, asked=None):
+    """Compute with the number of threads asked for. With None small models take one, others what
+    PyTorch takes: OMP_NUM_THREADS, or a thread for each core.
+
+    One thread rounds alike on any number of cores. It trains the default model at two thirds of
+    the speed of two threads on two idle cores; but where other programs hold the cores, two
+    threads wait for each other, and one is more than twice as fast."""
+    if asked is None and channels <= SMALL:
+        asked = 1
+    if asked is not None:
+        torch.set_num_threads(asked)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
+    which on a CPU costs more than most element-wise operations."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc; Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,95 @@
+"""Decoding with fixed shapes: model.advance recorded once, then replayed for any position.
+
+    model.advance = Recorder(model.advance)    # then generate as before
+
+A token of a looped model is hundreds of small operations. On a GPU each takes longer to launch than
+to compute. A CUDA graph records the launches of one call and repeats all of them at once, with the
+same shapes, at the same addresses. So here
+- what goes in (tokens, state, places in the cache) lives in buffers, written before a replay
+- the places are numbers in a tensor, not the ends of a slice
+- attention reads the cache's whole capacity and masks what stands behind a token
+
+On other devices the same buffers and masks are used, and the call is made each time. That gains
+nothing there; it is how tests without a GPU see that fixed shapes change no result.
+"""
+
+import torch
+
+WARM_UP = 3  # calls before a recording: kernels are chosen, graphs compiled
+
+
+class Recording:
+    """One call of `advance`, for T tokens: loops start, ..., stop - 1 of idx (B, T)."""
+
+    def __init__(self, advance, cache, start, stop, idx, h, u):
+        self.advance, self.cache, self.start, self.stop = advance, cache, start, stop
+        self.inputs = [None if x is None else x.clone() for x in (idx, h, u)]
+        self.places = torch.arange(idx.shape[1], device=idx.device)
+        self.outputs, self.graph = None, None
+
+    def call(self):
+        idx, h, u = self.inputs
+        self.cache.places = self.places
+        try:
+            return self.advance(idx, self.cache, self.start, self.stop, h, u)
+        finally:
+            self.cache.places = None  # outside a recording, places are slices
+
+    def replay(self, position, *inputs):
+        """What the call returns for idx, h and u at the places from `position` on."""
+        torch.arange(position, position + len(self.places), out=self.places)
+        for buffer, value in zip(self.inputs, inputs):
+            if value is not None:
+                buffer.copy_(value)
+        if self.places.device.type != "cuda":
+            return self.call()
+        if self.graph is None:
+            self.record()
+        self.graph.replay()
+        return [output.clone() for output in self.outputs]  # the next replay overwrites them
+
+    def record(self):
+        """Record the call. Making it several times does no harm: each writes the same keys and
+        values at the same places."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.call()
+
+
+class Recorder:
+    """`advance` of a model, recorded: once for each number of tokens, first and last loop."""
+
+    def __init__(self, advance):
+        self.advance = advance
+        self.cache, self.recordings = None, {}
+
+    def __call__(self, idx, cache, start, stop, h=None, u=None):
+        if cache is not self.cache:  # recordings read and write one cache
+            self.cache, self.recordings = cache, {}
+        key = (idx.shape, start, stop)
+        if key not in self.recordings:
+            self.recordings[key] = Recording(self.advance, cache, start, stop, idx, h, u)
+        position = cache.pos
+        cache.take(idx.shape[1])
+        return self.recordings[key].replay(position, idx, h, u)
+
+
+def speed_up(model, compiled, recorded=True):
+    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded.
+
+    What is recorded has no launches to save, so layers compiled one by one (seconds) do as well as
+    all of `advance` compiled as one (half a minute or more)."""
+    recorded = recorded and model.wte.weight.device.type == "cuda"
+    if compiled and recorded:
+        model.compile_layers()
+    elif compiled:
+        model.compile_decoding()
+    if recorded:
+        model.advance = Recorder(model.advance)
+

@@ -1,0 +1,212 @@
+"""The settings of a training run: the command line of train.py, and reading it back.
+
+A run stores its settings in config.json. `--resume` reads them back as a command line, so that they
+are checked as one; what is then given on the command line comes on top.
+"""
+
+import argparse
+import inspect
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+from model import INJECTIONS, PRESETS, ParcaeConfig
+from parts.cli import (
+    COUNT,
+    LOOPS,
+    POSITIVE,
+    SEED,
+    Parser,
+    UserError,
+    check_idle,
+    flag_of,
+    new_directory,
+    number,
+    some_path,
+)
+from parts.files import read_json
+from parts.machine import SMALL
+from parts.run_directory import finish_replacing
+
+DEFAULT_DATA = "data/stdlib"
+DEFAULT_STEPS = 1200
+BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
+
+
+def make_parser(about):
+    parser = Parser(description=about)
+    add = parser.add_argument
+    add("--out", type=new_directory, default="out/default", metavar="DIR",
+        help="run directory to write (default: %(default)s)")
+    add("--resume", action="store_true",
+        help="continue the run in --out with its settings; flags given here change them")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--dry-run", action="store_true",
+        help="print what config.json would say, the cost of a token among it, and stop")
+    add("--data", type=some_path, default=DEFAULT_DATA, metavar="DIR",
+        help="of data.py (default: %(default)s, made if missing)")
+    add("--preset", choices=PRESETS, default="parcae-nano", metavar="NAME",
+        help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
+    add("--init-from", type=some_path, metavar="DIR",
+        help="start from the weights of another run, in place of --preset; flags of the model "
+        "that keep its weights may change")
+
+    add = parser.add_argument_group("budget (the first one spent ends the run; default: "
+                                    f"{DEFAULT_STEPS} steps)").add_argument
+    add("--max-steps", type=COUNT, metavar="N", help="optimiser steps")
+    add("--max-tokens", type=COUNT, metavar="D", help="training tokens")
+    add("--max-flops", type=number(float, 1), metavar="C",
+        help="training FLOPs, counted from the depths really drawn")
+    add("--accounting", choices=("exact", "paper"), default="exact",
+        help="how FLOPs are counted (default: exact)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=BATCH, default=16, metavar="N",
+        help="sequences a step, over all ranks (default: %(default)s)")
+    add("--micro-batch", type=BATCH, metavar="N",
+        help="sequences of a forward pass on a device (default: all of its share)")
+    add("--depth-sampling", choices=("per-sequence", "per-batch", "fixed"), default="per-sequence",
+        help="loops: drawn for each sequence (default), once for the batch, or always "
+        "--mean-recurrence")
+    add("--loop-from", type=number(float, 0, 1), default=0, metavar="F",
+        help="loop once only until this share of the budget is spent (default: %(default)s)")
+    add("--muon-lr", type=POSITIVE, default=8e-3, metavar="LR",
+        help="peak learning rate of Muon (default: %(default)s)")
+    add("--adamw-lr", type=POSITIVE, default=8e-3, metavar="LR",
+        help="peak learning rate of AdamW (default: %(default)s)")
+    add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
+        help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.2,
+        help="of Muon, falls to 0 over the run; only where the update shrinks a weight anyway "
+        "(default: %(default)s)")
+    add("--grad-clip", type=POSITIVE, default=1.0,
+        help="largest gradient norm (default: %(default)s)")
+    add("--seed", type=SEED, default=0,
+        help="of weights, data order and depths (default: %(default)s)")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=COUNT, default=400, metavar="N",
+        help="steps between evaluations and checkpoints (default: %(default)s)")
+    add("--eval-sequences", type=COUNT, default=64, metavar="N",
+        help="val sequences read by an evaluation; by the last, 8 times as many "
+        "(default: %(default)s)")
+    add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
+        help="loops (default: 1 2 4 8 16)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of the activations (default: bfloat16 where the machine multiplies it faster)")
+    add("--threads", type=number(int, 1, 1024), metavar="N",
+        help=f"threads of the CPU (default: 1 for models of up to {SMALL} channels, whose losses "
+        "then do not depend on the number of cores; else OMP_NUM_THREADS or all cores)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the layers (default: no)")
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser):
+    """A flag for each field of ParcaeConfig, its help from the comment beside the field."""
+    default = ParcaeConfig(**PRESETS["parcae-nano"])
+    group = parser.add_argument_group("model (defaults: those of parcae-nano; another --preset has "
+                                      "others; then what is given here)")
+    comments = dict(re.findall(r"^    (\w+):.*# (.*)$", inspect.getsource(ParcaeConfig),
+                               re.MULTILINE))
+    comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
+    for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
+        flag = flag_of(field.name)
+        value = getattr(default, field.name)
+        if field.default is None:  # it follows from others, as mlp_width does
+            value = None
+        about = f"{comments.get(field.name, '')} (default: {value})"
+        if field.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        elif field.type is str:
+            group.add_argument(flag, metavar="NAME", help=about)
+        else:
+            kind = float if field.type is float else int  # int of int | None
+            group.add_argument(flag, type=kind, metavar="N", help=about)
+
+
+def parse_args(about, words=None):
+    """The settings of a run: those of the command line; with --resume those that the run has, then
+    the command line's. about: the head of --help."""
+    parser = make_parser(about)
+    args = parser.parse_args(words)
+    if args.resume:
+        check_idle(parser, args, ["overwrite"], "--resume goes on with the run, it replaces none")
+        finish_replacing(args.out)
+        file = Path(args.out) / "config.json"
+        saved, model = stored_settings(parser, file)
+        known = argparse.Namespace(**vars(saved) | {"out": args.out})
+        args = parser.parse_args(words, namespace=known)
+        if args.data is None:
+            raise UserError(f"{file} names no data that the run read: give --data DIR")
+        check_unchanged(saved, args, model)
+    elif args.init_from:
+        check_idle(parser, args, ["preset"], "--init-from takes the place of --preset")
+    if not (args.max_steps or args.max_tokens or args.max_flops):
+        args.max_steps = DEFAULT_STEPS
+    return args
+
+
+def words_of(parser, settings):
+    """Settings, a dict, as words of a command line; what is None is left out."""
+    words = []
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append(flag.replace("--", "--no-", 1))
+        elif isinstance(value, list) and isinstance(parser.get_default(name), list):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def command_line(settings, **changes):
+    """The command that trains with the settings of a run, a dict, and these changes; for a shell.
+    Defaults are left out."""
+    parser = make_parser("")
+    given = {name: value for name, value in (settings | changes).items()
+             if value != parser.get_default(name)}
+    return shlex.join(["python", "train.py", *words_of(parser, given)])
+
+
+def stored_settings(parser, file):
+    """The settings in a run's config.json, read as a command line: they are checked as one; and all
+    of its model's values, a dict. Raises UserError."""
+    if not file.exists():
+        raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
+    config = read_json(file)
+    if not isinstance(config.get("settings"), dict):
+        raise UserError(f"{file} is not that of a run: it has no settings")
+    stored = {name: value for name, value in config["settings"].items() if name != "out"}
+    words = words_of(parser, stored)
+    model = config.get("model")
+    try:
+        saved = parser.parse_args(words)
+        if config["settings"].get("data") is None:
+            saved.data = None  # the default is another text
+        return saved, model if isinstance(model, dict) else {}
+    except UserError as error:
+        raise UserError(f"{file}, settings: {error}") from None
+
+
+def check_unchanged(saved, args, model):
+    """Raise UserError where a flag changes what the checkpoint of a resumed run computes.
+
+    saved, model: what stored_settings returns."""
+    may_change = ("mean_recurrence", "backprop_depth")
+    fixed = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
+    for name in ("preset", "init_from", "seed", "accounting", *fixed):
+        before, now = getattr(saved, name), getattr(args, name)
+        if now not in (before, model.get(name)):  # its preset's value may be named as a flag
+            was = "not given" if before is None else before
+            raise UserError(f"{flag_of(name)} is {now}, in the run that goes on it is "
+                            f"{was}: its checkpoint does not fit these settings")
+

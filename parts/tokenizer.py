@@ -1,0 +1,277 @@
+"""Tokenizers: text to numbers and back, all of them tiktoken.Encodings.
+
+"bytes" has a token for each byte, "bpe:N" is trained on the text at hand, "gpt2" is fetched by
+tiktoken. tokenizer.json keeps one, in data and run directories. tools/published.py reads the
+formats of others.
+"""
+
+import base64
+import codecs
+import contextlib
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import regex  # comes with tiktoken
+import tiktoken
+
+from parts.cli import UserError, progress_bar
+from parts.files import read_json, write_text
+
+EOT = "<|endoftext|>"
+BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it
+
+# words, numbers of up to three digits, punctuation, spaces; a word takes the space before it
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def make_tokenizer(name, docs=()):
+    """A tiktoken.Encoding: "bytes", "gpt2" (tiktoken fetches it), "bpe:N" trained on docs, or that
+    of a directory. Raises UserError."""
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    kind, _, size = name.partition(":")
+    if name == "bytes":
+        pattern, ranks = r"(?s:.{1,256})", {bytes([i]): i for i in range(256)}
+    elif kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 65536:
+        pattern, ranks = WORDS, train_bpe(docs, int(size) - 1)
+    elif Path(name).is_dir():  # one with a name of these is ./bytes
+        return load_tokenizer(name)
+    else:
+        raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, bpe:N with N from 257 to "
+                        "65536, or a directory with tokenizer.json")
+    special = {EOT: len(ranks)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+PIECE = 1 << 17  # characters given to a tokenizer at once: tiktoken fails on 999,999 spaces
+LONGEST_WORD = 1000  # characters, in training a tokenizer
+# Every tokenizer cuts here: after the end of a line, before a letter; and between a letter and a
+# single space with a letter behind it. (?r) searches from the right.
+CUT = regex.compile(r"(?r)(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L})")
+
+
+def pieces(text):
+    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters. They
+    have the tokens of the whole where a tokenizer's words end before a space, as GPT's do. A text
+    with no place to cut for so long is cut anywhere."""
+    parts = text
+    if isinstance(text, str):
+        parts = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
+    rest = ""
+    for part in parts:
+        rest += part
+        while len(rest) > PIECE:
+            place = CUT.search(rest, 1, PIECE)
+            cut = place.start() if place else PIECE
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def encode(tokenizer, text, bar=None):
+    """Yield the tokens of a text (see pieces) in arrays; a progress bar counts its characters.
+    Raises UserError."""
+    for piece in pieces(text):
+        with told(f"the tokenizer {tokenizer.name} fails on this text"):
+            tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
+        yield tokens
+        if bar is not None:
+            bar.update(len(piece))
+
+
+def count_words(docs):
+    """How often each word comes in docs, a Counter; of a long word its parts are counted."""
+    counts = Counter()
+    with progress_bar(total=sum(map(len, docs)), desc="counting words", unit="char",
+                      unit_scale=True) as bar:
+        for doc in docs:
+            for piece in pieces(doc):
+                for word in regex.findall(WORDS, piece):
+                    for i in range(0, len(word), LONGEST_WORD):
+                        counts[word[i:i + LONGEST_WORD]] += 1
+                bar.update(len(piece))
+    return counts
+
+
+def merge(word, pair, new):
+    """The ids of a word with each occurrence of the pair, from the left, replaced by the id `new`.
+
+    >>> merge([5, 6, 5, 6, 7], (5, 6), 9)
+    [9, 9, 7]
+    """
+    merged, i = [], 0
+    while i < len(word):
+        if word[i] == pair[0] and word[i + 1:i + 2] == [pair[1]]:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def pop_most_frequent(heap, pair_counts):
+    """Take the most frequent pair (of several, that of the lowest ids) from a heap of
+    (-count, pair). Counts may have fallen since: such entries go back with the count of today.
+    None: no pair is left.
+
+    >>> pop_most_frequent([(-9, (5, 6)), (-8, (6, 7))], Counter({(5, 6): 3, (6, 7): 8}))
+    (6, 7)
+    """
+    while heap:
+        count, pair = heapq.heappop(heap)
+        if pair_counts[pair] == -count != 0:
+            return pair
+        if pair_counts[pair] > 0:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+    return None
+
+
+def train_bpe(docs, vocab_size):
+    """Byte-pair ranks {bytes: id} of at most vocab_size tokens: the most frequent pair of
+    neighbours becomes a token, again and again (Sennrich et al. 2016)."""
+    # each different word once, as a list of ids, first of its bytes
+    word_counts = count_words(docs)
+    words = [list(word.encode()) for word in word_counts]
+    counts = list(word_counts.values())
+
+    # how often a pair comes, and in which words: a merge looks at those alone
+    pair_counts, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+
+    tokens = [bytes([i]) for i in range(256)]
+    with progress_bar(total=vocab_size - 256, desc="training tokenizer", unit="merge") as bar:
+        while len(tokens) < vocab_size and (best := pop_most_frequent(heap, pair_counts)):
+            new = len(tokens)
+            tokens.append(tokens[best[0]] + tokens[best[1]])
+            made = set()  # pairs with the new token
+            for i in where.pop(best):
+                before, words[i] = words[i], merge(words[i], best, new)
+                for pair in zip(before, before[1:]):
+                    pair_counts[pair] -= counts[i]
+                for pair in zip(words[i], words[i][1:]):
+                    pair_counts[pair] += counts[i]
+                    if new in pair:
+                        where[pair].add(i)
+                        made.add(pair)
+            for pair in made:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+            bar.update()
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def save_tokenizer(tokenizer, path, text=None):
+    """Write a tiktoken.Encoding as JSON, one that tiktoken knows by name as that name; `text` is
+    the fingerprint of the data."""
+    saved = {"name": tokenizer.name}
+    if text:
+        saved["text"] = text
+    if tokenizer.name not in tiktoken.list_encoding_names():
+        ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+        saved["pattern"] = tokenizer._pat_str
+        saved["special"] = tokenizer._special_tokens
+        saved["ids"] = [i for _, i in ranks]
+        saved["tokens"] = [base64.b64encode(token).decode() for token, _ in ranks]
+    write_text(path, json.dumps(saved))
+
+
+def load_tokenizer(directory):
+    """The tiktoken.Encoding of a data or run directory. Raises UserError."""
+    path = Path(directory) / "tokenizer.json"
+    saved = read_json(path)
+    try:
+        if "model" in saved:
+            raise UserError("this is Hugging Face's format; make it ours with: "
+                            f"python -m tools.published tokenizer {directory} --out DIR")
+        if "tokens" not in saved:
+            return tiktoken.get_encoding(saved["name"])
+        ids = saved.get("ids", range(len(saved["tokens"])))
+        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+        ranks = dict(zip(tokens, ids, strict=True))
+        if len(ranks) < len(tokens):
+            raise UserError("it has a token twice")
+        return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
+
+
+# texts on which a pattern that loses characters, or tries too many ways to match, shows it
+PROBES = ["".join(map(chr, range(1, 0x250))), " word" * 300]
+PROBES += [c * 3000 + end for c in "a1 \n-" for end in "x!"]
+
+
+def checked_encoding(name, pattern, ranks, special):
+    """A tiktoken.Encoding of parts from a file. Raises UserError where its ids or its pattern
+    cannot work."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids) or len(set(ids)) < len(ids):
+        raise UserError("its token ids must be different whole numbers from 0 to 16,777,215")
+    tokenizer = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                  special_tokens=special)
+    with quiet_stderr():  # tiktoken prints a page of its own where it fails
+        for text in PROBES:
+            with told(f"its pattern fails on text such as {text[:5]!r}..."):
+                same = tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+            if not same:
+                raise UserError(f"its pattern loses part of text such as {text[:5]!r}...")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def told(complaint):
+    """What tiktoken raises in here becomes a UserError that begins with the complaint: its panics,
+    too, which are no Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{complaint}: {error}") from None
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Nothing reaches the standard error in here, from no language."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def same_tokens(a, b):
+    """Whether two tokenizers have the same tokens and ids."""
+    return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
+
+
+def begin_token(tokenizer):
+    """The id of the token with which documents begin. Raises UserError where there is none."""
+    for name in BEGIN:
+        if name in tokenizer._special_tokens:
+            return tokenizer._special_tokens[name]
+    raise UserError(f"the tokenizer has none of the special tokens {', '.join(BEGIN)}")
+
+
+def decode_stream(tokenizer, tokens):
+    """Yield the text of each token as it comes; bytes that are not UTF-8 show as U+FFFD, numbers
+    that are no token (a model's vocabulary is rounded up) as nothing."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        with contextlib.suppress(KeyError):
+            yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+    yield decoder.decode(b"", final=True)
+

@@ -1,0 +1,241 @@
+"""Training curves: what an experiment tracker shows, from the logs of runs, into one picture.
+
+    python -m tools.curves out/default                            one run: loss, and what steers it
+    python -m tools.curves out/looped out/plain --out both.png    several: which makes more of what?
+    python -m tools.curves out/default --watch                    again and again while it trains
+
+Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
+train loss, a mean over a fiftieth of the run. Points are the val loss, at T loops: the mean of the
+run's training. One run alone has a second row: learning rate, norm of the gradient, size of the
+state. A run may still be training. Runs with different tokenizers, texts or FLOP accountings are
+drawn, and the picture's title says so. Needs matplotlib.
+
+With --watch, look at the picture in a viewer that follows its file (an editor's image tab, eog,
+feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from parts import figures
+from parts.cli import Parser, UserError, new_file, number, run_script, some_path
+from parts.files import patient, read_json, read_json_lines
+from parts.run_directory import say_differences
+
+AXES = ("tokens", "flops", "seconds")
+KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
+
+# ----------------------------------------------------------------------------- reading
+
+
+def read_run(path):
+    """What the log of a run directory says, a dict. Raises UserError.
+
+    "label"; "folder", where its files are; "T", its mean recurrence; "done", whether it has ended;
+    of each step an array (steps,) for each of KEYS; "evaluations", a list of dicts: AXES,
+    "val_loss" and "state_rms" {T: number}.
+    """
+    path = Path(path)
+    folder = path
+    if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
+        folder = path / ".new"  # train.py --overwrite, until its first checkpoint
+    file = folder / "log.jsonl"
+    if not file.exists():
+        raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
+    lines, bad = read_json_lines(file)
+    no_log = f"{file} is not the log of a run of train.py"
+    if bad > 1 and not lines:  # a single bad line may be just being written
+        raise UserError(no_log)
+    try:
+        steps = [line for line in lines if line["kind"] == "train"]
+        run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
+        run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
+        run["done"] = bool(lines) and lines[-1]["kind"] == "done"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(no_log) from None
+    config = read_json(folder / "config.json")
+    try:
+        run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
+    label = path.resolve().name.lstrip("_")  # matplotlib hides what begins with _
+    return run | {"label": label, "folder": folder}
+
+
+def evaluation(line):
+    """What is drawn of a line of the log that holds an evaluation."""
+    values = {key: float(line[key]) for key in AXES}
+    for name in ("val_loss", "state_rms"):  # a plain transformer has no state
+        values[name] = {int(T): float(value) for T, value in line.get(name, {}).items()}
+    return values
+
+
+def read_runs(paths):
+    """Runs as read_run gives them; names that are not different become whole paths."""
+    runs = [patient(read_run, path) for path in paths]
+    labels = [run["label"] for run in runs]
+    for run, path in zip(runs, paths):
+        if labels.count(run["label"]) > 1:
+            run["label"] = str(path)
+    return runs
+
+# ----------------------------------------------------------------------------- what is drawn
+
+
+def smooth(values):
+    """The mean around each of the values (n,), over a fiftieth of them; NaN where none is finite.
+
+    At the ends the mean is over what is there: a last step counts no more than the others."""
+    n, half = len(values), len(values) // 100
+    finite = np.isfinite(values)
+    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
+    counts = np.append(0, np.cumsum(finite))
+    first = np.maximum(np.arange(n) - half, 0)
+    beyond = np.minimum(np.arange(n) + half + 1, n)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a stretch of steps was skipped
+        return (sums[beyond] - sums[first]) / (counts[beyond] - counts[first])
+
+
+def curve(run):
+    """What `picture` draws of a run."""
+    points = [e for e in run["evaluations"] if run["T"] in e["val_loss"]]
+    val = {key: [e[key] for e in points] for key in AXES}
+    val["loss"] = [e["val_loss"][run["T"]] for e in points]
+    sizes = {}  # of the state after T loops: tokens and sizes
+    for e in run["evaluations"]:
+        for T, size in e["state_rms"].items():
+            sizes.setdefault(T, []).append((e["tokens"], size))
+    return {"label": f"{run['label']}, T = {run['T']}", **{key: run[key] for key in KEYS},
+            "smooth_loss": smooth(run["loss"]), "smooth_norm": smooth(run["grad_norm"]),
+            "val": val, "sizes": dict(sorted(sizes.items()))}
+
+
+def draw(path, runs, title=""):
+    """Write the picture of runs as read_runs gives them."""
+    picture(path, [curve(run) for run in runs], title)
+
+# ----------------------------------------------------------------------------- the picture
+
+
+def picture(path, runs, title):
+    """Training curves; of one run alone also what steers it, a second row.
+
+    runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
+    "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
+    {T: [(tokens, size of the state)]}; "label"."""
+    rows = 2 if len(runs) == 1 else 1
+    figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
+                                             layout="constrained")
+    figure.suptitle(title or None)
+    limits = loss_limits(runs)
+    titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
+    for axes, (key, title) in zip(grid[0], titles.items()):
+        for i, run in enumerate(runs):
+            color, val = f"C{i}", run["val"]
+            if rows == 2:
+                axes.plot(run[key], run["loss"], lw=0.5, color=color, alpha=0.25)
+            lone = "." if len(run[key]) == 1 else ""  # a line of one step would not be seen
+            axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
+                      label=run["label"])
+            axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
+                 title="Loss" if rows == 2 else f"Loss for {title}",
+                 ylim=limits)
+    grid[0, 0].set_ylabel("loss (nats per token)")
+    points = "\npoint: val loss at T loops" if any(run["val"]["loss"] for run in runs) else ""
+    grid[0, 0].legend(title=f"line: train loss{points}", fontsize=8)
+    if rows == 2:
+        steering(grid[1], runs[0])
+    figures.save(figure, path)
+
+
+def loss_limits(runs):
+    """Where the axis of the loss begins and ends: the first steps would take all the height."""
+    low, high = [], []
+    for run in runs:
+        line, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
+        low += [*line, *val, *(run["loss"] if len(runs) == 1 else [])]
+        if len(line):
+            high.append(np.quantile(line, 0.95))
+        high += val[-1:]
+    low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
+    if not high:
+        return None, None  # no step has a finite loss
+    margin = 0.05 * (max(high) - min(low)) or 0.1
+    return min(low) - margin, max(high) + margin
+
+
+def steering(axes, run):
+    """Learning rate, norm of the gradient and size of the state of a run, against its tokens."""
+    lone = "." if len(run["tokens"]) == 1 else ""
+    axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
+    axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
+    axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
+    axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
+    axes[1].set(title="Norm of the gradient", yscale="log")
+    axes[1].yaxis.set_major_locator(figures.pyplot().LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].yaxis.set_minor_locator(figures.pyplot().NullLocator())
+    for i, (T, points) in enumerate(run["sizes"].items()):
+        axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=figures.shade(i, len(run["sizes"])),
+                     label=f"T = {T}")
+    axes[2].set(title="State after T loops, root mean square")
+    if run["sizes"]:
+        axes[2].legend(fontsize=8)
+    else:
+        axes[2].set_yticks([])
+        axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
+                     transform=axes[2].transAxes)
+    for panel in axes:
+        panel.locator_params(axis="x", nbins=6)
+        panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
+
+# ----------------------------------------------------------------------------- command line
+
+
+def watch(args):
+    """Draw again and again, until every run has ended."""
+    title = None
+    while True:
+        runs = read_runs(args.runs)
+        if title is None:
+            title = say_differences(run["folder"] for run in runs)
+        begun = [run for run in runs if len(run["loss"])]
+        text = "no training step yet"
+        if begun:
+            draw(args.out, begun, title)
+            losses = [f"{run['label']} {run['loss'][-1]:.3f}" for run in begun]
+            text = f"wrote {args.out}; loss of the last step: {', '.join(losses)}"
+        print(time.strftime("%H:%M:%S"), text, flush=True)
+        if all(run["done"] for run in runs):
+            return
+        time.sleep(args.watch)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
+    add("--out", type=new_file, default="out/curves.png", metavar="FILE",
+        help="the picture to write (default: %(default)s)")
+    add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
+        help="draw it again every so many seconds (30, if you name none) until every run has "
+        "ended; comes after the run directories")
+    args = parser.parse_args()
+    figures.pyplot()  # where matplotlib is missing, say so now
+    if args.watch:
+        watch(args)
+        return
+    runs = read_runs(args.runs)
+    for run, path in zip(runs, args.runs):
+        if not len(run["loss"]):
+            raise UserError(f"{Path(path) / 'log.jsonl'} has no training step yet")
+    draw(args.out, runs, say_differences(run["folder"] for run in runs))
+    print("wrote", args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,117 @@
+"""Is my evening enough? What a sweep would find of a known law, before anybody trains it.
+
+    python scaling.py design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 0 1 2
+
+The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
+the noise of real runs, and both methods, laws and parabolas, are let loose on them. The spread of
+what they find is the interval to expect at best: real runs need not obey the law.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from parts import isoflop
+from parts.cli import UserError
+from parts.laws import fits_of_noisy, frontier, frontier_exponents
+from parts.tables import column, distinct_budgets
+
+
+def grid(size, cost, budgets, recurrences, seeds):
+    """The rows of a sweep, val_loss still unknown; size: a row of the model; seeds: a list."""
+    return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
+                    "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed}
+            for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
+
+
+def simulate(fit, rows, cost, noise, repeats, seed=0):
+    """What the two methods find in made-up sweeps of a law with noise (relative) in the losses.
+
+    Returns {"truth", "law", "parabola"}: each {"mu": log mu* (repeats, budgets), "exponent":
+    (repeats,)}; of truth one repeat."""
+    rng = np.random.default_rng(seed)
+    log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
+    budgets = sorted({row["flops"] for row in rows})
+    found = {}
+    refits = fits_of_noisy(fit, rows, torch.tensor(log_loss))
+    for name, theta in (("truth", fit.theta[None]), ("law", refits)):
+        mu = [frontier(fit, rows[0], cost, c, theta)[0] for c in budgets]
+        exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
+        found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
+
+    # of these only the recurrences and seeds are used: the losses are those of each sweep
+    every = isoflop.budgets_of([row | {"val_loss": 1.0} for row in rows])
+    means = log_loss.reshape(repeats, len(every), len(every[0].mu), -1).mean(-1)  # over seeds
+    mu = np.array([[isoflop.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
+                   for one in means])
+    low, high = every[0].log_mu[[0, -1]]
+    exponents = [isoflop.line_through(np.log(budgets), one, np.full(len(every), low),
+                                      np.full(len(every), high))[0] for one in mu]
+    found["parabola"] = {"mu": mu, "exponent": np.array(exponents)}
+    return found
+
+
+def central(samples):
+    """(low, middle, high): the middle and the central 95 % of samples without NaN, None of fewer
+    than 20. Some may be infinite."""
+    samples = samples[~np.isnan(samples)]
+    if len(samples) < 20:
+        return None
+    return np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
+
+
+def loops_text(log_mu, fewest, most):
+    """mu* and its interval as text, from logarithms; infinite ones are at the edge of what is
+    tried."""
+    found = central(log_mu)
+    if found is None:
+        return "-"
+    low, middle, high = (f"<= {fewest}" if end == -math.inf else f">= {most}" if end == math.inf
+                         else f"{math.exp(end):.2f}" for end in found)
+    return f"{middle} [{low}, {high}]"
+
+
+def exponent_text(samples):
+    """An exponent, its interval and half of its width as text."""
+    found = central(samples)
+    if found is None:
+        return "unknown"
+    low, middle, high = found
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}], half width {(high - low) / 2:.2f}"
+
+
+def design(args, out, table):
+    """Print what a sweep would cost and find. out, table: of scaling.fit_optima."""
+    budgets, recurrences = distinct_budgets(args.budgets), sorted({*args.recurrences})
+    if len(recurrences) < 3 or len(budgets) < 2:
+        raise UserError("a design needs two budgets and three recurrences at least")
+    noise = args.noise or (out.get("noise") or {}).get("sd")
+    if not noise:
+        raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
+    fit, cost = table.fit, table.cost
+    rows = grid(table.rows[0], cost, budgets, recurrences, sorted({*args.seeds}))
+    flops = column(rows, "flops").sum()
+    print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
+          f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
+          f"taken for the truth: the training law of {out['runs']} runs; noise {noise:.2%} a run; "
+          f"{args.repeats} made-up sweeps\n")
+
+    found = simulate(fit, rows, cost, noise, args.repeats)
+    print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
+    for j, c in enumerate(budgets):
+        (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
+        by_law, by_parabola = (loops_text(some, recurrences[0], recurrences[-1])
+                               for some in (law, parabola))
+        print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:23s}   {by_parabola:20s}   "
+              f"{np.isfinite(parabola).mean():5.0%}")
+    true = found["truth"]["exponent"][0]
+    print(f"\nexponent of mu*: true {true:.2f}")
+    for name, label in (("law", "the law"), ("parabola", "parabolas")):
+        samples = found[name]["exponent"]
+        print(f"  by {label:9s}  {exponent_text(samples)}; none in "
+              f"{np.isnan(samples).mean():.0%} of sweeps")
+    if not np.isfinite(true):
+        print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
+              "larger budgets are needed")

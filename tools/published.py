@@ -1,0 +1,527 @@
+"""Models and tokenizers of others in and out: the only file that knows foreign formats.
+
+    python -m tools.published import SandyResearch/parcae-140m --out out/140m  a folder works, too
+    python -m tools.published export out/default --out exported
+    python -m tools.published tokenizer DIR --out tokenizers/theirs
+    python data.py text book.txt --tokenizer tokenizers/theirs
+
+`import` makes a run directory of a model in the format of the published Parcae code: config.json,
+weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging Face tokenizer.json.
+`export` is the reverse, but for tokenizer.json, which stays ours. `tokenizer` brings in a
+byte-level BPE alone. What is not implemented here is refused by name, and so is what the published
+format cannot say: a field, a rule or a tensor of your own.
+"""
+
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+
+from data import check_place
+from model import Parcae
+from parts.cli import Parser, UserError, run_script, some_path
+from parts.config import ParcaeConfig, parse_config
+from parts.files import (
+    check_finite,
+    fit_weights,
+    from_hub,
+    load_checkpoint,
+    misfits,
+    read_json,
+    whole_directory,
+    whole_file,
+    write_json,
+)
+from parts.tokenizer import checked_encoding, load_tokenizer, save_tokenizer
+
+WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")
+
+# ----------------------------------------------------------------------------- the config
+
+# Fields of the published config.json that are ours under another name.
+FIELDS = {
+    "padded_vocab_size": "vocab_size", "block_size": "block_size", "n_embd": "n_embd",
+    "num_attention_heads": "n_head", "n_layers_in_prelude": "n_prelude",
+    "n_layers_in_recurrent_block": "n_recurrent", "n_layers_in_coda": "n_coda",
+    "intermediate_size": "mlp_width", "mean_recurrence": "mean_recurrence",
+    "mean_backprop_depth": "backprop_depth", "injection_type": "injection",
+    "prelude_norm": "prelude_norm", "qk_norm": "qk_norm", "tie_embeddings": "tie_embeddings",
+    "norm_eps": "norm_eps", "rope_settings.rope_base": "rope_base"}
+# Fields that must have one value, since nothing else is implemented here.
+FIXED = {
+    "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm",
+    "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "mup_model_scaling_factor": 1,
+    "rope_settings.use_rope": True}
+# Fields on which the function that the model computes does not depend. Any field not named here
+# must be switched off: false, null, 0 or empty.
+FREE = {
+    "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_orthogonal",
+    "skip_initialization", "use_fused_head", "activation_checkpoint_impl", "simple_ops",
+    "strategy", "sampling_scheme", "lockstep_n", "lockstep_k", "curriculum_target",
+    "recurrent_iteration_method", "_class_name", "model_class_name", "architecture_class_name"}
+# Starts of training that are no more than that. Others scale embeddings, logits or residuals in
+# every forward pass: takase, takase-scaled and scaled-and-logit-scale among them.
+STARTS = {"scaled-zero", "scaled", "scaled-stuck", "scaled-large-embed", "small", "normal", "bert",
+          "kaiming", "llama", "llama-by-dim", "megatron", "megatron2", "mitchell", "wang"}
+# Values with another name here; the others are called the same. Our exports once said "concat".
+OUR_INJECTION = {"linear": "concat"}
+OUR_STATE = {"zero": "zero", "normal": "normal", "like-init": "normal"}
+
+
+def config_from(settings):
+    """The ParcaeConfig of a published config.json, a dict. Raises UserError for what is not
+    implemented here, KeyError for what is missing."""
+    if isinstance(settings.get("model"), dict):
+        raise UserError("this is a run directory of this project: nothing to import")
+    settings = dict(settings)
+    for name, value in settings.pop("rope_settings").items():
+        settings[f"rope_settings.{name}"] = value
+
+    # A GPT has one stack of layers, and nothing that concerns a loop.
+    if "n_layer" in settings:
+        settings["n_layers_in_prelude"] = settings.pop("n_layer")
+        settings["n_layers_in_recurrent_block"] = settings["n_layers_in_coda"] = 0
+    if settings.get("n_layers_in_recurrent_block") == 0:
+        for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth"):
+            settings.setdefault(name, getattr(ParcaeConfig(), FIELDS[name]))
+
+    # Some have one value that depends on others: the loop is as wide as the rest.
+    fixed = FIXED | {
+        "num_key_value_heads": settings["num_attention_heads"],
+        "recurrent_num_attention_heads": settings["num_attention_heads"],
+        "recurrent_embedding_dimension": settings["n_embd"],
+        "recurrent_intermediation_embedding_dimension": settings["intermediate_size"],
+        "rope_settings.rope_condense_ratio": 1}
+    for name, value in settings.items():
+        known = name in FIELDS or name in FREE or name in ("state_init", "init_strategy")
+        as_required = name in fixed and value == fixed[name]
+        switched_off = not value and name not in FIXED
+        if not (known or as_required or switched_off):
+            only = f", only {fixed[name]!r}" if name in fixed else ""
+            raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
+    start = settings.get("init_strategy") or "scaled-zero"
+    if start not in STARTS:
+        raise UserError(f"init_strategy is {start!r}, it scales embeddings, logits or residuals; "
+                        f"must be one of {', '.join(sorted(STARTS))}")
+    state = settings.get("state_init", "normal")
+    if state not in OUR_STATE:
+        raise UserError(f"state_init is {state!r}, must be one of {', '.join(OUR_STATE)}")
+
+    ours = {our_field: settings[field] for field, our_field in FIELDS.items()}
+    ours["injection"] = OUR_INJECTION.get(ours["injection"], ours["injection"])
+    return ParcaeConfig(**ours, state_init=OUR_STATE[state])
+
+
+def settings_of(config):
+    """The published config.json, a dict, of a ParcaeConfig."""
+    settings = dict(FIXED)
+    for field, our_field in FIELDS.items():
+        settings[field] = getattr(config, our_field)
+    for theirs, ours in OUR_INJECTION.items():
+        if config.injection == ours:
+            settings["injection_type"] = theirs
+    settings |= {
+        "model_class_name": "Parcae" if config.n_recurrent else "GPT",
+        "vocab_size": config.vocab_size,
+        "num_key_value_heads": config.n_head,
+        "recurrent_embedding_dimension": config.n_embd,
+        "recurrent_intermediation_embedding_dimension": config.mlp_width,
+        "state_init": "zero" if config.state_init == "zero" else "like-init"}
+    if not config.n_recurrent:  # a GPT has one stack
+        for part in ("prelude", "recurrent_block", "coda"):
+            del settings[f"n_layers_in_{part}"]
+        settings["n_layer"] = config.n_layer
+    settings["rope_settings"] = {"use_rope": settings.pop("rope_settings.use_rope"),
+                                 "rope_condense_ratio": 1,
+                                 "rope_base": settings.pop("rope_settings.rope_base")}
+    return settings
+
+
+def read_settings(file):
+    """The ParcaeConfig of a published config.json. Raises UserError that names the file."""
+    if not file.exists():
+        raise UserError(f"{file.parent} holds no model: {file} does not exist")
+    return parse_config(file, config_from)
+
+# ----------------------------------------------------------------------------- the weights
+
+# Beginnings of names, theirs and ours. The first that fits counts, in both directions.
+RENAMED = (
+    ("transformer.adapter.adapter.weight", "injection.W"),
+    ("transformer.adapter.A_log", "injection.log_A"),
+    ("transformer.adapter.", "injection."),
+    ("transformer.core_block.", "recurrent."),
+    ("transformer.C.", "C_proj."),
+    ("transformer.ln_f.", "norm_f."),
+    ("transformer.ln_prelude.", "norm_prelude."),
+    ("transformer.prelude.", "prelude."),
+    ("transformer.h.", "prelude."),  # a GPT
+    ("value_embeds.", "value_embeds."),
+    ("lm_head.", "lm_head."),
+    ("transformer.", ""),
+)
+
+
+def our_name(name):
+    """Our name for a tensor of the published format.
+
+    >>> our_name("transformer.core_block.0.norm_1.weight")
+    'recurrent.0.norm_1.weight'
+    """
+    for theirs, ours in RENAMED:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def their_name(name, config):
+    """The published format's name for a tensor of ours: see our_name."""
+    part, number, *rest = name.split(".")
+    if not config.n_recurrent and part in ("prelude", "coda"):  # a GPT has one stack
+        number = int(number) + (config.n_prelude if part == "coda" else 0)
+        return ".".join(["transformer.h", str(number), *rest])
+    for theirs, ours in RENAMED:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+
+
+# Of each injection that the format has, its tensors and their sides, in units of n_embd.
+INJECTED = {"diagonal": {"log_A": [1], "dt_bias": [1], "B": [1, 1]}, "concat": {"W": [1, 2]},
+            "add": {}}
+
+
+def tensors_of(config):
+    """{our name: a tensor of the shape} of every tensor that the published format has for a
+    ParcaeConfig."""
+    d, width, vocab = config.n_embd, config.mlp_width, config.vocab_size
+    layer = {"norm_1": (d,), "attn.c_q": (d, d), "attn.c_k": (d, d), "attn.c_v": (d, d),
+             "attn.c_proj": (d, d),
+             "norm_2": (d,), "mlp.fc": (width, d), "mlp.proj": (d, width)}
+    weights = {"wte": (vocab, d), "norm_f": (d,), "lm_head": (vocab, d)}
+    if config.n_recurrent:
+        weights["C_proj"] = (d, d)
+        if config.prelude_norm:
+            weights["norm_prelude"] = (d,)
+    parts = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
+             for i in range(getattr(config, f"n_{part}"))]
+    for i, part in enumerate(parts):
+        weights |= {f"{part}.{name}": shape for name, shape in layer.items()}
+        if config.value_embeds and (i % 2 == 1 or i == config.n_layer - 1):
+            weights[f"{part}.attn.ve_gate"] = config.n_head, min(d, 32)
+            weights[f"value_embeds.{i}"] = vocab, d
+
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    if config.n_recurrent:
+        for name, sides in INJECTED.get(config.injection, {}).items():
+            shapes[f"injection.{name}"] = [side * d for side in sides]
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def check_can_be_said(config, weights):
+    """Raise UserError that names what the published format cannot say of a model: a field of its
+    config that would not come back, an injection or a tensor that the format does not have."""
+    again = config_from(settings_of(config))
+    again.value_embeds = config.value_embeds  # told by the weights
+    alike = config
+    if not config.n_recurrent:  # a GPT has one stack
+        alike = replace(config, n_prelude=config.n_layer, n_coda=0)
+    known = {*FIELDS.values(), "value_embeds", "state_init"}
+    problems = []
+    for field in fields(alike):
+        value = getattr(alike, field.name)
+        # as in an import, a field that the other side does not know must be switched off
+        off_or_back = getattr(again, field.name) == value if field.name in known else not value
+        if not off_or_back:
+            problems.append(f"{field.name} is {value!r}")
+    if config.n_recurrent and config.injection not in INJECTED:
+        problems.append(f"injection is {config.injection!r}")
+    problems += misfits(tensors_of(config), weights)
+    if problems:
+        raise UserError("the published format cannot say what this model computes: "
+                        f"{'; '.join(problems)}")
+
+
+def to_float32(w):
+    """A tensor in float32, as the models here are; not one whose numbers are no fractions."""
+    return w.float() if w.is_floating_point() else w
+
+
+def read_weights(folder):
+    """The state dict in a directory of the published format. Raises UserError."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if file is None:
+        raise UserError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)} exists")
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{file} is read by another package: pip install safetensors") from None
+        try:
+            weights = load_file(file)
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise UserError(f"{file} is not a checkpoint that can be read: {error}") from None
+    else:
+        weights = load_checkpoint(file)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{file} must hold a plain state dict, names and tensors")
+    return weights
+
+# ----------------------------------------------------------------------------- whole models
+
+
+def local_files(source):
+    """A directory with a model: `source` itself, or what the Hugging Face hub has under the name
+    "owner/name". Raises UserError."""
+    if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return Path(source)
+    for name in WEIGHTS:  # one file of weights is enough: they are large
+        wanted = ["config.json", "tokenizer.json", name]
+        try:
+            folder = from_hub("snapshot_download", str(source), allow_patterns=wanted)
+        except UserError as error:
+            raise UserError(f"{source} is no directory here; {error}") from None
+        if (folder / name).exists():
+            break
+    return folder
+
+
+def import_model(source):
+    """(model in eval mode, tokenizer or None) from a directory in the published format or the name
+    of one on the Hugging Face hub. Raises UserError."""
+    folder = local_files(source)
+    config = read_settings(folder / "config.json")
+    weights = {}
+    for name, w in read_weights(folder).items():
+        if name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
+            continue
+        if our_name(name) in weights:
+            raise UserError(f"the weights in {folder} hold {our_name(name)} under two names")
+        weights[our_name(name)] = to_float32(w)
+
+    # Two facts that their config does not tell. A tied matrix may lie there under either name.
+    config.value_embeds = any(name.startswith("value_embeds") for name in weights)
+    if config.tie_embeddings:
+        for there, here in (("wte", "lm_head"), ("lm_head", "wte")):
+            if f"{there}.weight" in weights:
+                weights.setdefault(f"{here}.weight", weights[f"{there}.weight"])
+
+    model = Parcae(config)
+    fit_weights(model, weights, f"the weights in {folder} do not fit its config.json")
+    check_finite(model, folder)
+    tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return model.eval(), tokenizer
+
+
+def export_model(model, directory):
+    """Write a model to a directory in the published format, float32. Raises UserError that names
+    what the format cannot say."""
+    directory = Path(directory)
+    ours = {name: to_float32(w).cpu() for name, w in model.state_dict().items()}
+    check_can_be_said(model.config, ours)
+    weights = {their_name(name, model.config): w for name, w in ours.items()}
+    with whole_file(directory / "pytorch_model.bin", "wb") as file:
+        torch.save(weights, file)
+    write_json(directory / "config.json", settings_of(model.config))
+
+# ----------------------------------------------------------------------------- tokenizers
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# They write a token with a character a byte: printable bytes are themselves, the others the
+# characters from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+
+
+def to_bytes(token):
+    """The bytes of a token as it is written there.
+
+    >>> to_bytes("Ġthe")  # U+0120 stands for the space
+    b' the'
+    """
+    return bytes(BYTE_OF[c] for c in token)
+
+
+def read_tokenizer(source):
+    """The tiktoken.Encoding of a tokenizer.json, Hugging Face's or ours; source: it or its
+    directory. Raises UserError."""
+    file = Path(source)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    saved = read_json(file)
+    if "model" not in saved and file.name == "tokenizer.json":
+        return load_tokenizer(file.parent)
+    try:
+        return from_hugging_face(saved)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a tokenizer of this project or a Hugging Face byte-level "
+                        f"BPE: {error}") from None
+
+
+def need(ok, what):
+    if not ok:
+        raise UserError(f"{what}: not byte-level BPE as it is implemented here")
+
+
+def from_hugging_face(saved):
+    """A tiktoken.Encoding with the same ids from the JSON of a Hugging Face tokenizer, a dict.
+    Raises UserError for what is not plain byte-level BPE."""
+    model = saved["model"]
+    need(model.get("type", "BPE") == "BPE", f"model is {model.get('type')}")
+    normalizer = saved.get("normalizer") or {}
+    need(not normalizer, f"normalizer is {normalizer.get('type')}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        need(not model.get(name), f"{name} is {model.get(name)!r}")
+    pattern = split_pattern(saved.get("pre_tokenizer") or {})
+
+    # Special tokens. Ours are never taken from text; theirs are, where they are not "special".
+    special = {}
+    for token in saved.get("added_tokens", []):
+        need(token.get("special"), f"added token {token['content']!r} is not special")
+        special[token["content"]] = token["id"]
+
+    # The tokens, and of each pair its place in the list of merges.
+    ranks = {to_bytes(token): i for token, i in model["vocab"].items() if token not in special}
+    need(all(bytes([b]) in ranks for b in range(256)), "the vocabulary lacks some of the 256 bytes")
+    order = {}
+    for i, merge in enumerate(model["merges"]):
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        order[to_bytes(a), to_bytes(b)] = i
+    check_merges(ranks, order, model.get("ignore_merges"))
+    return checked_encoding("hugging-face", pattern, ranks, special)
+
+
+def split_pattern(pre_tokenizer):
+    """The one regular expression by which a pre_tokenizer, a dict, cuts text. Raises UserError."""
+    steps = [pre_tokenizer]
+    if pre_tokenizer.get("type") == "Sequence":
+        steps = pre_tokenizer["pretokenizers"]
+    *splits, last = steps
+    need(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
+         f"pre_tokenizer ends with {last.get('type')}, "
+         f"add_prefix_space {last.get('add_prefix_space')}")
+    patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
+    for step in splits:
+        plain = step["type"] == "Split" and step["behavior"] == "Isolated"
+        need(plain and not step.get("invert") and "Regex" in step["pattern"],
+             f"pre_tokenizer has {step['type']}")
+        patterns.append(step["pattern"]["Regex"])
+    need(len(patterns) == 1, f"pre_tokenizer splits by {len(patterns)} patterns")
+    return patterns[0]
+
+
+def check_merges(ranks, order, ignore_merges):
+    """Raise UserError where tiktoken would give other tokens than Hugging Face.
+
+    tiktoken merges the neighbours whose union has the lowest id, Hugging Face the pair that comes
+    first in a list. Both agree where the merges that can happen come in the order of the ids that
+    they make. A token that no merge makes tiktoken takes where it is a whole word; so do they
+    where merges are ignored."""
+    last = -1
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = last_parts(token, ranks)
+        if len(parts) != 2:
+            need(ignore_merges, f"token {rank} ({token!r}) is made by no merge")
+            continue
+        place = order.get(tuple(parts), -1)
+        need(place > last, f"token {rank} ({token!r}) does not follow the order of the merges")
+        last = place
+
+
+def last_parts(token, ranks):
+    """What tiktoken merges the bytes of a token to, before the token itself: two parts, or more
+    where it gets stuck."""
+    rank = ranks[token]
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        unions = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        lowest = min(unions)
+        if lowest >= rank:
+            break
+        i = unions.index(lowest)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+# ----------------------------------------------------------------------------- command line
+
+
+def check_empty(directory):
+    """Raise UserError where a directory holds anything: nothing of the user's is replaced."""
+    check_place(directory)
+    there = sorted(Path(directory).iterdir()) if Path(directory).exists() else []
+    if there:
+        raise UserError(f"--out {directory} holds {there[0].name}: choose a new directory")
+
+
+def write_run(source, folder):
+    """Make a run directory of a published model; returns what it made, in words."""
+    model, tokenizer = import_model(source)
+    if tokenizer and tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {source} has {tokenizer.n_vocab} tokens, "
+                        f"its model {model.config.vocab_size}")
+    with whole_file(folder / "ckpt.pt", "wb") as file:
+        torch.save({"model": model.state_dict()}, file)
+    record = {"model": asdict(model.config), "source": str(source)}
+    write_json(folder / "config.json", record)
+    if tokenizer:
+        save_tokenizer(tokenizer, folder / "tokenizer.json")
+    size = describe(model)
+    return size if tokenizer else f"{size}; no tokenizer.json, which sample.py needs"
+
+
+def write_published(source, folder):
+    """Write the model of a run directory in the published format; returns it in words."""
+    model = Parcae.from_pretrained(source)
+    export_model(model, folder)
+    if (Path(source) / "tokenizer.json").exists():
+        save_tokenizer(load_tokenizer(source), folder / "tokenizer.json")
+    return describe(model)
+
+
+def write_tokenizer(source, folder):
+    """Write a tokenizer in our format; returns it in words."""
+    tokenizer = read_tokenizer(source)
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    return f"a tokenizer of {tokenizer.n_vocab:,} tokens"
+
+
+def describe(model):
+    """A model's layers and parameters, in words."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = f"{config.n_prelude} + {config.n_recurrent} looped + {config.n_coda} layers"
+    if not config.n_recurrent:
+        layers = f"{config.n_layer} layers"
+    return f"{layers}, {parameters:,} parameters"
+
+
+# of each ACTION: the function, and how to go on
+ACTIONS = {
+    "import": (write_run, "python sample.py --run {out}"),
+    "export": (write_published, "python -m tools.published import {out} --out DIR"),
+    "tokenizer": (write_tokenizer, "python data.py text FILE --tokenizer {out}"),
+}
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
+    parser.add_argument("source", type=some_path, metavar="SOURCE",
+                        help="import: a directory or a name on the Hugging Face hub; export: a "
+                             "run directory; tokenizer: a tokenizer.json or its directory")
+    parser.add_argument("--out", type=some_path, required=True, metavar="DIR",
+                        help="directory to make; it must not hold anything yet")
+    args = parser.parse_args()
+    write, next_command = ACTIONS[args.action]
+    with whole_directory(args.out, check_empty) as folder:
+        made = write(args.source, folder)
+    print(f"{args.out}: {made}\ngo on with: {next_command.format(out=args.out)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
