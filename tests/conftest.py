@@ -12,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+OUR_FILES = [path for folder in (".", "parts", "tools", "runs")
+             for path in sorted(ROOT.glob(f"{folder}/*.py"))]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small models: threads cost more than they bring
 

@@ -350,7 +350,7 @@ def test_cached_logits_are_those_without_cache(build, tokens, kwargs, dtype):
 )
 def test_bad_configs_are_refused(kwargs, message):
     with pytest.raises(UserError, match=message):
-        ParcaeConfig(**kwargs)
+        Parcae(ParcaeConfig(**kwargs))
 
 
 def test_bad_calls_are_refused(build, tokens):

@@ -30,9 +30,9 @@ def run(*args, cwd, code=0):
 
 def start(*args, cwd):
     """The same in a process of its own."""
-    command = [sys.executable, ROOT / "tools/sweep.py", *map(str, args)]
+    command = [sys.executable, "-m", "tools.sweep", *map(str, args)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            start_new_session=True)
+                            start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def make_data(folder):

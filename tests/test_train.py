@@ -194,7 +194,8 @@ def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):
 SIGNALLED = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import common, run, torch, train
+import torch, train
+from parts import cli, run_directory as run
 save, loop = run.Run.save, train.train
 pids = {pids!r}
 train.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[run.rank()]  # as each measures
@@ -214,7 +215,7 @@ def begin(s):
 
 run.Run.save, train.train = slow, begin
 sys.argv[0] = "train.py"
-common.run_script(train.main)
+cli.run_script(train.main)
 """
 
 

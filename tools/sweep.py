@@ -51,7 +51,7 @@ from parts.tables import (
 )
 from train import caught_signals, setup
 
-TRAIN = Path(__file__).parent / "train.py"
+TRAIN = Path(__file__).parent.parent / "train.py"
 # settings in which a run that is there may differ from a plan: plans are of any budget and seed
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")
 OWN_FLAGS = ("--out", "--max-flops", "--max-tokens", "--max-steps", "--mean-recurrence", "--seed",
