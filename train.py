@@ -16,15 +16,15 @@ resumed run repeats an uninterrupted one, and several ranks repeat a single one.
 import argparse
 import contextlib
 import math
-import os
 import shlex
 import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -37,19 +37,16 @@ from data import (
     changed_text,
     other_text,
     prepare,
-    texts_differ,
 )
-from model import PRESETS, Parcae, ParcaeConfig
-from parts import explain
-from parts.cli import UserError, flag_of, progress_bar, run_script
-from parts.config import read_config
+from model import Parcae
+from parts.cli import UserError, progress_bar, run_script
 from parts.files import fit_weights, json_text, read_json
-from parts.generation import stream
-from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
+from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
-from parts.run_directory import Run, check_free, clear_up, describe, held, rank, say, world
-from parts.settings import DEFAULT_DATA, parse_args
-from parts.tokenizer import begin_token, decode_stream, load_tokenizer, same_tokens
+from parts.ranks import asked_to_stop, common_dtype, rank, say, setup_device, world
+from parts.run_directory import Run, check_free, clear_up, describe, held, inexact
+from parts.settings import DEFAULT_DATA, command_line, model_of, parse_args
+from parts.tokenizer import begin_token, decode_stream, load_tokenizer
 
 MAX_SKIPPED = 10  # steps in a row that are not finite
 
@@ -86,7 +83,7 @@ def setup(args):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     begin_token(tokenizer)  # raises where there is none: the closing sample begins with it
-    config, weights = config_of(args, tokenizer)
+    config, weights = model_of(args, tokenizer)
     use_threads(config.n_embd, args.threads)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
                           for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
@@ -101,75 +98,6 @@ def setup(args):
     before = read_json(run.path / "config.json") if args.resume else {}
     record = describe(args, model, before)
     return Setup(args, model, loader, val_loader, tokenizer, run, before, record, micro)
-
-
-def setup_device(args):
-    """The device of this rank."""
-    device = pick_device(args.device, args.compile)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        index = device.index or 0
-        if world() > 1:
-            index = os.environ.get("LOCAL_RANK", index)
-        device = pick_device(f"cuda:{index}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
-    if world() > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return device
-
-
-def common_dtype(device, dtype):
-    """The dtype of activations that rank 0 picks: "auto" measures, and ranks might disagree."""
-    picked = [pick_dtype(device, dtype) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(picked)
-    return picked[0]
-
-
-def config_of(args, tokenizer):
-    """(ParcaeConfig, weights to start from or None): of a new run, of a run that goes on, or of one
-    that starts from another. Raises UserError."""
-    given = {field.name: getattr(args, field.name) for field in fields(ParcaeConfig)[1:]
-             if getattr(args, field.name) is not None}
-    if args.resume:
-        if not same_tokens(load_tokenizer(args.out), tokenizer):
-            raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was "
-                            "trained on")
-        return changed(read_config(args.out), given), None
-    if args.init_from:
-        start = read_start(args.init_from, tokenizer, args.data)
-        config, weights = changed(start.config, given), start.state_dict()
-    else:
-        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-        config, weights = ParcaeConfig(**PRESETS[args.preset] | given
-                                       | {"vocab_size": vocab_size}), None
-    if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
-        raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
-                        "no loop (--n-recurrent 0)")
-    return config, weights
-
-
-def changed(config, given):
-    """The config with other values. Half of another mean recurrence gets a gradient, unless the
-    backprop_depth is given, too."""
-    if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
-        given = {"backprop_depth": None} | given
-    return replace(config, **given)
-
-
-def read_start(source, tokenizer, data):
-    """The model of --init-from. Raises UserError where it was trained on other tokens."""
-    model = Parcae.from_pretrained(source)
-    there = (Path(source) / "tokenizer.json").exists()
-    if there and not same_tokens(load_tokenizer(source), tokenizer):
-        raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
-                        f"python data.py ... --tokenizer {source}")
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from "
-                        f"{source} {model.config.vocab_size}")
-    return model
 
 
 def make_optimizers(model, args):
@@ -327,28 +255,6 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 # ------------------------------------------------------------------------------- the run
 
 
-def inexact(before, record):
-    """Lines that say why a run goes on otherwise than without the interruption. before, record:
-    what config.json said and says."""
-    def facts(config):  # {name: value} of what a rounding may depend on, whatever level it is at
-        flags = {flag_of(name): value for name, value in config["settings"].items()}
-        return (config.get("versions") or {}) | config | flags
-    was, now = facts(before), facts(record)
-    lines = [f"goes on up to rounding: {name} was {was[name]}, is {now[name]}"
-             for name in ("device", "dtype", "threads", "ranks", "torch", "--micro-batch",
-                          "--compile")
-             if name in was and was[name] != now[name]]
-    lines += [f"goes on with {flag_of(name)} {value}, which the run had not recorded"
-              for name, value in record["settings"].items()
-              if name not in before["settings"] and value is not None]
-    if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
-        lines.append(f"MFU is a share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s from here on, "
-                     "since the machine, dtype or threads are different")
-    if texts_differ(before.get("text"), record["text"]):
-        lines.append(f"goes on with another text, of {record['data']}")
-    return lines
-
-
 def start_or_resume(s):
     """Start the run or load its checkpoint. False, and says so, where the run is finished."""
     args, run, record = s.args, s.run, s.record
@@ -381,15 +287,6 @@ def caught_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def asked_to_stop(received, device):
-    """Whether any rank has received a signal: the same answer on all of them."""
-    if world() == 1:
-        return bool(received)
-    count = torch.tensor(len(received), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
 
 
 def train(s):
@@ -487,16 +384,64 @@ def report(s):
           "recurrence T   val loss (nats per token)")
     for loops, loss in values["val_loss"].items():
         print(f"{loops:12d}   {loss:.4f}")
-    print(f"\na sample (more with: python sample.py --run {shlex.quote(args.out)}):")
-    device = s.model.wte.weight.device
-    prompt = torch.tensor([[begin_token(s.tokenizer)]], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    length = min(300, s.model.config.block_size - 1)  # beyond the context each token costs a pass
-    tokens = stream(s.model, prompt, length, temperature=0.7, generator=generator)
-    for text in decode_stream(s.tokenizer, tokens):
+    run = shlex.quote(args.out)
+    print(f"\na sample (more with: python sample.py --run {run}):")
+    for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
-    print()
-    print(explain.ending(args.out, s.model.config, values["val_loss"], s.record["settings"]))
+    print(f"\n{what_it_says(s.model.config, values['val_loss'])}\nnext:\n"
+          f'  python sample.py --run {run} --prompt "def " --recurrence 1 4 8\n'
+          f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
+    if s.model.config.mean_recurrence > 1:
+        once = command_line(s.record["settings"], mean_recurrence=1, backprop_depth=None,
+                            out=f"{args.out}-once")
+        print(f"is the loop worth its time? The same layers, run once:\n  {once}")
+
+
+@torch.no_grad()
+def sample(s):
+    """Yield tokens (1, 1) of a new text, at the mean recurrence and temperature 0.7."""
+    model, device, loops = s.model.eval(), s.model.wte.weight.device, s.model.config.mean_recurrence
+    generator = torch.Generator(device).manual_seed(s.args.seed)
+    length = min(300, model.config.block_size - 1)
+    cache = model.new_cache(1, length, loops)
+    token = torch.tensor([[begin_token(s.tokenizer)]], device=device)
+    for _ in range(length):
+        logits, _, _ = model.advance(token, cache, 0, loops)                  # (1, 1, vocab_size)
+        token = torch.multinomial((logits[:, -1] / 0.7).softmax(-1), 1, generator=generator)
+        yield token
+    model.train()
+
+
+def what_it_says(config, losses):
+    """Return a sentence on the losses {loops: nats} of the same weights run once and run as often
+    as in training, or ""."""
+    mean = config.mean_recurrence
+    if mean == 1 or not {1, mean} <= losses.keys():
+        return ""
+    gain = losses[1] - losses[mean]
+    word = "better" if gain > 0 else "worse"
+    return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token {word} "
+            "than run once.\n")
+
+
+def introduce(s):
+    """Print what is trained, on what, and what a loss is to be held against."""
+    config, record, settings = s.model.config, s.record, s.record["settings"]
+    loop = f"a loop of {config.n_recurrent}"
+    if config.mean_recurrence > 1:
+        loop += (f" (runs {config.mean_recurrence} times on average, {settings['depth_sampling']}; "
+                 f"the last {config.backprop_depth} with gradient)")
+    tokens = np.asarray(s.loader.shards[0][:1_000_000])
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    print(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
+          f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
+          f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
+          f"windows of {config.block_size}\n"
+          f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
+          f"{record['dtype'].removeprefix('torch.')}; MFU is the share of "
+          f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
+          f"  loss     in nats per token; {-(shares * np.log(shares)).sum():.2f} is knowing how "
+          "frequent each token is, and nothing else")
 
 
 def main():
@@ -505,8 +450,6 @@ def main():
     if args.dry_run:
         print(json_text(s.record, indent=1))
         return
-    about = explain.beginning(args.out, args.data, s.model.config, s.loader, s.record,
-                              s.model.compute_dtype)
     difference = other_text(args.data)
     with held(args.out), s.run.withdrawn_without_a_step():
         if rank() == 0:
@@ -515,7 +458,8 @@ def main():
         if start_or_resume(s):
             if difference:
                 say(difference)
-            say(about)
+            if rank() == 0:
+                introduce(s)
             if train(s):
                 report(s)
             else:

@@ -2,7 +2,7 @@
 
 import math
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from parts.cli import UserError
@@ -11,26 +11,33 @@ from parts.files import read_json
 LARGEST = 2 ** 24  # of any size: more is a typing error
 
 
+def option(default, about):
+    """Return a field with a default and a text for --help."""
+    return field(default=default, metadata={"about": about})
+
+
 @dataclass
 class ParcaeConfig:
-    vocab_size: int = 32768
-    block_size: int = 2048  # longest context, tokens
-    n_embd: int = 768  # channels, d
-    n_head: int = 6  # attention heads
-    n_prelude: int = 2  # layers before the loop, P
-    n_recurrent: int = 2  # layers in the loop, R; 0 is a plain transformer
-    n_coda: int = 2  # layers after the loop, C
-    mlp_width: int | None = None  # hidden channels of the MLP; None is 4 * n_embd
-    mean_recurrence: int = 8  # mean number of loops in training, mu_rec; 1 is fixed depth
-    backprop_depth: int | None = None  # last loops with gradient, mu_bwd; None is ceil(mu_rec / 2)
-    injection: str = "diagonal"  # how the state takes in the prelude's output, see INJECTIONS
-    prelude_norm: bool = True  # normalise the prelude's output
-    qk_norm: bool = True  # normalise queries and keys
-    value_embeds: bool = False  # gated per-token tables for values, every second layer and the last
-    tie_embeddings: bool = True  # the head is the embedding
-    state_init: str = "normal"  # start state of the loop in training: normal or zero
-    rope_base: float = 50_000.0  # of the rotary positions
-    norm_eps: float = 1e-5  # of the RMSNorms
+    vocab_size: int = option(32768, "tokens that there are")
+    block_size: int = option(2048, "longest context, tokens")
+    n_embd: int = option(768, "channels, d")
+    n_head: int = option(6, "attention heads")
+    n_prelude: int = option(2, "layers before the loop, P")
+    n_recurrent: int = option(2, "layers in the loop, R; 0 is a plain transformer")
+    n_coda: int = option(2, "layers after the loop, C")
+    mlp_width: int | None = option(None, "hidden channels of the MLP; None is 4 * n_embd")
+    mean_recurrence: int = option(8, "mean number of loops in training, mu_rec; 1 is fixed depth")
+    backprop_depth: int | None = option(None, "last loops with gradient, mu_bwd; None is "
+                                        "ceil(mu_rec / 2)")
+    injection: str = option("diagonal", "how the state takes in the prelude's output")
+    prelude_norm: bool = option(True, "normalise the prelude's output")
+    qk_norm: bool = option(True, "normalise queries and keys")
+    value_embeds: bool = option(False, "gated per-token tables for values, every second layer and "
+                                "the last")
+    tie_embeddings: bool = option(True, "the head is the embedding")
+    state_init: str = option("normal", "start state of the loop in training: normal or zero")
+    rope_base: float = option(50_000.0, "of the rotary positions")
+    norm_eps: float = option(1e-5, "of the RMSNorms")
 
     def __post_init__(self):
         self.check_types()
@@ -54,14 +61,14 @@ class ParcaeConfig:
     def check_types(self):
         """Raise TypeError for a value of another type than its field's, as files may hold."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        for field in fields(self):
-            kinds = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
-            value = getattr(self, field.name)
+        for name, kind in typing.get_type_hints(type(self)).items():
+            kinds = typing.get_args(kind) or (kind,)  # (int, NoneType) of int | None
+            value = getattr(self, name)
             allowed = (int, float) if kinds == (float,) else kinds
             if type(value) not in allowed:  # bool is an int to isinstance
-                raise TypeError(f"{field.name} is {value!r}, must be {words[kinds[0]]}")
+                raise TypeError(f"{name} is {value!r}, must be {words[kinds[0]]}")
             if type(value) in (int, float):
-                self.need(abs(value) < LARGEST, field.name, f"closer to 0 than {LARGEST:,}")
+                self.need(abs(value) < LARGEST, name, f"closer to 0 than {LARGEST:,}")
 
     def check_length(self, tokens):
         """Raise UserError for a sequence that is longer than block_size."""

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import identity, text_of
-from parts.cli import UserError
+from data import identity, text_of, texts_differ
+from parts.cli import UserError, flag_of
 from parts.files import (
     fit_weights,
     json_text,
@@ -39,43 +39,11 @@ from parts.files import (
     write_text,
 )
 from parts.machine import machine_name, matmul_peak
+from parts.ranks import rank, say, world
 from parts.tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
 MEASURED = ("eval.json", "core.json")  # what tools/evaluate.py and tools/core.py measure of ckpt.pt
-
-
-def ranks():
-    """(the number of this process, how many train together), as torchrun tells; (0, 1) where nobody
-    does. Raises UserError where the environment does not say how several find each other."""
-    found = {name: os.environ.get(name, "")
-             for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    rank, world = found["RANK"] or "0", found["WORLD_SIZE"] or "1"
-    advice = "start several ranks with torchrun; else: unset RANK WORLD_SIZE"
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment, must be "
-                        f"whole numbers with RANK below WORLD_SIZE: {advice}")
-    missing = [name for name, value in found.items() if not value]
-    if int(world) > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world} in the environment, and {' and '.join(missing)} "
-                        f"not set there: {advice}")
-    return int(rank), int(world)
-
-
-def rank():
-    """The number of this process, 0 for the only or the first one."""
-    return ranks()[0]
-
-
-def world():
-    """How many processes train together."""
-    return ranks()[1]
-
-
-def say(text):
-    """Print on the first rank alone."""
-    if rank() == 0:
-        print(text)
 
 
 def check_is_run(path):
@@ -211,6 +179,28 @@ def facts(folder):
     return {"tokenizers": [tokenizer.get(name) for name in names] if tokenizer else None,
             "texts": identity(config.get("text")),
             "FLOP accountings": settings.get("accounting") if isinstance(settings, dict) else None}
+
+
+def inexact(before, record):
+    """Lines that say why a run goes on otherwise than without the interruption. before, record:
+    what config.json said and says."""
+    def facts(config):  # {name: value} of what a rounding may depend on, whatever level it is at
+        flags = {flag_of(name): value for name, value in config["settings"].items()}
+        return (config.get("versions") or {}) | config | flags
+    was, now = facts(before), facts(record)
+    lines = [f"goes on up to rounding: {name} was {was[name]}, is {now[name]}"
+             for name in ("device", "dtype", "threads", "ranks", "torch", "--micro-batch",
+                          "--compile")
+             if name in was and was[name] != now[name]]
+    lines += [f"goes on with {flag_of(name)} {value}, which the run had not recorded"
+              for name, value in record["settings"].items()
+              if name not in before["settings"] and value is not None]
+    if before.get("peak_flops", record["peak_flops"]) != record["peak_flops"]:
+        lines.append(f"MFU is a share of {record['peak_flops'] / 1e9:,.0f} GFLOP/s from here on, "
+                     "since the machine, dtype or threads are different")
+    if texts_differ(before.get("text"), record["text"]):
+        lines.append(f"goes on with another text, of {record['data']}")
+    return lines
 
 
 def git_revision():

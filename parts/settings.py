@@ -5,13 +5,11 @@ are checked as one; what is then given on the command line comes on top.
 """
 
 import argparse
-import inspect
-import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from model import INJECTIONS, PRESETS, ParcaeConfig
+from model import INJECTIONS, PRESETS, Parcae, ParcaeConfig
 from parts.cli import (
     COUNT,
     LOOPS,
@@ -25,9 +23,11 @@ from parts.cli import (
     number,
     some_path,
 )
+from parts.config import read_config
 from parts.files import read_json
 from parts.machine import SMALL
 from parts.run_directory import finish_replacing
+from parts.tokenizer import load_tokenizer, same_tokens
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
@@ -108,19 +108,19 @@ def make_parser(about):
 
 
 def add_model_flags(parser):
-    """A flag for each field of ParcaeConfig, its help from the comment beside the field."""
+    """Add a flag for each field of ParcaeConfig."""
     default = ParcaeConfig(**PRESETS["parcae-nano"])
     group = parser.add_argument_group("model (defaults: those of parcae-nano; another --preset has "
                                       "others; then what is given here)")
-    comments = dict(re.findall(r"^    (\w+):.*# (.*)$", inspect.getsource(ParcaeConfig),
-                               re.MULTILINE))
-    comments["injection"] = f"how the state takes in the prelude's output: {', '.join(INJECTIONS)}"
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
         flag = flag_of(field.name)
         value = getattr(default, field.name)
         if field.default is None:  # it follows from others, as mlp_width does
             value = None
-        about = f"{comments.get(field.name, '')} (default: {value})"
+        about = field.metadata.get("about", "")
+        if field.name == "injection":
+            about += f": {', '.join(INJECTIONS)}"
+        about += f" (default: {value})"
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         elif field.type is str:
@@ -210,3 +210,46 @@ def check_unchanged(saved, args, model):
             raise UserError(f"{flag_of(name)} is {now}, in the run that goes on it is "
                             f"{was}: its checkpoint does not fit these settings")
 
+
+def model_of(args, tokenizer):
+    """Return (the ParcaeConfig of a run, weights to start from or None): of a new run, of one that
+    goes on, or of one that starts from another. Raises UserError."""
+    given = {field.name: getattr(args, field.name) for field in fields(ParcaeConfig)[1:]
+             if getattr(args, field.name) is not None}
+    if args.resume:
+        if not same_tokens(load_tokenizer(args.out), tokenizer):
+            raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was "
+                            "trained on")
+        return changed(read_config(args.out), given), None
+    if args.init_from:
+        start = read_start(args.init_from, tokenizer, args.data)
+        config, weights = changed(start.config, given), start.state_dict()
+    else:
+        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
+        config, weights = ParcaeConfig(**PRESETS[args.preset] | given
+                                       | {"vocab_size": vocab_size}), None
+    if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
+        raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
+                        "no loop (--n-recurrent 0)")
+    return config, weights
+
+
+def changed(config, given):
+    """The config with other values. Half of another mean recurrence gets a gradient, unless the
+    backprop_depth is given, too."""
+    if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
+        given = {"backprop_depth": None} | given
+    return replace(config, **given)
+
+
+def read_start(source, tokenizer, data):
+    """The model of --init-from. Raises UserError where it was trained on other tokens."""
+    model = Parcae.from_pretrained(source)
+    there = (Path(source) / "tokenizer.json").exists()
+    if there and not same_tokens(load_tokenizer(source), tokenizer):
+        raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
+                        f"python data.py ... --tokenizer {source}")
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from "
+                        f"{source} {model.config.vocab_size}")
+    return model

@@ -20,7 +20,7 @@ from conftest import ROOT, script
 import train as train_module
 from data import open_shard, prepare
 from model import Parcae, ParcaeConfig
-from parts import explain, settings
+from parts import ranks, settings
 from parts import run_directory as run_module
 from parts.run_directory import FILES
 from train import schedule
@@ -195,14 +195,14 @@ SIGNALLED = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch, train
-from parts import cli, run_directory as run
+from parts import cli, ranks, run_directory as run
 save, loop = run.Run.save, train.train
 pids = {pids!r}
-train.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[run.rank()]  # as each measures
+ranks.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[ranks.rank()]  # as each measures
 
 def slow(self):  # rank 1 is in the next step already, when both get the signal
     save(self)
-    if run.rank() == 0 and self.state["step"] == 5:
+    if ranks.rank() == 0 and self.state["step"] == 5:
         time.sleep(1)
         for name in os.listdir(pids):
             os.kill(int(name), signal.SIGTERM)
@@ -256,23 +256,23 @@ def test_one_of_one_is_no_rank(monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            assert run_module.ranks() == (0, 1)
+            assert ranks.ranks() == (0, 1)
 
 
 def test_each_rank_has_a_gpu_of_its_own_and_says_which(monkeypatch):
     told = {}
-    monkeypatch.setattr(train_module, "pick_device", lambda device, *_: torch.device(device))
+    monkeypatch.setattr(ranks, "pick_device", lambda device, *_: torch.device(device))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(train_module.dist, "init_process_group",
+    monkeypatch.setattr(ranks.dist, "init_process_group",
                         lambda backend, **options: told.update(backend=backend, **options))
     monkeypatch.setenv("LOCAL_RANK", "3")
     args = SimpleNamespace(device="cuda", compile=False)
-    assert train_module.setup_device(args) == torch.device("cuda:0") and not told
-    monkeypatch.setattr(train_module, "world", lambda: 4)
-    device = train_module.setup_device(args)
+    assert ranks.setup_device(args) == torch.device("cuda:0") and not told
+    monkeypatch.setattr(ranks, "world", lambda: 4)
+    device = ranks.setup_device(args)
     assert told == {"backend": "nccl", "device_id": device} and device == torch.device("cuda:3")
-    assert train_module.setup_device(SimpleNamespace(device="cpu", compile=False)).type == "cpu"
+    assert ranks.setup_device(SimpleNamespace(device="cpu", compile=False)).type == "cpu"
     assert told == {"backend": "gloo", "device_id": None}
 
 
@@ -529,20 +529,18 @@ def test_mistakes_get_one_line(train, flags, message):
      "--backprop-depth", "3", "--injection", "add", "--max-flops", "1e13", "--seed", "3"]])
 def test_the_command_said_at_the_end_trains_the_same_run_once(words):
     args = settings.parse_args("", words)
-    said = explain.ending(args.out, ParcaeConfig(), {1: 2.0, 8: 1.5}, vars(args) | {})
-    command = said.splitlines()[-1].strip()
-    assert command.startswith("python train.py ") and "#" not in said
-    again = settings.parse_args("", shlex.split(command)[2:])
     once = {"mean_recurrence": 1, "backprop_depth": None, "out": f"{args.out}-once"}
+    command = settings.command_line(vars(args), **once)
+    assert command.startswith("python train.py ")
+    again = settings.parse_args("", shlex.split(command)[2:])
     assert vars(again) == vars(args) | once
 
 
-def test_what_is_told_knows_no_failure_after_training():
-    """A sampling of depths of a student's own has no words here; a plain model no loops."""
-    said = explain.loop_text(ParcaeConfig(), {"depth_sampling": "uniform", "loop_from": 0})
-    assert "runs 8 times (uniform)" in said
+def test_a_sentence_says_what_looping_the_same_weights_gains():
+    said = train_module.what_it_says(ParcaeConfig(), {1: 2.0, 8: 1.5})
+    assert "run 8 times, predict 0.500 nats a token better than run once" in said
     for config in (ParcaeConfig(mean_recurrence=1), ParcaeConfig(n_recurrent=0)):
-        assert "train.py" not in explain.ending("out", config, {1: 2.0}, {})
+        assert train_module.what_it_says(config, {1: 2.0}) == ""
 
 
 def set_tokens(folder, value, split="val"):

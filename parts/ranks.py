@@ -1,0 +1,79 @@
+"""Several processes that train together, as torchrun starts them; alone, all of this is plain.
+
+Rank 0 writes and prints. Each rank reads its share of a batch on a device of its own.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from parts.cli import UserError
+from parts.machine import keep_freed_memory, pick_device, pick_dtype
+
+
+def ranks():
+    """(the number of this process, how many train together), as torchrun tells; (0, 1) where nobody
+    does. Raises UserError where the environment does not say how several find each other."""
+    found = {name: os.environ.get(name, "")
+             for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    rank, world = found["RANK"] or "0", found["WORLD_SIZE"] or "1"
+    advice = "start several ranks with torchrun; else: unset RANK WORLD_SIZE"
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment, must be "
+                        f"whole numbers with RANK below WORLD_SIZE: {advice}")
+    missing = [name for name, value in found.items() if not value]
+    if int(world) > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world} in the environment, and {' and '.join(missing)} "
+                        f"not set there: {advice}")
+    return int(rank), int(world)
+
+
+def rank():
+    """The number of this process, 0 for the only or the first one."""
+    return ranks()[0]
+
+
+def world():
+    """How many processes train together."""
+    return ranks()[1]
+
+
+def say(text):
+    """Print on the first rank alone."""
+    if rank() == 0:
+        print(text)
+
+
+def setup_device(args):
+    """The device of this rank."""
+    device = pick_device(args.device, args.compile)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        index = device.index or 0
+        if world() > 1:
+            index = os.environ.get("LOCAL_RANK", index)
+        device = pick_device(f"cuda:{index}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    if world() > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    return device
+
+
+def common_dtype(device, dtype):
+    """The dtype of activations that rank 0 picks: "auto" measures, and ranks might disagree."""
+    picked = [pick_dtype(device, dtype) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(picked)
+    return picked[0]
+
+
+def asked_to_stop(received, device):
+    """Whether any rank has received a signal: the same answer on all of them."""
+    if world() == 1:
+        return bool(received)
+    count = torch.tensor(len(received), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
