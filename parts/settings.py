@@ -31,6 +31,7 @@ from parts.tokenizer import load_tokenizer, same_tokens
 
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
+DEFAULT_PRESET = "parcae-one"
 BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
 
 
@@ -46,7 +47,7 @@ def make_parser(about):
         help="print what config.json would say, the cost of a token among it, and stop")
     add("--data", type=some_path, default=DEFAULT_DATA, metavar="DIR",
         help="of data.py (default: %(default)s, made if missing)")
-    add("--preset", choices=PRESETS, default="parcae-nano", metavar="NAME",
+    add("--preset", choices=PRESETS, default=DEFAULT_PRESET, metavar="NAME",
         help=f"model size, one of {', '.join(PRESETS)} (default: %(default)s)")
     add("--init-from", type=some_path, metavar="DIR",
         help="start from the weights of another run, in place of --preset; flags of the model "
@@ -71,10 +72,11 @@ def make_parser(about):
         "--mean-recurrence")
     add("--loop-from", type=number(float, 0, 1), default=0, metavar="F",
         help="loop once only until this share of the budget is spent (default: %(default)s)")
-    add("--muon-lr", type=POSITIVE, default=8e-3, metavar="LR",
-        help="peak learning rate of Muon (default: %(default)s)")
-    add("--adamw-lr", type=POSITIVE, default=8e-3, metavar="LR",
-        help="peak learning rate of AdamW (default: %(default)s)")
+    add("--muon-lr", type=POSITIVE, default=2e-2, metavar="LR",
+        help="peak learning rate of Muon; the paper's, for larger models, is 8e-3 (default: "
+        "%(default)s, measured for the default model)")
+    add("--adamw-lr", type=POSITIVE, default=2e-2, metavar="LR",
+        help="peak learning rate of AdamW; see --muon-lr (default: %(default)s)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.2,
@@ -109,9 +111,9 @@ def make_parser(about):
 
 def add_model_flags(parser):
     """Add a flag for each field of ParcaeConfig."""
-    default = ParcaeConfig(**PRESETS["parcae-nano"])
-    group = parser.add_argument_group("model (defaults: those of parcae-nano; another --preset has "
-                                      "others; then what is given here)")
+    default = ParcaeConfig(**PRESETS[DEFAULT_PRESET])
+    group = parser.add_argument_group(f"model (defaults: those of {DEFAULT_PRESET}; another "
+                                      "--preset has others; then what is given here)")
     for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
         flag = flag_of(field.name)
         value = getattr(default, field.name)

@@ -12,7 +12,7 @@ for seed in ${SEEDS:-0 1}; do
     for depth in 1 4 99; do
         echo --seed $seed --out out/ablation/gradient-$depth-$seed --backprop-depth $depth
     done
-done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile \
+done | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite --compile \
     --n-embd 32 --block-size 128 --batch-size 32 --max-steps 3000 \
     --muon-lr 3e-2 --adamw-lr 3e-2 --eval-every 1000 --eval-sequences 128
 python -m runs.ablation out/ablation "${RESULTS:-out}"

@@ -62,6 +62,6 @@ run() {  # model rate seed
             [ $rate = $(rate_of $model) ] || run $model $rate 0
         done
     done
-} | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --no-value-embeds \
+} | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite --compile --no-value-embeds \
     --eval-every 1000 --eval-sequences 236
 python -m runs.half $out "${RESULTS:-out}"

@@ -17,7 +17,7 @@ for seed in ${SEEDS:-0}; do
     echo --seed $seed --out out/p-hop/mean4-$seed $layer --mean-recurrence 4 --max-steps 2000
     echo --seed $seed --out out/p-hop/once-$seed $layer --mean-recurrence 1 --max-steps 2000
     echo --seed $seed --out out/p-hop/longer-$seed $layer --mean-recurrence 1 --max-flops 3.11e13
-done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --data data/p-hop \
+done | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite --compile --data data/p-hop \
     --n-embd 64 --n-head 4 --no-value-embeds --block-size 192 --batch-size 32 \
     --muon-lr 3e-2 --adamw-lr 1e-2 --eval-sequences 64
 python -m runs.p_hop out/p-hop "${RESULTS:-out}"

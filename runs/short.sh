@@ -29,6 +29,6 @@ both() {  # rate seed passes ...
         both 1e-2 0 8 16
         both 6e-2 0 6 8
     fi
-} | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --compile --data data/short \
+} | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite --compile --data data/short \
     --eval-every 512 --eval-sequences 236  # 8 * 236 in the end: all of val
 python -m runs.short out/short "${RESULTS:-out}"

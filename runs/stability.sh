@@ -10,7 +10,7 @@ for rate in ${RATES:-1e-2 3e-2 1e-1 3e-1 1}; do
     for rule in add concat diagonal; do
         echo --injection $rule --muon-lr $rate --adamw-lr $rate --out out/stability/$rule-$rate
     done
-done | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite \
+done | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite \
     --n-embd 32 --block-size 128 --batch-size 32 --mean-recurrence 8 \
     --max-steps "${STEPS:-250}" --eval-every 20 --eval-sequences 32 \
     --eval-recurrence 1 2 4 8 16 32 64 || true  # those that break off exit with 2

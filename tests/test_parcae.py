@@ -10,7 +10,7 @@ from conftest import ROOT
 import parcae
 import train
 from model import PRESETS, Parcae, ParcaeConfig
-from parts.settings import make_parser
+from parts.settings import DEFAULT_PRESET, make_parser
 
 # parcae.py's name of a weight: model.py's
 NAMES = {"embedding.": "wte.", "block.": "recurrent.", "norm_coda": "norm_f", "C.weight":
@@ -32,24 +32,30 @@ def name_there(name):
     return name
 
 
-def both():
-    """(parcae.py's model, model.py's with the same weights, {name in parcae.py: its weight})."""
+@pytest.fixture(params=[DEFAULT_PRESET, "parcae-nano"])  # the second has a prelude and a coda
+def both(request, monkeypatch):
+    """(parcae.py's model, model.py's with the same weights, {name in parcae.py: its weight}), all
+    in float64."""
+    # model.py computes its loss in float32, whatever the rest is in
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    config = ParcaeConfig(**PRESETS[request.param], vocab_size=parcae.VOCAB)
+    for name, count in (("PRELUDE", config.n_prelude), ("LOOP", config.n_recurrent),
+                        ("CODA", config.n_coda), ("LAYERS", config.n_layer)):
+        monkeypatch.setattr(parcae, name, count)
     torch.manual_seed(0)
     mine = parcae.Parcae()
     with torch.no_grad():
         for name, p in mine.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 p.normal_(std=0.2)  # or layers would add nothing
-    theirs = Parcae(ParcaeConfig(**PRESETS["parcae-nano"], vocab_size=parcae.VOCAB))
+    theirs = Parcae(config)
     weights = {name_there(name): p.detach() for name, p in mine.named_parameters()}
     theirs.load_state_dict(weights | {"lm_head.weight": weights["wte.weight"]})
-    return mine, theirs, dict(mine.named_parameters())
+    return mine.double(), theirs.double(), dict(mine.named_parameters())
 
 
-def test_logits_loss_and_gradients_are_those_of_model_py(monkeypatch):
-    # model.py computes its loss in float32, whatever the rest is in
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
-    mine, theirs, weights = (x.double() if isinstance(x, torch.nn.Module) else x for x in both())
+def test_logits_loss_and_gradients_are_those_of_model_py(both):
+    mine, theirs, weights = both
     tokens = torch.randint(parcae.VOCAB, (4, 33), generator=torch.Generator().manual_seed(1))
     idx, targets, depths = tokens[:, :-1], tokens[:, 1:], torch.tensor([3, 1, 6, 2])
     for T, (logits, (h, inputs)) in enumerate(zip(mine.every_loop(idx, 5), theirs.eval().states(
@@ -69,16 +75,16 @@ def test_logits_loss_and_gradients_are_those_of_model_py(monkeypatch):
 
 
 @pytest.mark.parametrize("depths", [[1, 1], [4, 4], [1, 2, 9, 5]])
-def test_flops_are_those_of_model_py(depths):
-    mine, theirs, _ = both()
+def test_flops_are_those_of_model_py(both, depths):
+    mine, theirs, _ = both
     depths = torch.tensor(depths)
     with_gradient = depths.clamp(max=parcae.GRADIENT_LOOPS).double().mean().item()
     there = theirs.flops_per_token(depths.double().mean().item(), with_gradient)
     assert mine.flops_per_token(depths) == pytest.approx(there, rel=1e-12)
 
 
-def test_ten_steps_end_where_those_of_train_py_do():
-    mine, theirs, weights = both()
+def test_ten_steps_end_where_those_of_train_py_do(both):
+    mine, theirs, weights = both
     theirs.train()
     args = make_parser("").parse_args(["--max-steps", "10"])
     optimizers = train.make_optimizers(theirs, args)
@@ -93,14 +99,14 @@ def test_ten_steps_end_where_those_of_train_py_do():
         there = theirs(idx, targets, depths=depths)[1]
         there.backward()
         there, _, finite = train.update(theirs, optimizers, args, there.detach(), step / 10, step)
-        assert finite and loss == pytest.approx(there, rel=1e-4)
+        assert finite and loss == pytest.approx(there, rel=1e-6)
     moved = dict(theirs.named_parameters())
     for name, p in weights.items():
-        torch.testing.assert_close(p, moved[name_there(name)], atol=2e-3, rtol=2e-3, msg=name)
+        torch.testing.assert_close(p, moved[name_there(name)], atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_its_constants_are_the_defaults_of_train_py():
-    args, config = make_parser("").parse_args([]), ParcaeConfig(**PRESETS["parcae-nano"])
+    args, config = make_parser("").parse_args([]), ParcaeConfig(**PRESETS[DEFAULT_PRESET])
     assert (parcae.D, parcae.H, parcae.CONTEXT) == (config.n_embd, config.n_head, config.block_size)
     assert (parcae.PRELUDE, parcae.LOOP, parcae.CODA) == (
         config.n_prelude, config.n_recurrent, config.n_coda)

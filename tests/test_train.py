@@ -27,7 +27,8 @@ from train import schedule
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = (
-    "--n-embd 32 --n-head 2 --block-size 64 --batch-size 8 --eval-sequences 8 --device cpu "
+    "--preset parcae-nano --muon-lr 3e-2 --adamw-lr 3e-2 --n-embd 32 --n-head 2 "
+    "--block-size 64 --batch-size 8 --eval-sequences 8 --device cpu "
     "--dtype float32"
 ).split()
 
