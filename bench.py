@@ -11,9 +11,9 @@ decode) and, with matplotlib, memory-<preset>.png; what was measured with other 
 replaced.
 """
 
-import platform
 import statistics
 import time
+from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
-from parts import figures
+from parts import figures, machine
 from parts.cli import (
     COUNT,
     LOOPS,
@@ -33,50 +33,50 @@ from parts.cli import (
     run_script,
 )
 from parts.files import read_json, write_json
-from parts.machine import keep_freed_memory, matmul_peak, pick_device, pick_dtype, use_threads
 from parts.muon import Muon
-from parts.quantize import activations, cast
+from parts.quantize import activations, prepare_weights
 from parts.recording import speed_up
 
-MB = 1e6
 LOOPED = [name for name in PRESETS if name.startswith("parcae")]
+STEPS = 16  # tokens that a measurement of decoding makes
 
 # ------------------------------------------------------------------------------- the models
 
-
-def plain(config, n_layer):
-    """The plain transformer of the same width with n_layer layers."""
-    return replace(config, n_prelude=n_layer, n_recurrent=0, n_coda=0)
+Case = namedtuple("Case", "name config loops")  # what a row of a table is about
+TWICE = "plain, twice the parameters"
 
 
 def parameters(config):
+    """Return the number of parameters of a model that is never built."""
     with torch.device("meta"):
         return count_parameters(Parcae(config))
 
 
-def contenders(config):
-    """{name: config}: the looped model and the plain ones to compare it with."""
+def plain(config, n_layer):
+    """Return the configuration of the plain transformer of the same width with n_layer layers."""
+    return replace(config, n_prelude=n_layer, n_recurrent=0, n_coda=0)
+
+
+def layers_run(config, loops):
+    """Return the layers that a token goes through."""
+    return config.n_prelude + loops * config.n_recurrent + config.n_coda
+
+
+def cases_of(config, recurrence):
+    """Return the cases to compare: the looped model, trained for each number of loops, and the
+    three plain ones."""
     n, target = config.n_layer, 2 * parameters(config)
-    distance = {layers: abs(parameters(plain(config, layers)) - target)
-                for layers in range(n, 4 * n + 1)}
-    double = min(distance, key=distance.get)
-    unrolled = n + (config.mean_recurrence - 1) * config.n_recurrent
-    return {"looped": config,
-            "plain, same parameters": plain(config, n),
-            "plain, twice the parameters": plain(config, double),
-            "plain, same depth": plain(config, unrolled)}
-
-
-def variants(config, recurrence):
-    """[(name, config, loops)]: the looped model trained for each number of loops, and the plain
-    ones."""
-    looped = [("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
+    longer = [plain(config, layers) for layers in range(n, 4 * n + 1)]
+    double = min(longer, key=lambda candidate: abs(parameters(candidate) - target))
+    unrolled = plain(config, layers_run(config, config.mean_recurrence))
+    looped = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
               for loops in recurrence]
-    return looped + [(name, c, 1) for name, c in contenders(config).items() if name != "looped"]
+    return [*looped, Case("plain, same parameters", plain(config, n), 1), Case(TWICE, double, 1),
+            Case("plain, same depth", unrolled, 1)]
 
 
 def build(config, device, dtype=None):
-    """A model with random weights; dtype: of the activations, see Parcae."""
+    """Return a model with random weights; dtype: of the activations, see Parcae."""
     torch.manual_seed(0)
     with torch.device("cuda" if device.type == "cuda" else "cpu"):  # mps makes no orthogonal matrix
         model = Parcae(config)
@@ -86,26 +86,35 @@ def build(config, device, dtype=None):
 # ------------------------------------------------------------------------------- memory
 
 
-def layers_run(config, recurrence):
-    return config.n_prelude + recurrence * config.n_recurrent + config.n_coda
-
-
-def kv_bytes(config, context, recurrence, itemsize=2):
-    """Keys and values of one sequence: a pair of vectors for each token, layer and loop."""
-    return 2 * layers_run(config, recurrence) * config.n_embd * context * itemsize
+def kv_bytes(config, context, loops, itemsize=2):
+    """Return the bytes of one sequence's cache: a key and a value per token, layer and loop."""
+    return 2 * layers_run(config, loops) * config.n_embd * context * itemsize
 
 
 def optimizer_bytes(model):
-    """float32 state: Muon keeps one number for a weight of a layer's matrices, and one for each row
-    (or column, where they are more); AdamW two for any other."""
+    """Return the bytes of the float32 state: Muon keeps one number for each weight of a layer's
+    matrices and one for each row (or column, if there are more); AdamW keeps two for any other."""
     muon = sum(p.numel() for p in model.matrices())
     longer = sum(max(p.shape) for p in model.matrices())
     return 4 * (muon + longer) + 8 * (count_parameters(model) - muon)
 
 
-def saved_bytes(model, forward):
-    """Bytes that forward() keeps for the backward pass: storages of saved tensors, each once,
-    without the model's own."""
+def optimizer_state_bytes(model):
+    """Return the bytes that Muon and AdamW hold after a step, measured."""
+    muon = set(model.matrices())
+    others = set(model.parameters()) - muon
+    held = 0
+    for optimizer in (Muon(muon), torch.optim.AdamW(others, fused=True)):
+        optimizer.step()
+        for state in optimizer.state.values():
+            held += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim)
+    return held
+
+
+def saved_for_backward(model, forward):
+    """Return the bytes that forward() keeps for the backward pass, without the model's own.
+
+    Several saved tensors may be views of one storage, which counts once."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     sizes = {}
 
@@ -121,7 +130,7 @@ def saved_bytes(model, forward):
 
 
 def peak_bytes(step):
-    """Most GPU memory that step() held beyond what was there before."""
+    """Return the most GPU memory that step() held beyond what was there before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -130,62 +139,60 @@ def peak_bytes(step):
     return torch.cuda.max_memory_allocated() - before
 
 
-def optimizer_state_bytes(model):
-    """What Muon and AdamW hold after a step, measured."""
-    muon = set(model.matrices())
-    others = set(model.parameters()) - muon
-    optimizers = [Muon(muon), torch.optim.AdamW(others, fused=True)]
-    held = 0
-    for optimizer in optimizers:
-        optimizer.step()
-        for state in optimizer.state.values():
-            held += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim)
-    return held
+def memory_of(case, args):
+    """Return a row of predicted and measured bytes."""
+    config, loops = case.config, case.loops
+    model = build(config, args.device, args.dtype).train()
+    idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
+
+    def loss():
+        return model(idx, idx, recurrence=loops)[1]
+
+    loss().backward()  # gradients are there
+    row = {"model": case.name, "T": loops, "layers run": layers_run(config, loops),
+           "parameters": count_parameters(model),
+           "activations": {"saved": saved_for_backward(model, loss)}}
+    if args.device.type == "cuda":
+        row["activations"]["peak"] = peak_bytes(lambda: loss().backward())
+    row["optimizer"] = {"predicted": optimizer_bytes(model),
+                        "measured": optimizer_state_bytes(model)}
+
+    model = model.to(torch.bfloat16)  # from here on inference
+    row["weights"] = {"predicted": 2 * parameters(config),
+                      "measured": sum(p.nbytes for p in model.parameters())}
+    for name, kind, pairs in (("kv_cache", "per-loop", loops), ("kv_cache_shared", "shared", 1)):
+        cache = KVCache(config, 1, args.context, loops, args.device, torch.bfloat16, kind)
+        row[name] = {"predicted": kv_bytes(config, args.context, pairs), "measured": cache.nbytes}
+    return row
 
 
-def memory(config, context, batch, recurrence, device, dtype):
-    """Rows of predicted and measured bytes for every model; the looped one at every number of
-    loops, and at 64 with the gradient through as many as the preset has."""
-    rows = []
-    cases = variants(config, recurrence)
-    cases.insert(len(recurrence), (f"looped, mu_bwd {config.backprop_depth}",
-                                   replace(config, mean_recurrence=64), 64))
-    for name, c, loops in progress_bar(cases, desc="memory"):
-        model = build(c, device, dtype).train()
-        idx = torch.randint(c.vocab_size, (batch, context), device=device)
-        forward = lambda: model(idx, idx, recurrence=loops)[1]  # noqa: B023
-        forward().backward()  # gradients are there
-        row = {"model": name, "T": loops, "layers run": layers_run(c, loops),
-               "parameters": count_parameters(model),
-               "activations": {"saved": saved_bytes(model, forward)}}
-        if device.type == "cuda":
-            row["activations"]["peak"] = peak_bytes(lambda: forward().backward())  # noqa: B023
-        row["optimizer"] = {"predicted": optimizer_bytes(model),
-                            "measured": optimizer_state_bytes(model)}
-        model = model.to(torch.bfloat16)
-        row["weights"] = {"predicted": 2 * parameters(c),
-                          "measured": sum(p.nbytes for p in model.parameters())}
-        cache = KVCache(c, 1, context, loops, device, torch.bfloat16)
-        row["kv_cache"] = {"predicted": kv_bytes(c, context, loops), "measured": cache.nbytes}
-        cache = KVCache(c, 1, context, loops, device, torch.bfloat16, "shared")
-        row["kv_cache_shared"] = {"predicted": kv_bytes(c, context, 1), "measured": cache.nbytes}
-        rows.append(row)
-    return rows
-
-
-def break_even(config):
-    """Tokens in all caches (batch x context) at which the looped model in inference holds as much
-    memory as the plain transformer of twice the parameters; None where its cache is smaller."""
-    double = contenders(config)["plain, twice the parameters"]
+def break_even(config, double):
+    """Return the tokens in all caches (batch x context) at which the looped model in inference
+    holds as much memory as `double`, of twice the parameters; None where its cache is smaller."""
     saved = 2 * (parameters(double) - parameters(config))
     cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
     return saved / cost if cost > 0 else None
+
+
+def draw(path, config, double, even):
+    """Draw inference memory against the tokens in the cache; even: see break_even."""
+    loops, middle = config.mean_recurrence, even or 1e5
+    tokens = np.geomspace(middle / 100, 100 * middle, 81)
+    curves = []
+    for label, c, cached, style in (
+            (f"looped, T = {loops}", config, loops, "k-"),
+            (f"looped, T = {loops}, shared cache", config, 1, "k:"),
+            (f"plain, twice the parameters ({double.n_layer} layers)", double, 1, "k--")):
+        gigabytes = (2 * parameters(c) + tokens * kv_bytes(c, 1, cached)) / 1e9
+        curves.append((label, tokens, gigabytes, style))
+    figures.memory(path, curves, even)
 
 # ------------------------------------------------------------------------------- speed
 
 
 def alternate(runs, rounds, device, what):
-    """Seconds of each run, {name: [one a round]}: everything once to warm up, then all in turns."""
+    """Return the seconds of each run, {name: [one a round]}: everything runs once to warm up, then
+    all in turns."""
     seconds = {name: [] for name in runs}
     for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
         for name, run in runs.items():
@@ -199,149 +206,130 @@ def alternate(runs, rounds, device, what):
 
 
 def bandwidth(device, size=1 << 28):
-    """Bytes read a second from memory, the best of a few sums over an array that fits no cache."""
+    """Return the bytes read from memory per second: the best of a few sums over an array that does
+    not fit a cache."""
     x = torch.ones(size // 4, device=device)
     seconds = alternate({"sum": lambda: x.sum().item()}, 5, device, "memory bandwidth")
     return size / min(seconds["sum"])
 
 
-def speed(name, loops, seconds, tokens):
-    """A row: median, least and most tokens/s."""
+def speed(case, seconds, tokens):
+    """Return a row: the median, least and most tokens/s."""
     rates = sorted(tokens / s for s in seconds)
-    return {"model": name, "T": loops, "tokens/s": statistics.median(rates), "min": rates[0],
-            "max": rates[-1]}
+    return {"model": case.name, "T": case.loops, "tokens/s": statistics.median(rates),
+            "min": rates[0], "max": rates[-1]}
 
 
-def train_speed(config, context, batch, recurrence, rounds, device, dtype, compiled):
-    """(matmul peak, rows): tokens/s of forward and backward, and the share of the matmul peak by
-    the FLOPs that are needed."""
-    peak, flops, runs = matmul_peak(device, dtype), {}, {}
-    for name, c, loops in variants(config, recurrence):
-        model = build(c, device, dtype).train()
-        if compiled:
-            model.compile_layers()
-        idx = torch.randint(c.vocab_size, (batch, context), device=device)
-        depths = model.sample_depths(batch, torch.Generator().manual_seed(0))
-        with_gradient = depths.clamp(max=c.backprop_depth)
-        flops[name, loops] = model.flops_per_token(
-            depths.double().mean().item(), with_gradient.double().mean().item(), context=context)
+def training_of(case, args):
+    """Return a training step, a function, and the FLOPs per token that it needs."""
+    model = build(case.config, args.device, args.dtype).train()
+    if args.compile:
+        model.compile_layers()
+    shape = args.batch, args.context
+    idx = torch.randint(case.config.vocab_size, shape, device=args.device)
+    depths = model.sample_depths(args.batch, torch.Generator().manual_seed(0))
+    with_gradient = depths.clamp(max=case.config.backprop_depth)
+    flops = model.flops_per_token(depths.double().mean().item(),
+                                  with_gradient.double().mean().item(), args.context)
 
-        def run(model=model, idx=idx, depths=depths):
-            model(idx, idx, depths=depths)[1].backward()
-            model.zero_grad()
-        runs[name, loops] = run
-    seconds = alternate(runs, rounds, device, "training")
-    peak = max(peak, matmul_peak(device, dtype))
-    rows = [speed(*case, seconds[case], batch * context) for case in runs]
-    for row in rows:
-        row["share of peak"] = row["tokens/s"] * flops[row["model"], row["T"]] / peak
-    return peak, rows
+    def step():
+        model(idx, idx, depths=depths)[1].backward()
+        model.zero_grad()
+    return step, flops
+
+
+def train_speed(cases, args):
+    """Measure tokens/s of forward and backward, and their share of the matmul peak by the FLOPs
+    that are needed."""
+    peak = machine.matmul_peak(args.device, args.dtype)
+    steps, flops = zip(*(training_of(case, args) for case in cases))
+    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "training")
+    peak = max(peak, machine.matmul_peak(args.device, args.dtype))
+    rows = [speed(case, seconds[i], args.batch * args.context) for i, case in enumerate(cases)]
+    for row, needed in zip(rows, flops):
+        row["share of peak"] = row["tokens/s"] * needed / peak
+    return {"dtype": str(args.dtype), "matmul_peak": peak, "rows": rows}
+
+
+def generation_of(case, args):
+    """Return two functions, one that reads a whole context and one that makes STEPS tokens more,
+    and what a token needs: FLOPs, and bytes read if every weight is read once a loop."""
+    config, loops = replace(case.config, block_size=args.context + STEPS), case.loops
+    model = prepare_weights(build(config, args.device).eval(), args.device, args.dtype)
+    speed_up(model, args.compile, not args.eager)
+    cache = model.new_cache(1, config.block_size, loops)
+    idx = torch.randint(config.vocab_size, (1, args.context), device=args.device)
+
+    def prefill():
+        cache.pos = 0
+        model.hidden(idx, loops, cache)
+
+    def decode():
+        cache.pos = args.context
+        for _ in range(STEPS):
+            model.advance(idx[:, :1], cache, 0, loops)
+    flops = model.flops_per_token(loops, backprop_depth=0, context=args.context)
+    once, core = model.matmul_params()
+    weights = (once + loops * core) * args.dtype.itemsize
+    read = weights + kv_bytes(config, args.context, loops, model.dtype.itemsize)
+    return prefill, decode, flops, read
 
 
 @torch.no_grad()
-def decode_speed(config, context, recurrence, rounds, device, dtype, compiled, recorded,
-                 steps=16):
-    """(matmul peak, bandwidth, rows): tokens/s of prefill and of decoding one sequence, beside two
-    limits: the matmul peak, and the bandwidth if every weight were read once a loop. dtype: of the
-    weights, see quantize.cast."""
-    peak, bytes_per_s = matmul_peak(device, activations(dtype)), bandwidth(device)
-    prefill, decode, limits = {}, {}, {}
-    for name, c, loops in variants(replace(config, block_size=context + steps), recurrence):
-        model = cast(build(c, device).eval(), device, dtype)
-        speed_up(model, compiled, recorded)
-        cache = model.new_cache(1, context + steps, loops)
-        idx = torch.randint(c.vocab_size, (1, context), device=device)
-
-        def fill(model=model, cache=cache, idx=idx, loops=loops):
-            cache.pos = 0
-            model.hidden(idx, loops, cache)
-
-        def step(model=model, cache=cache, idx=idx, loops=loops):
-            cache.pos = context
-            for _ in range(steps):
-                model.advance(idx[:, :1], cache, 0, loops)
-        prefill[name, loops] = fill
-        decode[name, loops] = step
-        flops = model.flops_per_token(loops, backprop_depth=0, context=context)
-        once, core = model.matmul_params()
-        weights = (once + loops * core) * dtype.itemsize
-        read = weights + kv_bytes(c, context, loops, model.dtype.itemsize)
-        limits[name, loops] = {"compute limit": peak / flops, "memory limit": bytes_per_s / read}
-    filled = alternate(prefill, rounds, device, "prefill")
-    decoded = alternate(decode, rounds, device, "decode")
+def decode_speed(cases, args):
+    """Measure tokens/s of prefill and of decoding one sequence, beside the limits that the matmul
+    peak and the bandwidth set."""
+    peak = machine.matmul_peak(args.device, activations(args.dtype))
+    bytes_per_s = bandwidth(args.device)
+    fills, steps, flops, read = zip(*(generation_of(case, args) for case in cases))
+    filled = alternate(dict(enumerate(fills)), args.rounds, args.device, "prefill")
+    decoded = alternate(dict(enumerate(steps)), args.rounds, args.device, "decode")
     rows = []
-    for case, limit in limits.items():
-        row = speed(*case, decoded[case], steps) | limit
-        row["prefill tokens/s"] = context / statistics.median(filled[case])
-        row["share of limit"] = row["tokens/s"] / min(limit.values())
+    for i, case in enumerate(cases):
+        row = speed(case, decoded[i], STEPS)
+        row["compute limit"] = peak / flops[i]
+        row["memory limit"] = bytes_per_s / read[i]
+        row["prefill tokens/s"] = args.context / statistics.median(filled[i])
+        limit = min(row["compute limit"], row["memory limit"])
+        row["share of limit"] = row["tokens/s"] / limit
         rows.append(row)
-    return peak, bytes_per_s, rows
+    return {"dtype": str(args.dtype), "matmul_peak": peak, "bandwidth": bytes_per_s, "rows": rows}
 
 # ------------------------------------------------------------------------------- what is shown
 
+# The columns of each table: {heading: what str.format makes of a row}
+LABEL = {"model": "{model}", "T": "{T}"}
+RANGE = {"(range)": "({min:,.1f} to {max:,.1f})"}
+MEMORY = LABEL | {"parameters": "{parameters:,}", "weights": "{weights}",
+                  "optimiser": "{optimizer}", "KV cache, a sequence": "{kv_cache}",
+                  "shared": "{kv_cache_shared}", "activations": "{saved}"}
+ON_GPU = {"peak of a step": "{peak}"}
+TRAIN = LABEL | {"tokens/s": "{tokens/s:,.1f}"} | RANGE | {"share": "{share of peak:.0%}"}
+DECODE = LABEL | {"prefill tokens/s": "{prefill tokens/s:,.1f}",
+                  "decode tokens/s": "{tokens/s:,.1f}"} | RANGE
+DECODE |= {"compute limit": "{compute limit:,.1f}", "memory limit": "{memory limit:,.1f}",
+           "share": "{share of limit:.0%}"}
+
 
 def show(title, rows, columns):
-    """Print a table; columns: {heading: function of a row}."""
-    table = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    """Print a table; columns: as above."""
+    table = [list(columns), *([cell.format_map(row) for cell in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
-    for line in table:
-        first, *others = (cell.rjust(width) for cell, width in zip(line, widths))
-        print("  ".join([first.strip().ljust(widths[0]), *others]))
+    for name, *others in table:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]))
 
 
-def both(key):
-    """A cell of a table: "predicted / measured (error)" of a row's entry, in MB."""
-    def cell(row):
-        predicted, measured = row[key]["predicted"], row[key]["measured"]
-        return f"{predicted / MB:,.1f} / {measured / MB:,.1f} ({predicted / measured - 1:+.0%})"
-    return cell
-
-
-def rate(key):
-    return lambda row: f"{row[key]:,.1f}"
-
-
-LABEL = {"model": lambda row: row["model"], "T": lambda row: str(row["T"])}
-RANGE = {"(range)": lambda row: f"({row['min']:,.1f} to {row['max']:,.1f})"}
-
-
-def show_memory(rows, title, on_gpu):
-    columns = LABEL | {"parameters": lambda row: f"{row['parameters']:,}",
-                       "weights": both("weights"), "optimiser": both("optimizer"),
-                       "KV cache, a sequence": both("kv_cache"),
-                       "shared": both("kv_cache_shared"),
-                       "activations": lambda row: f"{row['activations']['saved'] / MB:,.1f}"}
-    if on_gpu:
-        columns["peak of a step"] = lambda row: f"{row['activations']['peak'] / MB:,.1f}"
-    show(title, rows, columns)
-
-
-def draw(config, path):
-    """The picture of inference memory against tokens in the cache."""
-    double, loops = contenders(config)["plain, twice the parameters"], config.mean_recurrence
-    even = break_even(config)
-    middle = even or 1e5
-    tokens = np.geomspace(middle / 100, 100 * middle, 81).tolist()
-    cases = [(f"looped, T = {loops}", config, loops, "k-"),
-             (f"looped, T = {loops}, shared cache", config, 1, "k:"),
-             (f"plain, twice the parameters ({double.n_layer} layers)", double, 1, "k--")]
-    curves = []
-    for label, c, cached, style in cases:
-        weights = 2 * parameters(c)
-        gigabytes = [(weights + n * kv_bytes(c, 1, cached)) / 1e9 for n in tokens]
-        curves.append((label, tokens, gigabytes, style))
-    figures.memory(path, curves, even)
-
-
-def machine_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if "model name" in line:
-            return line.split(":")[1].strip()
-    return platform.machine()
+def in_megabytes(row):
+    """Return a row of memory with its bytes as text: "predicted / measured (error)"."""
+    shown = dict(row)
+    for name in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
+        predicted, measured = row[name]["predicted"] / 1e6, row[name]["measured"] / 1e6
+        shown[name] = f"{predicted:,.1f} / {measured:,.1f} ({predicted / measured - 1:+.0%})"
+    for name, n_bytes in row["activations"].items():
+        shown[name] = f"{n_bytes / 1e6:,.1f}"
+    return shown
 
 # ------------------------------------------------------------------------------- command line
 
@@ -388,77 +376,71 @@ def check_replaceable(path, setting):
                         "choose another --out")
 
 
-def bench_memory(args, config, context, device, dtype, picture):
-    rows = memory(config, context, args.batch, args.recurrence, device, dtype)
-    show_memory(rows, "Memory in MB, predicted / measured (error); activations: what a step of "
-                f"{args.batch} x {context} tokens keeps for its backward pass, {dtype}",
-                device.type == "cuda")
-    even = break_even(config)
+def bench_memory(cases, config, args):
+    """Measure, print and draw memory; return what the JSON holds."""
+    # one case more: the most loops, with the gradient through as many as the preset has
+    many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
+    n = len(args.recurrence)
+    cases = [*cases[:n], many, *cases[n:]]
+    rows = [memory_of(case, args) for case in progress_bar(cases, desc="memory")]
+    on_gpu = ON_GPU if args.device.type == "cuda" else {}
+    show("Memory in MB, predicted / measured (error); activations: what a step of "
+         f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}",
+         [in_megabytes(row) for row in rows], MEMORY | on_gpu)
+
+    double = next(case.config for case in cases if case.name == TWICE)
+    even = break_even(config, double)
     tokens = "none, the looped model's cache is the smaller one"
     if even:
         tokens = f"{even:,.0f} tokens of batch x context"
     print("break-even with the plain transformer of twice the parameters at "
           f"T = {config.mean_recurrence}: {tokens}")
     try:
-        draw(config, picture)
+        draw(Path(args.out) / f"memory-{args.preset}.png", config, double, even)
     except UserError as error:  # without matplotlib the tables are still worth printing
         print(f"no figure: {error}")
     return {"memory": rows, "break_even_tokens": even}
 
 
-def bench_train(args, config, context, device, dtype):
-    peak, rows = train_speed(config, context, args.batch, args.recurrence, args.rounds, device,
-                             dtype, args.compile)
-    show(f"Training, {dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s; share of it by needed FLOPs",
-         rows, LABEL | {"tokens/s": rate("tokens/s")} | RANGE
-         | {"share": lambda row: f"{row['share of peak']:.0%}"})
-    return {"train": {"dtype": str(dtype), "matmul_peak": peak, "rows": rows}}
-
-
-def bench_decode(args, config, context, device, dtype):
-    if device.type == "cpu" and args.dtype == "auto":
-        dtype = torch.float32  # CPUs multiply bfloat16 vectors slowly
-    peak, bytes_per_s, rows = decode_speed(config, context, args.recurrence, args.rounds, device,
-                                           dtype, args.compile, not args.eager)
-    show(f"Generation, one sequence at context {context}, {dtype}, peak {peak / 1e9:,.0f} GFLOP/s, "
-         f"memory {bytes_per_s / 1e9:,.1f} GB/s", rows,
-         LABEL | {"prefill tokens/s": rate("prefill tokens/s"),
-                  "decode tokens/s": rate("tokens/s")} | RANGE
-         | {"compute limit": rate("compute limit"), "memory limit": rate("memory limit"),
-            "share": lambda row: f"{row['share of limit']:.0%}"})
-    return {"decode": {"dtype": str(dtype), "matmul_peak": peak, "bandwidth": bytes_per_s,
-                       "rows": rows}}
-
-
 def main():
     args = parse_args()
     config = ParcaeConfig(**PRESETS[args.preset])
-    context = args.context or config.block_size
+    context = args.context = args.context or config.block_size
     config = replace(config, block_size=max(context, config.block_size))
-    device = pick_device(args.device, args.compile)
-    use_threads(config.n_embd)
+    device = args.device = machine.pick_device(args.device, args.compile)
+    machine.use_threads(config.n_embd)
     if args.eager and device.type != "cuda":
         raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
-    dtype = pick_dtype(device, args.dtype)
-    keep_freed_memory()
-    results = {"preset": args.preset, "model": asdict(config), "machine": machine_name(device),
-               "threads": torch.get_num_threads(), "torch": torch.__version__, "context": context,
-               "batch": args.batch, "rounds": args.rounds, "compile": args.compile,
-               "eager": args.eager, "dtype": args.dtype, "recurrence": args.recurrence}
+    settings = {name: getattr(args, name) for name in
+                ("context", "batch", "rounds", "compile", "eager", "dtype", "recurrence")}
+    results = {"preset": args.preset, "model": asdict(config),
+               "machine": machine.machine_name(device), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, **settings}
     part = f"-{args.only}" if args.only else ""
     path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
     check_replaceable(path, results)
-    picture = Path(args.out) / f"memory-{args.preset}.png"
     print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
           f"{results['threads']} threads")
+
+    # CPUs multiply bfloat16 vectors slowly
+    slow = device.type == "cpu" and args.dtype == "auto"
+    args.dtype = machine.pick_dtype(device, args.dtype)
+    machine.keep_freed_memory()
+    cases = cases_of(config, args.recurrence)
     if args.only in (None, "memory"):
-        results |= bench_memory(args, config, context, device, dtype, picture)
+        results |= bench_memory(cases, config, args)
     if args.only in (None, "train"):
-        results |= bench_train(args, config, context, device, dtype)
+        found = results["train"] = train_speed(cases, args)
+        show(f"Training, {args.dtype}, matmul peak {found['matmul_peak'] / 1e9:,.0f} GFLOP/s; "
+             "share of it by needed FLOPs", found["rows"], TRAIN)
     if args.only in (None, "decode"):
-        results |= bench_decode(args, config, context, device, dtype)
+        args.dtype = torch.float32 if slow else args.dtype
+        found = results["decode"] = decode_speed(cases, args)
+        show(f"Generation, one sequence at context {context}, {args.dtype}, peak "
+             f"{found['matmul_peak'] / 1e9:,.0f} GFLOP/s, memory "
+             f"{found['bandwidth'] / 1e9:,.1f} GB/s", found["rows"], DECODE)
     write_json(path, results)
     print(f"\nwrote {path}")
 

@@ -31,7 +31,7 @@ from parts.cli import (
 from parts.draft import draft_stream
 from parts.generation import EXIT_RULES, check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
-from parts.quantize import cast
+from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
@@ -224,7 +224,7 @@ def main():
     # token by token bfloat16 is no faster for small models on a CPU
     in_float32 = device.type == "cpu" and args.dtype == "auto"
     dtype = torch.float32 if in_float32 else pick_dtype(device, args.dtype)
-    cast(model, device, dtype)
+    prepare_weights(model, device, dtype)
     speed_up(model, args.compile)
 
     tokenizer = load_tokenizer(args.run)

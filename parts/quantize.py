@@ -44,7 +44,7 @@ def activations(dtype):
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
-def cast(model, device, dtype):
+def prepare_weights(model, device, dtype):
     """Move a model that generates to a device, its weights to a dtype; with torch.int8 its linear
     layers, the head among them, become Int8Linear and all else bfloat16. Returns it."""
     if dtype == torch.int8:

@@ -22,7 +22,7 @@ from parts.cli import COUNT, LOOPS, Parser, UserError, new_file, number, run_scr
 from parts.draft import draft_stream
 from parts.generation import stream
 from parts.machine import keep_freed_memory, pick_device
-from parts.quantize import cast
+from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def load(run, device, dtype, compiled=False, recorded=True):
     model = Parcae.from_pretrained(run)
     if not model.config.n_recurrent:
         raise UserError(f"{run} is a plain transformer: it has no fewer loops to draft with")
-    cast(model, device, getattr(torch, dtype))
+    prepare_weights(model, device, getattr(torch, dtype))
     speed_up(model, compiled, recorded)
     return model
 

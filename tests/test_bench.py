@@ -1,6 +1,7 @@
 import json
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,17 +23,28 @@ SMALL = ParcaeConfig(
 TINY = replace(SMALL, vocab_size=64, n_embd=16, n_head=1, n_recurrent=1, mean_recurrence=2)
 
 
-def test_contenders_are_what_they_are_called():
-    c = bench.contenders(ParcaeConfig(**PRESETS["parcae-140m"]))
-    size = {name: bench.parameters(config) for name, config in c.items()}
+CPU = torch.device("cpu")
+FLAGS = SimpleNamespace(context=8, batch=1, rounds=1, device=CPU, dtype=torch.float32,
+                        compile=False, eager=False)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """What parcae-140m is compared with, by name."""
+    config = ParcaeConfig(**PRESETS["parcae-140m"])
+    return {case.name: case.config for case in bench.cases_of(config, [8])}
+
+
+def test_cases_are_what_they_are_called(cases):
+    size = {name: bench.parameters(config) for name, config in cases.items()}
     assert size["plain, same parameters"] == pytest.approx(size["looped"], rel=0.02)
     assert size["plain, twice the parameters"] == pytest.approx(2 * size["looped"], rel=0.1)
     flops = []
     for name in ("looped", "plain, same depth"):
         with torch.device("meta"):
-            flops.append(Parcae(c[name]).flops_per_token(backprop_depth=0))
+            flops.append(Parcae(cases[name]).flops_per_token(backprop_depth=0))
     assert flops[1] == pytest.approx(flops[0], rel=0.02)
-    assert all(config.n_embd == 768 for config in c.values())
+    assert all(config.n_embd == 768 for config in cases.values())
 
 
 @pytest.mark.parametrize("recurrence", [1, 5])
@@ -45,17 +57,21 @@ def test_caches_take_the_predicted_memory(recurrence):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_optimisers_hold_the_predicted_bytes(tied):
-    model = bench.build(replace(SMALL, tie_embeddings=tied), torch.device("cpu"), torch.float32)
+    model = bench.build(replace(SMALL, tie_embeddings=tied), CPU, torch.float32)
     idx = torch.randint(256, (1, 8))
     model.train()(idx, idx, recurrence=2)[1].backward()
     assert bench.optimizer_bytes(model) == bench.optimizer_state_bytes(model)
 
 
 def test_every_prediction_of_memory_is_what_is_measured():
-    rows = bench.memory(TINY, 8, 1, [3], torch.device("cpu"), torch.float32)
-    for row in rows:
+    for case in bench.cases_of(TINY, [3]):
+        row = bench.memory_of(case, FLAGS)
         for what in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
             assert row[what]["predicted"] == row[what]["measured"], (row["model"], what)
+
+
+def replace_flags(**flags):
+    return SimpleNamespace(**vars(FLAGS) | flags)
 
 
 @pytest.fixture
@@ -65,13 +81,13 @@ def clock(monkeypatch):
     monkeypatch.setattr(bench, "alternate", lambda runs, rounds, device, what: {
         case: [seconds[what]] * 3 for case in runs})
     monkeypatch.setattr(bench, "bandwidth", lambda device: 1e6)
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench.machine, "matmul_peak", lambda device, dtype: 1e9)
 
 
 def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
-    cpu, config = torch.device("cpu"), TINY
-    _, _, rows = bench.decode_speed(config, 24, [3], 1, cpu, torch.float32, False, False)
-    row, model = rows[0], bench.build(config, cpu)
+    config, cases = TINY, bench.cases_of(TINY, [3])
+    rows = bench.decode_speed(cases, replace_flags(context=24))["rows"]
+    row, model = rows[0], bench.build(config, CPU)
     assert row["prefill tokens/s"] == 24 / 2 and row["tokens/s"] == 16 / 4
     loop = sum(p.numel() for p in model.recurrent.parameters() if p.ndim == 2)
     matrices = [p for p in model.parameters() if p.ndim == 2]  # the head is the embedding
@@ -83,23 +99,24 @@ def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     assert row["compute limit"] == pytest.approx(1e9 / flops)
     assert row["share of limit"] == pytest.approx(4 * max(flops / 1e9, read / 1e6))
 
-    _, rows = bench.train_speed(config, 16, 5, [1], 1, cpu, torch.float32, False)
+    rows = bench.train_speed(cases, replace_flags(context=16, batch=5))["rows"]
     assert all(row["tokens/s"] == 5 * 16 / 0.5 for row in rows)
-    plain = bench.build(bench.contenders(config)[rows[1]["model"]], cpu)
+    assert rows[1]["model"] == cases[1].name
+    plain = bench.build(cases[1].config, CPU)
     share = 160 * plain.flops_per_token(1, 1, context=16) / 1e9
     assert rows[1]["share of peak"] == pytest.approx(share)
 
 
 def test_saved_bytes_are_those_that_the_backward_pass_needs():
     linear, x = torch.nn.Linear(30, 20), torch.randn(7, 30, requires_grad=True)
-    assert bench.saved_bytes(linear, lambda: linear(x)) == x.nbytes
-    assert bench.saved_bytes(linear, lambda: linear(x).exp()) == x.nbytes + 7 * 20 * 4
+    assert bench.saved_for_backward(linear, lambda: linear(x)) == x.nbytes
+    assert bench.saved_for_backward(linear, lambda: linear(x).exp()) == x.nbytes + 7 * 20 * 4
 
     def saved(loops, depth):
         config = replace(SMALL, mean_recurrence=loops, backprop_depth=depth)
-        model = bench.build(config, torch.device("cpu"), torch.float32).train()
+        model = bench.build(config, CPU, torch.float32).train()
         idx = torch.randint(256, (8, 64))
-        return bench.saved_bytes(model, lambda: model(idx, idx, recurrence=loops)[1])
+        return bench.saved_for_backward(model, lambda: model(idx, idx, recurrence=loops)[1])
 
     assert saved(9, 4) - saved(9, 3) == saved(9, 3) - saved(9, 2) > 0
     assert saved(64, 3) == pytest.approx(saved(9, 3), rel=0.01)
@@ -113,27 +130,24 @@ def test_measuring_what_is_saved_keeps_nothing():
         made.append(weakref.ref(y))
         return y
 
-    bench.saved_bytes(torch.nn.Identity(), forward)
+    bench.saved_for_backward(torch.nn.Identity(), forward)
     assert made[0]() is None
 
 
-def test_break_even_is_where_both_take_the_same():
-    config = ParcaeConfig(**PRESETS["parcae-140m"])
-    double, tokens = (
-        bench.contenders(config)["plain, twice the parameters"],
-        bench.break_even(config),
-    )
+def test_break_even_is_where_both_take_the_same(cases):
+    config, double = cases["looped"], cases["plain, twice the parameters"]
+    tokens = bench.break_even(config, double)
     looped = 2 * bench.parameters(config) + tokens * bench.kv_bytes(config, 1, 8)
     assert looped == pytest.approx(
         2 * bench.parameters(double) + tokens * bench.kv_bytes(double, 1, 1)
     )
-    assert bench.break_even(replace(config, mean_recurrence=1)) is None
+    assert bench.break_even(replace(config, mean_recurrence=1), double) is None
 
 
 def test_runs_alternate_after_a_warm_up():
     order = []
     seconds = bench.alternate(
-        {name: lambda name=name: order.append(name) for name in "ab"}, 3, torch.device("cpu"), ""
+        {name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU, ""
     )
     assert order == list("ab") * 4 and [len(s) for s in seconds.values()] == [3, 3]
 
@@ -152,37 +166,18 @@ def test_mistakes_get_one_line(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_what_other_settings_measured_is_not_replaced(tmp_path):
-    flags = ["--preset", "parcae-nano", "--device", "cpu", "--only", "memory", "--context", 8,
-             "--recurrence", 1, "--out", tmp_path]
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """The preset parcae-nano, with a vocabulary that takes no time."""
+    monkeypatch.setitem(PRESETS["parcae-nano"], "vocab_size", 256)
+
+
+def test_tables_and_json_which_other_settings_do_not_replace(tiny_preset, tmp_path):
+    flags = ["--preset", "parcae-nano", "--context", 8, "--rounds", 2, "--recurrence", 2,
+             "--device", "cpu", "--out", tmp_path]
     for _ in range(2):  # the same again replaces its own
-        assert script("bench.py", *flags, "--batch", 1).returncode == 0
-    before = (tmp_path / "bench-cpu-parcae-nano-memory.json").read_bytes()
-    run = script("bench.py", *flags, "--batch", 2)
-    assert run.returncode == 2 and "was measured with another batch: choose" in run.stderr
-    assert (tmp_path / "bench-cpu-parcae-nano-memory.json").read_bytes() == before
-
-
-def test_tables_and_json(tmp_path):
-    run = script(
-        "bench.py",
-        "--preset",
-        "parcae-nano",
-        "--context",
-        32,
-        "--batch",
-        2,
-        "--rounds",
-        2,
-        "--recurrence",
-        1,
-        4,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
+        run = script("bench.py", *flags, "--batch", 2)
+        assert run.returncode == 0, run.stderr
     for words in (
         "Memory in MB",
         "Training",
@@ -191,6 +186,11 @@ def test_tables_and_json(tmp_path):
         "plain, twice the parameters",
     ):
         assert words in run.stdout
-    results = json.loads((tmp_path / "bench-cpu-parcae-nano.json").read_text())
+    before = (tmp_path / "bench-cpu-parcae-nano.json").read_bytes()
+    results = json.loads(before)
     for row in results["decode"]["rows"] + results["train"]["rows"]:
         assert row["min"] <= row["tokens/s"] <= row["max"]
+
+    run = script("bench.py", *flags, "--batch", 1)
+    assert run.returncode == 2 and "was measured with another batch: choose" in run.stderr
+    assert (tmp_path / "bench-cpu-parcae-nano.json").read_bytes() == before

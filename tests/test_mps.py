@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,9 +131,13 @@ def test_timing(monkeypatch):
     tiny = ParcaeConfig(vocab_size=64, block_size=16, n_embd=32, n_head=1, n_prelude=1,
                         n_recurrent=1, n_coda=1, mean_recurrence=2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    monkeypatch.setattr(bench, "variants", lambda config, _: [("looped", config, 2)])
-    for function in ("matmul_peak", "bandwidth"):
-        monkeypatch.setattr(bench, function, lambda *_: 1e9)
+    for module, function in ((bench.machine, "matmul_peak"), (bench, "bandwidth")):
+        monkeypatch.setattr(module, function, lambda *_: 1e9)
+    monkeypatch.setattr(bench, "STEPS", 2)
+    cases = [bench.Case("looped", tiny, 2)]
+    flags = SimpleNamespace(context=8, batch=2, rounds=1, device=MPS, compile=False, eager=False)
     with FakeMps():
-        assert bench.train_speed(tiny, 8, 2, [2], 1, MPS, torch.bfloat16, False)
-        assert bench.decode_speed(tiny, 8, [2], 1, MPS, torch.int8, False, True, steps=2)
+        flags.dtype = torch.bfloat16
+        assert bench.train_speed(cases, flags)
+        flags.dtype = torch.int8
+        assert bench.decode_speed(cases, flags)

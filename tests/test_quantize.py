@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import script
 
-from parts.quantize import FEW, Int8Linear, cast
+from parts.quantize import FEW, Int8Linear, prepare_weights
 
 
 @pytest.mark.parametrize("n_in, n_out", [(32, 5), (64, 96), (36, 8), (10, 7)])
@@ -35,7 +35,7 @@ def test_a_model_of_8_bits_says_nearly_the_same_and_costs_as_much(build, tokens)
     with torch.no_grad():
         right = model(tokens, recurrence=8)[0]
         embedding = model.wte.weight.clone()
-        cast(model, "cpu", torch.int8)
+        prepare_weights(model, "cpu", torch.int8)
         logits = model(tokens, recurrence=8)[0]
     assert (logits - right).norm() < 0.05 * right.norm()
     assert model.flops_per_token(8) == flops

@@ -38,7 +38,7 @@ from parts.cli import (
 from parts.files import read_json, write_json
 from parts.generation import EXIT_RULES, check_predicts, settle
 from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
-from parts.quantize import cast
+from parts.quantize import prepare_weights
 from parts.sources import read_text
 from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
@@ -240,7 +240,7 @@ def open_run(args):
     use_threads(model.config.n_embd)
     dtype = pick_dtype(device, args.dtype)
     if dtype == torch.int8:
-        cast(model, device, dtype)
+        prepare_weights(model, device, dtype)
     else:
         model.compute_dtype = dtype
     recurrence = args.recurrence if model.config.n_recurrent else [1]

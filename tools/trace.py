@@ -19,7 +19,7 @@ from parts.cli import LOOPS, Parser, UserError, new_file, run_script
 from parts.files import json_text, write_text
 from parts.generation import check_predicts
 from parts.machine import pick_device, use_threads
-from parts.quantize import cast
+from parts.quantize import prepare_weights
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 from sample import add_prompt_flags, read_prompt
 
@@ -205,7 +205,7 @@ def main():
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run)
     use_threads(model.config.n_embd)
-    cast(model, device, torch.float32)
+    prepare_weights(model, device, torch.float32)
 
     tokenizer = load_tokenizer(args.run)
     tokens = map(int, chain.from_iterable(encode(tokenizer, read_prompt(args) or "")))
