@@ -93,61 +93,72 @@ def parse_args():
         help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
         "half a minute for each number of loops; on a GPU the layers, 1.5 times")
     args = parser.parse_args()
-    check_flags(parser, args)
+    check_flags(args)
     return args
 
 
-def check_flags(parser, args):
+def check_flags(args):
     """Raise UserError where flags do nothing, or do not go together."""
     check_needs(args, exit_rule="exit_threshold", ahead="draft")
-    if args.samples > 1 and (args.draft or args.exit_threshold is not None):
+    exits = args.exit_threshold is not None
+    if args.samples > 1 and (args.draft or exits):
         raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
                         "their tokens do not keep step")
-    if args.draft and (args.kv_cache == "shared" or args.exit_threshold is not None):
+    if args.draft and (args.kv_cache == "shared" or exits):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
-    if args.kv_cache == "per-loop" and args.exit_threshold is not None:
+    if exits and args.kv_cache == "per-loop":
         raise UserError("--exit-threshold needs the shared cache: leave out --kv-cache")
-    if args.compile and args.exit_threshold is not None:
+    if exits and args.compile:
         raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
                         "leave out one of them")
 
 
-def recurrences_of(args, config):
-    """The numbers of loops to write a block of text for. Raises UserError."""
-    recurrences = args.recurrence or [config.mean_recurrence]
-    if not config.n_recurrent:
-        for flag, value in (("--draft", args.draft), ("--exit-threshold", args.exit_threshold)):
-            if value is not None:
-                raise UserError(f"{flag} needs a model that loops: this is a plain transformer")
-        if args.recurrence:
-            print("a plain transformer: nothing loops, --recurrence has no effect")
-        return [1]
-    if args.draft and args.draft >= min(recurrences):
-        raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
-    return recurrences
-
-
 def read_prompt(args):
-    """The prompt's text, or None for a new document. Raises UserError."""
-    if args.prompt_file is None:
-        text, name = args.prompt, "--prompt"
-    else:
+    """Return the prompt's text, or None for a new document. Raises UserError."""
+    text, name = args.prompt, "--prompt"
+    if args.prompt_file is not None:
         name = f"--prompt-file {args.prompt_file}"
+        from_stdin = args.prompt_file == "-"
+        data = sys.stdin.buffer.read() if from_stdin else Path(args.prompt_file).read_bytes()
         try:
-            if args.prompt_file == "-":
-                data = sys.stdin.buffer.read()
-            else:
-                data = Path(args.prompt_file).read_bytes()
             text = data.decode("utf-8-sig")  # without a byte order mark
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UserError(f"{name} is not UTF-8 text") from None
     if text == "":
         raise UserError(f"{name} is empty, must hold at least one character "
                         "(leave it out for a new document)")
     return text
+
+
+def recurrences_of(args, config):
+    """Return the numbers of loops, one block of text for each. Raises UserError."""
+    if not config.n_recurrent:
+        if args.draft or args.exit_threshold is not None:
+            flag = "--draft" if args.draft else "--exit-threshold"
+            raise UserError(f"{flag} needs a model that loops: this is a plain transformer")
+        if args.recurrence:
+            print("a plain transformer: nothing loops, --recurrence has no effect")
+        return [1]
+    recurrences = args.recurrence or [config.mean_recurrence]
+    if args.draft and args.draft >= min(recurrences):
+        raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
+    return recurrences
+
+# ------------------------------------------------------------------------------- tokens
+
+
+def new_tokens(args, model, idx, recurrence, loops_used, counts):
+    """Return the stream of tokens (samples, 1) that the flags ask for; see stream, draft_stream."""
+    options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
+               "top_p": args.top_p,
+               "generator": torch.Generator(idx.device).manual_seed(args.seed)}
+    if args.draft:
+        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
+                            counts=counts, **options)
+    return stream(model, idx.expand(args.samples, -1), args.tokens,
+                  kv_cache=args.kv_cache or "per-loop", exit_threshold=args.exit_threshold,
+                  exit_rule=args.exit_rule or "kl", loops_used=loops_used, **options)
 
 
 def until(tokens, end, made):
@@ -162,28 +173,17 @@ def until(tokens, end, made):
 
 
 def tokens_before(row, end):
-    """The tokens of a row, a list, that come before the token `end`."""
+    """Return the tokens of a row, a list, that come before the token `end`."""
     return row[:row.index(end)] if end in row else row
 
-
-def new_tokens(args, model, idx, recurrence, loops_used, counts):
-    """The stream of tokens (samples, 1) that the flags ask for; see stream and draft_stream."""
-    options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
-               "top_p": args.top_p,
-               "generator": torch.Generator(idx.device).manual_seed(args.seed)}
-    if args.draft:
-        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
-                            counts=counts, **options)
-    return stream(model, idx.expand(args.samples, -1), args.tokens,
-                  kv_cache=args.kv_cache or "per-loop", exit_threshold=args.exit_threshold,
-                  exit_rule=args.exit_rule or "kl", loops_used=loops_used, **options)
+# ------------------------------------------------------------------------------- text
 
 
 def write_block(args, model, tokenizer, prompt, idx, recurrence):
     """Print continuations of the prompt at one number of loops; a single one as it comes."""
     loops_used, counts, made = [], {}, []
     end = NO_TOKEN if args.ignore_eot else begin_token(tokenizer)
-    head, prompt = f"--- recurrence {recurrence}", prompt or ""
+    head = f"--- recurrence {recurrence}"
     start = time.perf_counter()
     tokens = until(new_tokens(args, model, idx, recurrence, loops_used, counts), end, made)
     if args.samples == 1:
@@ -192,8 +192,7 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             print(text, end="", flush=True)
         print()
     else:
-        for _ in progress_bar(tokens, desc="tokens", total=args.tokens):
-            pass
+        list(progress_bar(tokens, desc="tokens", total=args.tokens))
     seconds = time.perf_counter() - start
 
     rows = [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()]
@@ -201,9 +200,10 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
         for i, row in enumerate(rows, start=1):
             text = "".join(decode_stream(tokenizer, row))
             print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
+
     count = sum(map(len, rows))
-    rate = f"{count / seconds:,.1f} tokens/s"
-    notes = [f"{count} tokens", f"{rate} with compiling" if args.compile else rate]
+    compiling = " with compiling" if args.compile else ""
+    notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s{compiling}"]
     ended = sum(len(row) < len(made) for row in rows)
     if ended:
         notes.append(f"{ended} of {len(rows)} texts came to their end")
@@ -227,9 +227,10 @@ def main():
     prepare_weights(model, device, dtype)
     speed_up(model, args.compile)
 
+    # a document begins with a token of its own; the prompt follows it
     tokenizer = load_tokenizer(args.run)
-    prompt = read_prompt(args)
-    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt or "")))
+    prompt = read_prompt(args) or ""
+    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
     idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
 
     check(idx, args.temperature, args.top_k, args.top_p, args.exit_threshold)

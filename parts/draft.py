@@ -40,13 +40,13 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
 
 
 def accept(tokens, given, wanted, generator):
-    """The drafts that stay and one token more, (1, kept + 1).
+    """Return the drafts that stay and one token more, (1, kept + 1).
 
     tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
-    full model's, (k + 1, vocab_size). A draft stays with probability wanted / given, at most 1, and
-    if those before it do. At the first that does not, a token is drawn from what the draft gave too
-    little, max(0, wanted - given): together that is a draw from `wanted`. If all stay, the token
-    more is one of the full model."""
+    full model's, (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all
+    before it stay. The first that does not is replaced by a draw from max(0, wanted - given), what
+    the draft gave too little of: together that is a draw from `wanted`. If all stay, the token more
+    is one of the full model."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)
@@ -62,7 +62,7 @@ def accept(tokens, given, wanted, generator):
 @torch.no_grad()
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
-    """Yield n next tokens (1, 1) of idx (1, T), as sample.stream does, but drafted.
+    """Yield n next tokens (1, 1) of idx (1, T), as generation.stream does, but drafted.
 
     draft: loops of a draft, fewer than `recurrence`; ahead: tokens drafted at a time. counts: a
     dict that gets "drafted" and "kept" tokens, and "loops", how many ran one after the other.
@@ -90,23 +90,25 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         if 1 < idx.shape[1] < capacity:
             model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
         while n > 0 and idx.shape[1] < capacity:
-            # Room for the last token and its drafts. One at the least, even if it is one too many:
-            # a compiled verification of a single token would be a graph of its own.
-            k = min(ahead, max(1, n - 1), capacity - cache.pos - 1)
-            start = cache.pos
-            # Not a view: compiled, that would be another graph.
+            # The last token needs no draft: verification yields one more than it keeps. Yet at
+            # least one is drafted: compiled, verifying a single token would be another graph.
+            room = capacity - idx.shape[1]
+            k = max(1, min(ahead, n - 1, room))
+            # not a view: compiled, that would be another graph
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
+            start = cache.pos
             tokens, given, h, u = propose(model, last, cache, draft, k, distribution, generator)
+
+            cache.pos = start  # the same tokens again, from loop `draft` on
             seen = torch.cat([last, tokens], dim=1)
-            cache.pos = start
             logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
             new = accept(tokens, given, distribution(logits[0]), generator)
             counts["drafted"] += k
             counts["kept"] += new.shape[1] - 1
-            new = new[:, :n]
             counts["loops"] += (k + 1) * draft + recurrence - draft
-            # What was thrown away leaves the cache; its places are written anew.
-            cache.pos = start + new.shape[1]
+
+            new = new[:, :n]
+            cache.pos = start + new.shape[1]  # what was thrown away is written anew
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
@@ -118,4 +120,3 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
                 yield token
     finally:
         model.train(training)
-

@@ -1,8 +1,4 @@
-"""New tokens from a model: how they are drawn, `stream` and `generate`, and early exit.
-
-Early exit (`settle`) goes loop by loop through `model.states`, where a loop can be looked at and
-left.
-"""
+"""New tokens from a model: how they are drawn, early exit from the loop, `stream`, `generate`."""
 
 import math
 from collections import namedtuple
@@ -17,19 +13,18 @@ GREEDY = 1e-6  # temperatures below take the likeliest token: logits divided by 
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
-    """What tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
+    """Return what tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
     if temperature < GREEDY:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     probs = (logits / temperature).softmax(-1)
-    if top_p == 1:  # all tokens, even those that rounding hides
-        top_p = None
-    if top_k is None and top_p is None:
+    some = top_p is not None and top_p < 1  # 1 keeps all tokens, even those that rounding hides
+    if top_k is None and not some:
         return probs
     probs, tokens = probs.sort(-1, descending=True)
     if top_k is not None:
         probs[:, top_k:] = 0
         probs /= probs.sum(-1, keepdim=True)
-    if top_p is not None:
+    if some:
         # whole numbers add up exactly, on every device: mps has no float64
         parts = (probs * FIXED_POINT).long()
         before = parts.cumsum(-1) - parts
@@ -69,7 +64,7 @@ EXIT_RULES = {
 
 
 def settle(model, idx, most, cache, threshold, rule="kl"):
-    """Logits (B, T, vocab_size) of idx (B, T), and the loops that they took, at most `most`.
+    """Return logits (B, T, vocab_size) of idx (B, T), and the loops they took, at most `most`.
 
     The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
@@ -121,7 +116,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
 
 
 def generate(model, idx, n, **options):
-    """Continue idx (B, T) int64 by n tokens: (B, T + n) int64.
+    """Return idx (B, T) int64 continued by n tokens: (B, T + n) int64.
 
     options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
     the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator

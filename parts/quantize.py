@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from parts.layers import Linear
 
 FEW = 16  # rows up to which PyTorch's kernel beats a product with weights turned back
-# The kernel takes weights 16 at a time and reads beyond the end of rows of other widths. 32 is to
-# be safe.
-WIDTH = 32
+WIDTH = 32  # it reads 16 weights at a time, beyond the end of rows of other widths; 32 is safe
 
 
 class Int8Linear(nn.Module):
@@ -40,13 +38,13 @@ class Int8Linear(nn.Module):
 
 
 def activations(dtype):
-    """The dtype of what is multiplied with weights of a dtype."""
+    """Return the dtype of what is multiplied with weights of a dtype."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def prepare_weights(model, device, dtype):
-    """Move a model that generates to a device, its weights to a dtype; with torch.int8 its linear
-    layers, the head among them, become Int8Linear and all else bfloat16. Returns it."""
+    """Return a model that only generates from now on, on a device, with weights of a dtype: with
+    torch.int8 its linear layers (also the head) become Int8Linear, and all else bfloat16."""
     if dtype == torch.int8:
         for module in [*model.modules()]:
             for name, child in module.named_children():

@@ -9,8 +9,8 @@ same shapes, at the same addresses. So here
 - the places are numbers in a tensor, not the ends of a slice
 - attention reads the cache's whole capacity and masks what stands behind a token
 
-On other devices the same buffers and masks are used, and the call is made each time. That gains
-nothing there; it is how tests without a GPU see that fixed shapes change no result.
+Other devices use the same buffers and masks and make the call each time: tests without a GPU see
+that fixed shapes change no result.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Recording:
         self.advance, self.cache, self.start, self.stop = advance, cache, start, stop
         self.inputs = [None if x is None else x.clone() for x in (idx, h, u)]
         self.places = torch.arange(idx.shape[1], device=idx.device)
-        self.outputs, self.graph = None, None
+        self.graph = None
 
     def call(self):
         idx, h, u = self.inputs
@@ -36,7 +36,7 @@ class Recording:
             self.cache.places = None  # outside a recording, places are slices
 
     def replay(self, position, *inputs):
-        """What the call returns for idx, h and u at the places from `position` on."""
+        """Return what the call returns for idx, h and u at the places from `position` on."""
         torch.arange(position, position + len(self.places), out=self.places)
         for buffer, value in zip(self.inputs, inputs):
             if value is not None:
@@ -85,11 +85,9 @@ def speed_up(model, compiled, recorded=True):
 
     What is recorded has no launches to save, so layers compiled one by one (seconds) do as well as
     all of `advance` compiled as one (half a minute or more)."""
-    recorded = recorded and model.wte.weight.device.type == "cuda"
-    if compiled and recorded:
-        model.compile_layers()
+    if recorded and model.wte.weight.device.type == "cuda":
+        if compiled:
+            model.compile_layers()
+        model.advance = Recorder(model.advance)
     elif compiled:
         model.compile_decoding()
-    if recorded:
-        model.advance = Recorder(model.advance)
-
