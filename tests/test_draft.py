@@ -114,7 +114,8 @@ def test_what_is_accepted_is_a_draw_from_the_full_model():
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}])
 def test_sampled_frequencies_are_those_of_plain_sampling(build, tokens, options):
     """The second new token's distribution, from the exact one; 500 draws."""
-    model, idx = build(vocab_size=8, n_recurrent=1).eval(), tokens[:1, :1] % 8
+    model, idx = build(vocab_size=8, n_recurrent=1, seed=2).eval(), tokens[:1, :2] % 8
+    model.lm_head.weight.data *= 4  # one loop and three differ much
     generator = torch.Generator().manual_seed(1)
     options = {"recurrence": 3, "temperature": 0.8} | options
     limits = {name: options.get(name) for name in ("top_k", "top_p")}
