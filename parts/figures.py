@@ -12,7 +12,7 @@ RED = "C3"
 
 
 def pyplot():
-    """matplotlib.pyplot, set to draw into files. Raises UserError where it is not installed."""
+    """Return matplotlib.pyplot, set to draw into files. Raises UserError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -23,7 +23,7 @@ def pyplot():
 
 
 def panels(n, width, height):
-    """A figure of so many inches and its n axes side by side, a list."""
+    """Return a figure of so many inches and its n axes side by side, a list."""
     figure, axes = pyplot().subplots(1, n, figsize=(width, height), layout="constrained",
                                      squeeze=False)
     return figure, list(axes[0])
@@ -39,25 +39,25 @@ def save(figure, path):
 
 
 def marker(i):
-    """The marker of the i-th of several things."""
+    """Return the marker of the i-th of several things."""
     return "osD^vP*X<>"[i % 10]
 
 
 def shade(i, n):
-    """The colour of the i-th of n things that have an order: from dark to light."""
+    """Return the colour of the i-th of n things that have an order: from dark to light."""
     return pyplot().cm.viridis(0.9 * i / max(n - 1, 1))
 
 
 def loops_axis(axes, label, which="x"):
-    """Numbers of loops along an axis: each doubling is a step, labels are plain numbers."""
-    scale = {"x": axes.set_xscale, "y": axes.set_yscale}[which]
-    scale("log", base=2)
-    getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(**{f"{which}label": label})
+    """Put numbers of loops along an axis: each doubling is a step, labels are plain numbers."""
+    getattr(axes, f"set_{which}scale")("log", base=2)
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_label_text(label)
 
 
 def cells(axes, shares, texts, lowest):
-    """A table (rows, columns) of shares, from lowest (white) to 1 (blue), with a text in each."""
+    """Draw a table (rows, columns) of shares, lowest (white) to 1 (blue), with a text in each."""
     image = axes.imshow(shares, cmap="Blues", vmin=lowest, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         color = "w" if share > 0.4 * lowest + 0.6 else "k"
@@ -69,7 +69,7 @@ def cells(axes, shares, texts, lowest):
 
 
 def trace(path, tokens, tops, probabilities, moved):
-    """What each loop would predict (sample.py --trace).
+    """Draw what each loop would predict (tools/trace.py).
 
     tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
     token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
@@ -81,12 +81,9 @@ def trace(path, tokens, tops, probabilities, moved):
     image = cells(axes, np.asarray(probabilities), tops, lowest=0)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     for i in range(T):
-        settled = 0  # the loop from which on the prediction stays
-        for t in range(1, loops):
-            if tops[t][i] != tops[t - 1][i]:
-                settled = t
-        corner = (i - 0.5, settled - 0.5)
-        axes.add_patch(pyplot().Rectangle(corner, 1, 1, fill=False, lw=1.5))
+        # the loop from which on the prediction stays
+        settled = max((t for t in range(1, loops) if tops[t][i] != tops[t - 1][i]), default=0)
+        axes.add_patch(pyplot().Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
     axes.set_yticks(range(loops), range(1, loops + 1))
     axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
 
@@ -102,7 +99,7 @@ def trace(path, tokens, tops, probabilities, moved):
 
 
 def memory(path, curves, even):
-    """Memory of inference against the tokens in the cache (bench.py).
+    """Draw memory of inference against the tokens in the cache (bench.py).
 
     curves: [(label, tokens, gigabytes, line style)]. even: the tokens at which the looped model
     holds as much as the transformer it stands for; None where it never does."""
@@ -119,7 +116,7 @@ def memory(path, curves, even):
 
 
 def one_dimension(path, curves):
-    """The loop h <- a h + b in one dimension (runs/guide.py).
+    """Draw the loop h <- a h + b in one dimension (runs/guide.py).
 
     curves: [(a, label, h)], h the states after 0, 1, ... loops."""
     figure, [axes] = panels(1, 7.5, 3.8)
@@ -135,7 +132,7 @@ def one_dimension(path, curves):
 
 
 def fixed_point(path, distances, factor, trained):
-    """How fast the state of a trained model goes to its fixed point (runs/guide.py).
+    """Draw how fast the state of a trained model goes to its fixed point (runs/guide.py).
 
     distances: |h_t - h_last| / |h_last| of each token, (tokens, loops), after loops 1, 2, ...
     factor: the mean A_bar, whose powers are the line beside it. trained: mean loops of training."""
@@ -168,10 +165,10 @@ def fixed_point(path, distances, factor, trained):
 
 
 def isoflop(path, budgets, optima, title):
-    """Loss against mean recurrence at equal FLOPs, and the same above each budget's lowest point.
+    """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point.
 
-    budgets: of isoflop.budgets_of. optima: as isoflop.optimum_of gives them; an
-    arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
+    budgets: of isoflop.budgets_of. optima: as isoflop.optimum_of gives them; a star stands at a
+    bottom inside, an arrow where the lowest loss is at an edge."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):
@@ -204,7 +201,7 @@ def isoflop(path, budgets, optima, title):
 
 
 def optima(path, points, law):
-    """The best recurrence and the best token count against the budget, by parabola and by law.
+    """Draw the best recurrence and token count against the budget, by parabola and by law.
 
     points: as isoflop.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
     (best, low, high); "slopes", the published exponents of both."""
@@ -227,8 +224,8 @@ def optima(path, points, law):
             axes.set_xticks([], minor=True)
     mu = every[0]
     for point in points:
-        ends, at = np.array([point["ci"]], dtype=float).T, point["mu_rec"]
-        at = at or point["at_most"] or point["at_least"]
+        ends = np.array([point["ci"]], dtype=float).T
+        at = point["mu_rec"] or point["at_most"] or point["at_least"]
         if np.isfinite(ends).all():
             mu.errorbar(point["flops"], at, np.abs(ends - at), fmt="none", color=RED, lw=1)
     for key, arrow in (("at_most", "v"), ("at_least", "^")):
@@ -242,7 +239,7 @@ def optima(path, points, law):
 
 
 def contours(path, runs, grid, frontier, title):
-    """Loss by the training law over recurrence and tokens.
+    """Draw loss by the training law over recurrence and tokens.
 
     runs: (mu, tokens), arrays. grid: (x, y, loss[y, x]). frontier: (mu, tokens) of lowest loss at
     each of many budgets."""
@@ -260,7 +257,7 @@ def contours(path, runs, grid, frontier, title):
 
 
 def test_time(path, curves):
-    """Loss against the loops at test time.
+    """Draw loss against the loops at test time.
 
     curves: dicts, one a model: "mu_rec"; "T" and "loss", arrays; "fit_T" and "fit_loss"."""
     figure, [axes] = panels(1, 6, 4.2)
@@ -278,7 +275,7 @@ def test_time(path, curves):
 
 
 def half(path, models):
-    """Loss against size and against cost (runs/half.py).
+    """Draw loss against size and against cost (runs/half.py).
 
     models: dicts: "label"; "parameters"; "flops" of training; "losses" of the seeds; "looped"."""
     figure, both = panels(2, 9, 3.8)
@@ -297,7 +294,7 @@ def half(path, models):
 
 
 def worth(path, points, f, laws):
-    """How many times its parameters a looped model is worth (runs/worth.py).
+    """Draw how many times its parameters a looped model is worth (runs/worth.py).
 
     points: dicts: "label"; "f", the share of the parameters that loop; "worth"; "ours". laws: {phi:
     worth at each of f}."""
@@ -321,7 +318,7 @@ def worth(path, points, f, laws):
 
 
 def rates(path, groups, looped):
-    """Loss against learning rate, above each model's lowest (runs/rates.py).
+    """Draw loss against learning rate, above each model's lowest (runs/rates.py).
 
     groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
     figure, every = panels(len(groups), 3.2 * len(groups), 3.4)
@@ -340,17 +337,16 @@ def rates(path, groups, looped):
 
 
 def short(path, models):
-    """Loss against passes over a short text, and against training FLOPs (runs/short.py).
+    """Draw loss against passes over a short text, and against training FLOPs (runs/short.py).
 
     models: dicts: "label"; "color"; "passes"; "flops" and "losses" of the seeds, for each of
     them."""
     figure, both = panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
         for model in models:
-            color = model["color"]
-            x = np.divide(model[key], unit)
-            axes.plot(x, [np.mean(losses) for losses in model["losses"]], color=color,
-                      label=model["label"])
+            x, color = np.divide(model[key], unit), model["color"]
+            means = [np.mean(losses) for losses in model["losses"]]
+            axes.plot(x, means, color=color, label=model["label"])
             for at, losses in zip(x, model["losses"]):
                 axes.plot([at] * len(losses), losses, ".", color=color, alpha=0.7)
     both[0].set(xlabel="passes over the text", ylabel="val loss (nats per byte)",
@@ -369,7 +365,7 @@ where to look next, so p take p steps."""
 
 
 def lookup(axes):
-    """What a lookup is: two of them in a string; what each finds is red, where it gets to black."""
+    """Draw two lookups in a string: what each finds is red, where it gets to is black."""
     for i, symbol in enumerate("cbdacda"):
         color = {6: "k", 3: RED, 4: "k", 0: RED, 1: "k"}.get(i, "0.6")
         axes.text(i, 0, symbol, ha="center", va="center", fontsize=16, color=color)
@@ -383,7 +379,7 @@ def lookup(axes):
 
 
 def p_hop(path, hops, loops, looped, once, layers, trained):
-    """How many lookups in a row take how many loops (runs/p_hop.py).
+    """Draw how many lookups in a row take how many loops (runs/p_hop.py).
 
     hops: numbers of lookups, p. loops: T at test time. looped: accuracy (p, T). once and layers:
     accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: mean loops
@@ -414,7 +410,7 @@ def p_hop(path, hops, loops, looped, once, layers, trained):
 
 
 def stability(path, runs):
-    """Which injection rule survives which learning rate (runs/stability.py).
+    """Draw which injection rule survives which learning rate (runs/stability.py).
 
     runs: dicts by rising "rate": "rule"; "loss", NaN where it broke off; "loops" and "size", the
     root mean square of the state after so many; "step" and "radius", the spectral radius."""
@@ -426,8 +422,8 @@ def stability(path, runs):
     grid = right.subplots(2, len(rules), sharex="row", sharey="row", squeeze=False)
     for i, (rule, (sizes, radii)) in enumerate(zip(rules, grid.T)):
         mine = [run for run in runs if run["rule"] == rule]
-        losses = [run["loss"] for run in mine]
-        loss.semilogx([run["rate"] for run in mine], losses, f"{marker(i)}-", label=rule)
+        points = zip(*[(run["rate"], run["loss"]) for run in mine])
+        loss.semilogx(*points, f"{marker(i)}-", label=rule)
         for run in mine:
             color = shade(rates.index(run["rate"]), len(rates))
             sizes.semilogy(run["loops"], run["size"], color=color)
@@ -446,10 +442,10 @@ def stability(path, runs):
 
 
 def exits(path, rows):
-    """What leaving the loop early costs, by rule (runs/exits.py).
+    """Draw what leaving the loop early costs, by rule (runs/exits.py).
 
     rows: dicts: "rule"; "loops", their mean over tokens; "above", nats more than with all loops;
-    "above_error", its standard error. The rule "fixed" is as many loops for every token."""
+    "above_error", its standard error. The rule "fixed" gives every token the same loops."""
     figure, [axes] = panels(1, 6, 4)
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
@@ -467,7 +463,7 @@ def exits(path, rows):
 
 
 def paper(path, models):
-    """The best recurrences that the paper found, and what equal exact FLOPs give (runs/paper.py).
+    """Draw the recurrences that the paper found best and those at equal FLOPs (runs/paper.py).
 
     models: dicts: "model"; "flops" and "mu" of table 6; "rounding", (low, high) of mu; "published"
     and "exact", each (line, low, high), of laws that pick the table's recurrences."""
