@@ -1,0 +1,69 @@
+"""What does looping gain at equal tokens, and how surely? The table of runs/first.sh.
+
+    python -m runs.first out/first out    of the runs in out/first: OUT/first.csv
+
+A gain is the loss of the same layers run once less that of the looped model at its mean recurrence,
+of the same seed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from parts.cli import Parser, UserError, run_script
+from parts.files import read_json
+from parts.run_directory import say_differences
+from parts.tables import write_csv
+from runs.half import finished
+
+
+def row_of(path):
+    """Return the row of a run; None where it is not finished."""
+    done = finished(path)
+    if not done:
+        return None
+    config = read_json(path / "config.json")
+    model, settings = config["model"], config["settings"]
+    layers = "/".join(str(model[name]) for name in ("n_prelude", "n_recurrent", "n_coda"))
+    row = {"layers": layers, "mean_recurrence": model["mean_recurrence"],
+           "rate": settings["muon_lr"], "seed": settings["seed"], "tokens": done["tokens"],
+           "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"])}
+    return row | {f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
+
+
+def gains(rows):
+    """Yield (layers, mean recurrence, rate, {seed: gain}) of each looped model."""
+    def key(row, loops):
+        return row["layers"], loops, row["rate"], row["seed"]
+    once = {key(row, 1): row["val_loss_1"] for row in rows if row["mean_recurrence"] == 1}
+    looped = [row for row in rows if row["mean_recurrence"] > 1]
+    for name in sorted({key(row, row["mean_recurrence"])[:3] for row in looped}):
+        mine = {row["seed"]: once[key(row, 1)] - row[f"val_loss_{name[1]}"] for row in looped
+                if key(row, name[1])[:3] == name and key(row, 1) in once}
+        if mine:
+            yield *name, mine
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
+    args = parser.parse_args()
+    paths = sorted(args.folder.iterdir()) if args.folder.is_dir() else []
+    rows = [row for row in map(row_of, paths) if row]
+    if not rows:
+        raise UserError(f"{args.folder} holds no finished run")
+    say_differences(paths)
+    rows.sort(key=lambda row: [row[name] for name in ("layers", "mean_recurrence", "rate", "seed")])
+    write_csv(args.out / "first.csv", rows, rows[0])
+    print("| layers | mean recurrence | rates | gain, mean | standard error | by seed |")
+    print("|---|---|---|---|---|---|")
+    for layers, loops, rate, by_seed in gains(rows):
+        values = [*by_seed.values()]
+        error = f"{np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+        each = ", ".join(f"{gain:.3f}" for gain in values)
+        print(f"| {layers} | {loops} | {rate:g} | {np.mean(values):.4f} | {error} | {each} |")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Which first run shows a newcomer that looping gains? Shapes and rates for the default model, each
+# looped and with the same layers run once. Two hours on two cores, two runs at a time.
+# What comes out goes to out/; RESULTS=results replaces what is published.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+run() {  # seed, rate, mean recurrence, flags of the shape
+    echo --seed "$1" --muon-lr "$2" --adamw-lr "$2" --mean-recurrence "$3" "${@:4}" \
+        --out "out/first/$(echo "${*:4}" | tr -cd '0-9')-$3-$2-$1"
+}
+one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
+{
+    for loops in 1 4; do
+        run 0 8e-3 $loops --n-prelude 0 --n-recurrent 2 --n-coda 0  # shapes
+        run 0 8e-3 $loops --n-prelude 1 --n-recurrent 1 --n-coda 1
+        for seed in 0 1 2; do run $seed 8e-3 $loops $one; done
+        for rate in 4e-3 1.6e-2 3.2e-2 6.4e-2; do run 0 $rate $loops $one; done  # rates
+        for seed in 0 1 2 3 4; do run $seed 2e-2 $loops $one; done  # the default
+    done
+    run 0 8e-3 8 $one
+} | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --eval-every 100000
+python -m runs.first out/first "${RESULTS:-out}"
