@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from parts.cli import UserError
 from parts.files import lock
 from tools import sweep
 
-SMALL = ["--n-embd", "32", "--n-head", "2", "--block-size", "32", "--batch-size", "4",
+SMALL = ["--n-embd", "16", "--n-head", "2", "--block-size", "32", "--batch-size", "4",
          "--eval-sequences", "2", "--eval-every", "20", "--device", "cpu", "--dtype", "float32"]
 
 
@@ -56,16 +57,25 @@ def test_bad_input_gets_one_line(args, said, tmp_path):
 
 def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     make_data(tmp_path)
-    args = ["--budgets", "4e9", "2e10", "--recurrences", "1", "3", "--jobs", "2", "--out", "sweep",
+    budgets = 4e8, 2e9
+    args = ["--budgets", *budgets, "--recurrences", "1", "3", "--out", "sweep",
             "--eval-recurrence", "2", "--data", tmp_path / "data", *SMALL]
     plan = run(*args, "--dry-run", cwd=tmp_path).stdout
-    assert "4 cells, 0 of them finished, 4.8e+10 FLOPs to spend" in plan
-    assert not (tmp_path / "sweep").exists()
+    assert "4 cells, 0 of them finished, 4.8e+09 FLOPs to spend" in plan
 
-    process = start(*args, cwd=tmp_path)
+    # What a scheduler takes: a command a line. It runs half of them.
+    commands = run(*args, "--print", cwd=tmp_path).stdout.splitlines()
+    assert not (tmp_path / "sweep").exists() and len({*commands}) == 4
+    for command in commands[:2]:
+        assert command.startswith("python train.py --out sweep/C4e+08-")
+        assert script("train.py", *shlex.split(command)[2:], cwd=tmp_path).returncode == 0
+    assert run(*args, "--print", cwd=tmp_path).stdout.splitlines() == commands[2:]
+    assert not (tmp_path / "sweep" / "table.csv").exists()
+
+    process = start(*args, "--jobs", "2", cwd=tmp_path)
     deadline = time.time() + 90
     while time.time() < deadline:
-        if any('"step": 5,' in log.read_text() for log in tmp_path.glob("sweep/*/log.jsonl")):
+        if any('"step": 5,' in log.read_text() for log in tmp_path.glob("sweep/C2*/log.jsonl")):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
@@ -74,19 +84,23 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     logs = list(tmp_path.glob("sweep/*/log.jsonl"))
     done = [log for log in logs if '"done"' in log.read_text()]
     before = {log: log.stat().st_mtime_ns for log in done}
-    assert len(done) < 4
+    assert 2 <= len(done) < 4
+    saved = list(tmp_path.glob("sweep/C2*/ckpt.pt"))
+    rest = run(*args, "--print", cwd=tmp_path).stdout
+    assert rest.count("--resume") == len(saved) - (len(done) - 2) > 0
 
-    said = run(*args, cwd=tmp_path).stdout
+    said = run(*args, "--jobs", "2", cwd=tmp_path).stdout
     assert f"{len(done)} of them finished" in said
     assert {log: log.stat().st_mtime_ns for log in done} == before
     rows = tables.read_csv(tmp_path / "sweep" / "table.csv")
     rows = [row for row in rows if row["accounting"] == "exact"]
     for row in rows:
-        budget = min((4e9, 2e10), key=lambda c: abs(c - row["flops"]))
+        budget = min(budgets, key=lambda c: abs(c - row["flops"]))
         assert budget <= row["flops"] <= 1.4 * budget, row  # a step more at most
     cells = {(row["mu_rec"], row["recurrence"]) for row in rows}
     assert cells == {(mu, loops) for mu in (1, 3) for loops in (1, 2, 3)}
     assert len(rows) == 2 * 6
+    assert run(*args, "--print", cwd=tmp_path).stdout == ""
 
     # Other settings are another sweep.
     error = run(*args, "--batch-size", "8", cwd=tmp_path, code=2).stderr
@@ -175,7 +189,6 @@ def test_a_stop_between_a_check_and_a_start_is_not_missed(module, name, tmp_path
     def stopped_in_here(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1.5)  # until the main thread has seen it
         return original(*args, **options)
     monkeypatch.setattr(module, name, stopped_in_here)
     assert sweep.run_cells([cell], 1, tmp_path / "t.csv") == ([], True)
@@ -189,16 +202,16 @@ def test_a_sweep_does_not_go_on_with_another_text(tmp_path):
     cell.path.mkdir()
     for text in ({"sha256": "b"}, None):  # None: of before, not known
         (cell.path / "config.json").write_text(json.dumps({"text": text}))
-        cell.check()
+        cell.check_directory()
     (cell.path / "config.json").write_text(json.dumps({"text": {"sha256": "a"}}))
     with pytest.raises(UserError, match=r"other settings \(text\)"):
-        cell.check()
+        cell.check_directory()
 
 
 def test_sweeps_share_a_table(tmp_path):
     make_data(tmp_path)
     # --jobs 2: one thread for a run, since the two sweeps have this machine together.
-    args = ["--budgets", "1e10", "--recurrences", "2", "--data", "data", "--jobs", "2",
+    args = ["--budgets", "1e9", "--recurrences", "2", "--data", "data", "--jobs", "2",
             "--table", "shared/t.csv", *SMALL]
 
     # Two at once lose nothing.
@@ -220,7 +233,7 @@ def test_sweeps_share_a_table(tmp_path):
 
     # Cells that are not there yet are still to do.
     plan = run(*args, "--seeds", 0, 1, 2, "--out", "third", "--dry-run", cwd=tmp_path).stdout
-    assert "3 cells, 2 of them finished, 1e+10 FLOPs" in plan
+    assert "3 cells, 2 of them finished, 1e+09 FLOPs" in plan
 
 
 @pytest.fixture
@@ -271,7 +284,7 @@ def test_a_row_is_of_a_cell_if_all_but_the_overshoot_agrees(tmp_path):
     def there(flops=4e12, seed=0, settings=settings, sizes=sizes, **changed):
         plan = {"settings": settings, "model": model | changed,
                 "cost": {settings["accounting"]: sizes}}
-        return sweep.Cell(tmp_path, flops, 4, seed, [], plan).is_in(rows)
+        return sweep.Cell(tmp_path, flops, 4, seed, [], plan).has_row(rows)
     assert there() and there(flops=3.92e12)
     assert not there(flops=4.4e12)
     assert not there(seed=5)
