@@ -36,6 +36,29 @@ def start(*args, cwd):
                             start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+class Ended:
+    def poll(self):
+        return 0
+
+
+BEGIN = subprocess.Popen
+
+
+def train_here(command, **options):
+    """As subprocess.Popen, but train.py runs in this process: importing torch takes seconds."""
+    if command[1] != ROOT / "train.py":
+        return BEGIN(command, **options)
+    done = script("train.py", *command[2:])
+    options["stdout"].write(done.stdout + done.stderr)
+    return Ended()
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    """Plans measure the machine's peak, half a second each."""
+    monkeypatch.setattr("parts.run_directory.matmul_peak", lambda *arguments: 1e11)
+
+
 def make_data(folder):
     sources = [ROOT / name for name in ("model.py", "tools/sweep.py", "data.py", "train.py")]
     prepare("text", folder / "data", "bytes", sources)
@@ -55,7 +78,7 @@ def test_bad_input_gets_one_line(args, said, tmp_path):
     assert said in error.splitlines()[-1] and "Traceback" not in error
 
 
-def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
+def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path, monkeypatch):
     make_data(tmp_path)
     budgets = 4e8, 2e9
     args = ["--budgets", *budgets, "--recurrences", "1", "3", "--out", "sweep",
@@ -89,6 +112,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path):
     rest = run(*args, "--print", cwd=tmp_path).stdout
     assert rest.count("--resume") == len(saved) - (len(done) - 2) > 0
 
+    monkeypatch.setattr(subprocess, "Popen", train_here)
     said = run(*args, "--jobs", "2", cwd=tmp_path).stdout
     assert f"{len(done)} of them finished" in said
     assert {log: log.stat().st_mtime_ns for log in done} == before
@@ -210,12 +234,15 @@ def test_a_sweep_does_not_go_on_with_another_text(tmp_path):
 
 def test_sweeps_share_a_table(tmp_path):
     make_data(tmp_path)
-    # --jobs 2: one thread for a run, since the two sweeps have this machine together.
-    args = ["--budgets", "1e9", "--recurrences", "2", "--data", "data", "--jobs", "2",
-            "--table", "shared/t.csv", *SMALL]
+    args = ["--budgets", "1e9", "--recurrences", "2", "--data", "data", "--table", "shared/t.csv",
+            *SMALL]
+    sweeps = [[*args, "--seeds", seed, "--out", f"sweep{seed}"] for seed in (0, 1)]
+    for words in sweeps:
+        command, = run(*words, "--print", cwd=tmp_path).stdout.splitlines()
+        assert script("train.py", *shlex.split(command)[2:], cwd=tmp_path).returncode == 0
 
     # Two at once lose nothing.
-    both = [start(*args, "--seeds", seed, "--out", f"sweep{seed}", cwd=tmp_path) for seed in (0, 1)]
+    both = [start(*words, cwd=tmp_path) for words in sweeps]
     for process in both:
         process.communicate(timeout=120)
         assert process.returncode == 0
