@@ -35,7 +35,6 @@ from data import (
     EVAL_TOKENS,
     Loader,
     changed_text,
-    other_text,
     prepare,
 )
 from model import Parcae
@@ -450,14 +449,11 @@ def main():
     if args.dry_run:
         print(json_text(s.record, indent=1))
         return
-    difference = other_text(args.data)
     with held(args.out), s.run.withdrawn_without_a_step():
         if rank() == 0:
             check_free(args)  # once more, now that nobody else can write there
             clear_up(args.out)
         if start_or_resume(s):
-            if difference:
-                say(difference)
             if rank() == 0:
                 introduce(s)
             if train(s):

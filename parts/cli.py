@@ -1,15 +1,13 @@
 """The command line of every script: checked flags, the one-line error, progress."""
 
 import argparse
-import contextlib
 import io
 import math
 import os
 import re
 import signal
 import sys
-import threading
-import weakref
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -52,18 +50,14 @@ def run_script(main):
 def open_streams():
     """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
     files opened would get their numbers, and what is printed."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed, and with those below open the number that comes next
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode))  # gets the lowest number that is free
 
 
 def trouble(error):
-    """What the system refused, in one line: a file, disk or memory; None for any other error."""
+    """Return what the system refused, in one line: a file, disk or memory; None for any other
+    error."""
     if isinstance(error, OSError):
         name = error.filename2 or error.filename  # of a rename the file that was to be
         return f"{name}: {error.strerror}" if name else str(error)
@@ -78,11 +72,11 @@ def trouble(error):
 
 
 def first_line(error, otherwise):
-    """The first line of an error's message, or another text where it has none."""
+    """Return the first line of an error's message, or another text where it has none."""
     return (str(error).splitlines() or [otherwise])[0]
 
 
-LINE_SECONDS = 25  # between two lines of the same work, in a log
+LINE_SECONDS = 25  # between two lines about the same work, in a log
 
 
 class Lines(tqdm):
@@ -90,37 +84,26 @@ class Lines(tqdm):
     done."""
 
     def __init__(self, *arguments, **options):
-        self.closed = threading.Event()
+        self.due = time.monotonic() + LINE_SECONDS
         # a file for what tqdm itself writes at the end
         line = {"bar_format": "{l_bar} {elapsed} so far, {remaining} to go{postfix}",
                 "file": io.StringIO()}
         super().__init__(*arguments, **options | line)
-        if not self.disable:
-            threading.Thread(target=self.report, args=[weakref.ref(self), self.closed],
-                             daemon=True).start()
-
-    @staticmethod
-    def report(bar, closed):
-        """Print lines until the bar is closed. bar: a reference to it that does not keep it."""
-        while not closed.wait(LINE_SECONDS):
-            with contextlib.suppress(OSError):
-                print(bar(), file=sys.stderr, flush=True)
 
     def display(self, msg=None, pos=None):
-        """Draw nothing."""
-
-    def close(self):
-        self.closed.set()
-        super().close()
+        """Print a line if it is time for one."""
+        if time.monotonic() > self.due:
+            print(self, file=sys.stderr, flush=True)
+            self.due = time.monotonic() + LINE_SECONDS
 
 
 def progress_bar(iterable=None, **options):
-    """A tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
+    """Return a tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
     return (tqdm if in_terminal() else Lines)(iterable, **{"leave": False} | options)
 
 
 def in_terminal():
-    """Whether somebody sees bars move."""
+    """Return whether somebody sees bars move."""
     return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
 
 
@@ -139,7 +122,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number from low to high; above: larger than low.
+    """Return an argparse type: a finite number from low to high; above: larger than low.
 
     >>> number(int, 1)("2e3")
     2000
@@ -154,18 +137,19 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
-        if kind is int and value.is_integer():
+        whole = value.is_integer()
+        if kind is int and whole:
             value = int(value)
         if not math.isfinite(value) or not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
-        if not isinstance(value, kind):
+        if kind is int and not whole:
             raise argparse.ArgumentTypeError(f"is {value}, must be a whole number, {limits}")
         return value
     return parse
 
 
 def flag_of(name):
-    """The flag of a setting: "--top-k" of "top_k"."""
+    """Return the flag of a setting: "--top-k" of "top_k"."""
     return "--" + name.replace("_", "-")
 
 
@@ -187,28 +171,28 @@ def check_idle(parser, args, names, why):
 
 
 def some_path(text):
-    """An argparse type: a path, not empty."""
+    """Return text, a path that is not empty: an argparse type."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty, must name a file or directory")
     return text
 
 
 def new_file(text):
-    """An argparse type: a file that can be written, there already or not. It is asked for before
-    the work whose result it is to hold."""
+    """Return text, a file that can be written, there already or not: an argparse type, asked
+    before the work whose result the file is to hold."""
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"is {text}, which is no file")
+        raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
     new_directory(path.parent)
     return text
 
 
 def new_directory(text):
-    """An argparse type: a directory that can be written to, there already or not."""
+    """Return text, a directory that can be written to, there already or not: an argparse type."""
     path = Path(some_path(str(text)))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"is {text}, but {there} is no directory")
+        raise argparse.ArgumentTypeError(f"is {text}, but {there} is not a directory")
     if not os.access(there, os.W_OK):
         raise argparse.ArgumentTypeError(f"is {text}, but {there} may not be written to")
     return text

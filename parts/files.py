@@ -33,7 +33,7 @@ NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 def whole_file(path, mode="w"):
     """Open a file that takes path's place when the block ends well; else no file is left behind.
 
-    Its directory is made where there is none: what took hours to compute is not lost for that."""
+    Its directory is made where it is missing: what took hours to compute is not lost for that."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     # not mkstemp: its files are for the owner alone, and chmod fails on mounted buckets
@@ -50,8 +50,7 @@ def whole_file(path, mode="w"):
                     raise
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -87,19 +86,6 @@ def log_line(text):
     return json.loads(text, object_pairs_hook=with_nan)
 
 
-def read_json(path):
-    """The JSON object in a file, a dict. Raises UserError that names the file."""
-    try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def read_json_lines(path):
     """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
     values, bad = [], 0
@@ -115,15 +101,17 @@ def read_json_lines(path):
     return values, bad
 
 
-def patient(check, path, attempts=6):
-    """check(path), again where it fails: another process may just be moving what is there."""
-    for attempt in range(attempts):
-        try:
-            return check(path)
-        except (UserError, FileNotFoundError):
-            if attempt == attempts - 1:
-                raise
-            time.sleep(0.05)
+def read_json(path):
+    """Return the JSON object in a file, a dict. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager
@@ -134,41 +122,42 @@ def whole_directory(path, check):
     moved aside, the new one moved in, then the old removed: at any moment one of the two is
     whole."""
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
-    patient(check, path)
-    made = [parent for parent in path.parents if not parent.exists()]
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.parent, patience=60):  # another process may be moving its own there
+        check(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
+    new.mkdir()  # mkdtemp's directory is for the owner alone
     try:
-        new.mkdir()
         yield new
-        while new.exists():  # another process may put its own there in between
-            patient(check, path)
-            # nothing there, or another process was faster
-            with contextlib.suppress(FileNotFoundError):
+        with lock(path.parent, patience=60):
+            check(path)  # again: hours may have passed
+            if path.exists():
                 os.rename(path, old)
-            try:
-                os.rename(new, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            shutil.rmtree(old, ignore_errors=True)
+            os.rename(new, path)
     finally:
         if old.exists() and not path.exists():  # interrupted between the renames
             os.rename(old, path)
-        shutil.rmtree(new, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.rmdir()
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()  # only if it is still empty
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(path):
+    """Raise UserError where no directory can be made whole; path: without links."""
+    if path.is_symlink():
+        raise UserError(f"--out {path} is a link that leads round in a circle (Too many levels of "
+                        "symbolic links)")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is not a directory: choose another name")
+    if path == Path.cwd().resolve():
+        raise UserError(f"--out {path} is the current directory: choose a name of its own")
 
 
 def load_checkpoint(path):
-    """What torch.save wrote to path, tensors and plain Python types only. Raises UserError, also
-    where a byte has changed since: the archive has sums, which torch.load does not check."""
+    """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
+    also where a byte has changed since: the archive has sums, which torch.load does not check."""
     try:
-        if zipfile.is_zipfile(path):  # older formats are none, and have no sums
+        if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
@@ -182,7 +171,7 @@ def load_checkpoint(path):
 
 
 def misfits(expected, weights):
-    """What is wrong, in words, with tensors that are to be loaded: names that are missing or
+    """Return what is wrong, in words, with tensors that are to be loaded: names that are missing or
     unknown, other shapes, and other dtypes, which would be cast without a word.
 
     expected, weights: {name: tensor}."""
@@ -191,7 +180,7 @@ def misfits(expected, weights):
     for name in filter(weights.__contains__, expected):
         wanted, w = expected[name], weights[name]
         plain = w.layout == torch.strided and w.device.type != "meta"
-        found = tuple(w.shape) if plain else "no plain tensor"
+        found = tuple(w.shape) if plain else "not a plain tensor"
         if found != tuple(wanted.shape):
             problems.append(f"{name} is {found}, must be {tuple(wanted.shape)}")
         elif w.dtype != wanted.dtype:
@@ -203,21 +192,17 @@ def fit_weights(model, weights, complaint):
     """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
     does not fit, see misfits, or differs from another name of the same weights."""
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{complaint}: they are no state dict of names and tensors")
+        raise UserError(f"{complaint}: they are not a state dict of names and tensors")
     problems = misfits(model.state_dict(), weights)
     if problems:
         raise UserError(f"{complaint}: {'; '.join(problems)}")
     names = {}  # {address: the first name there}: a tied head is the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
-        if first != name and not same_values(weights[first], weights[name]):
+        if first != name and not torch.equal(weights[first], weights[name]):
             raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
                             "differ there: one would be lost")
     model.load_state_dict(weights)
-
-
-def same_values(a, b):
-    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def check_finite(model, path):
@@ -228,7 +213,7 @@ def check_finite(model, path):
 
 
 def from_hub(function, repository, *arguments, **options):
-    """The path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
+    """Return the path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
     UserError."""
     if not in_terminal():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -245,9 +230,6 @@ def from_hub(function, repository, *arguments, **options):
                         f"{reason}") from None
 
 
-LOCKED_BYTE = 2 ** 30  # on Windows: far behind the holder's number, which others read
-
-
 @contextlib.contextmanager
 def lock(directory, patience=0):
     """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
@@ -256,41 +238,44 @@ def lock(directory, patience=0):
     The system drops the lock with the process, however that ends."""
     path = Path(directory) / ".lock"
     deadline = time.monotonic() + patience
-    while True:
-        file = open(path, "a+")
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                file.seek(LOCKED_BYTE)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in NOT_OFFERED:
-                file.close()
-                path.unlink(missing_ok=True)
-                raise UserError(f"{directory} is on a file system without locks "
-                                f"({error.strerror}): choose a directory on a local disk with "
-                                "--out (for a table --table)") from None
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                file.close()
-                raise
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            raise UserError(f"{directory} is in use by process {holder}: "
-                            "wait for it or stop it") from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its holder removed it between our two steps
+    while not (file := try_lock(path)):
+        if time.monotonic() >= deadline:
+            holder = path.read_text() if path.exists() else "unknown"
+            raise UserError(f"{directory} is in use by process {holder}: wait for it or stop it")
+        time.sleep(0.05)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # Windows removes no open file
             path.unlink()
         file.close()
+
+
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
+
+
+def try_lock(path):
+    """Return the open file at path, locked; None where another process holds it or just removed
+    it. Raises UserError where the file system has no locks."""
+    file = open(path, "a+")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(2 ** 30)  # far behind the holder's number, which others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except OSError as error:
+        if error.errno in NOT_OFFERED:
+            path.unlink(missing_ok=True)
+            raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}): "
+                            "choose a directory on a local disk with --out (for a table --table)"
+                            ) from None
+        if error.errno not in BUSY:
+            raise
+    file.close()
+    return None

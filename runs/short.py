@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from data import ShardWriter, open_shard
+from data import open_shard, write_shards
 from parts import figures
 from parts.cli import UserError, run_script
 from parts.files import whole_directory
@@ -41,12 +41,11 @@ def make_text(out):
     tokenizer = load_tokenizer(SOURCE)
     train = open_shard(SOURCE / "train_000000.bin")
     with whole_directory(out, data.check_replaceable) as directory:
-        writer = ShardWriter(directory, "train", tokenizer.n_vocab)
-        for start in np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int):
-            writer.write(train[start:start + PIECE_TOKENS])
-        writer.close()
+        starts = np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int)
+        n_train = write_shards(directory, "train", (train[i:i + PIECE_TOKENS] for i in starts),
+                               tokenizer.n_vocab)
         shutil.copyfile(SOURCE / "val_000000.bin", directory / "val_000000.bin")
-        print(f"{out}: {writer.total:,} train tokens")
+        print(f"{out}: {n_train:,} train tokens")
         save_tokenizer(tokenizer, directory / "tokenizer.json",
                        data.fingerprint(directory, "pieces of stdlib", PIECES))
 

@@ -26,7 +26,6 @@ from parts.files import (
     write_text,
 )
 from parts.machine import matmul_peak, pick_device
-from parts.tokenizer import quiet_stderr
 
 IMPORTS = ("import sys; sys.argv = ['x.py']; from parts.cli import *; "
            "from parts.files import *")
@@ -87,10 +86,7 @@ def test_streams_that_are_closed_lead_to_nowhere(closed, tmp_path):
             for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
                 print("said", file=stream, flush=True)
                 os.write(number, b"said")
-            with quiet_stderr():
-                os.write(2, b"said")
             if 0 in closed:
-                subprocess.run("cat", check=True)  # of the standard input that it shares with us
                 file.write(sys.stdin.read())
             file.write("mine")
         raise UserError("said")
@@ -175,7 +171,7 @@ def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
 
 
 def test_progress_in_a_log_is_lines_now_and_then(monkeypatch, capsys):
-    """And none for short work; also while one item takes long, and none after the end."""
+    """And none for short work, and none after the end."""
     for _ in progress_bar(range(100), desc="short"):
         pass
     monkeypatch.setattr(cli, "LINE_SECONDS", 0.02)
@@ -183,12 +179,14 @@ def test_progress_in_a_log_is_lines_now_and_then(monkeypatch, capsys):
         for _ in range(3):
             bar.update()
             bar.set_postfix_str("loss 2.5")
-        time.sleep(0.2)
+            time.sleep(0.15)
+            bar.set_postfix_str("loss 2.5")
+            bar.set_postfix_str("loss 2.5")
     said = capsys.readouterr()
     time.sleep(0.1)
     assert capsys.readouterr().err == said.out == "" and "\r" not in said.err
     lines = said.err.splitlines()
-    assert 2 <= len(lines) <= 12
+    assert 3 <= len(lines) <= 4  # one each time, however often the bar is told
     assert lines[-1] == "long:  75%| 00:00 so far, 00:00 to go, loss 2.5"
 
 
@@ -265,10 +263,10 @@ def test_a_link_to_a_file_stays_a_link(tmp_path):
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
-    for kind, path, said in ((new_file, tmp_path, "which is no file"),
-                             (new_file, tmp_path / "pipe", "which is no file"),
-                             (new_file, tmp_path / "file" / "x", "file is no directory"),
-                             (new_directory, tmp_path / "file", "file is no directory"),
+    for kind, path, said in ((new_file, tmp_path, "which is not a file"),
+                             (new_file, tmp_path / "pipe", "which is not a file"),
+                             (new_file, tmp_path / "file" / "x", "file is not a directory"),
+                             (new_directory, tmp_path / "file", "file is not a directory"),
                              (new_directory, " ", "is empty")):
         with pytest.raises(argparse.ArgumentTypeError, match=said):
             kind(str(path))

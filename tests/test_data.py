@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, script
 
 import data
-from data import Loader, ShardWriter, UserError, open_shard, prepare, texts_differ
+from data import Loader, UserError, open_shard, prepare, texts_differ, tokens_of, write_shards
 from parts import sources
 from parts import tokenizer as tokenizing
 from parts.sources import read_text
@@ -250,7 +250,7 @@ def test_what_is_too_short_is_named(tmp_path, content):
 def test_large_texts_are_split_over_shards(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(data, "SHARD_TOKENS", 20_000)
     tokenizer = make_tokenizer("bytes")
-    n = data.write_shards(tmp_path, "train", corpus, tokenizer)
+    n = write_shards(tmp_path, "train", tokens_of(corpus, tokenizer, ""), tokenizer.n_vocab)
     shards = [open_shard(p) for p in sorted(tmp_path.glob("train_*.bin"))]
     assert sum(map(len, shards)) == n and len(shards) == -(-n // 20_000)
     expected = b"\0".join([b"", *(doc.encode() for doc in corpus)])
@@ -475,7 +475,7 @@ def test_shakespeare_is_checked(tmp_path, monkeypatch):
     (["fineweb-edu", "--tokenizer", "bytes"], "--tokenizer is bytes, must be gpt2"),
     (["stdlib", "--shards", "2"], "--shards is for SOURCE fineweb-edu"),
     (["fineweb-edu", "x.txt"], "takes no files, got x.txt"), (["moon"], "SOURCE is 'moon', must"),
-    (["fineweb-edu", "--shards", "0"], "--shards is 0, must be 1 to 99"),
+    (["fineweb-edu", "--shards", "0"], "--shards is 0, must be at least 1 and at most 99"),
     (["text", "none.txt"], "none.txt: No such file"),
     (["text", "model.py", "--tokenizer", "bpe:9"], "tokenizer is 'bpe:9'")])
 def test_mistakes_get_one_line(arguments, message, tmp_path):
@@ -515,7 +515,7 @@ def test_a_directory_of_the_users_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("out, said", [
-    ("", "--out is empty"), (".", "is the current directory"), ("t.txt", "is no directory"),
+    ("", "--out is empty"), (".", "is the current directory"), ("t.txt", "is not a directory"),
     ("t.txt/x", "t.txt: File exists"), ("/proc/x", "/proc"), ("loop", "Too many levels"),
     ("x" * 300, "too long")])
 def test_places_that_cannot_be_written_get_one_line(tmp_path, out, said):
@@ -579,7 +579,7 @@ def test_ids_above_65535_are_kept(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b" T": 70_000}
     tokenizer = tiktoken.Encoding("large", pat_str=tokenizing.WORDS, mergeable_ranks=ranks,
                                   special_tokens={tokenizing.EOT: 128_000})
-    data.write_shards(tmp_path, "train", [" T T"], tokenizer)
+    write_shards(tmp_path, "train", tokens_of([" T T"], tokenizer, ""), tokenizer.n_vocab)
     assert open_shard(tmp_path / "train_000000.bin").tolist() == [128_000, 70_000, 70_000]
     header = np.fromfile(tmp_path / "train_000000.bin", dtype=np.int32, count=3)
     assert list(header) == [20240801, 7, 3]
@@ -623,14 +623,10 @@ def test_data_tells_of_what_text_it_was_made(tmp_path):
         prepare("text", tmp_path / name, "bytes", [ROOT / file])
     saved = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in "abc"]
     a, b, c = (tokenizer["text"] for tokenizer in saved)
-    assert a == b and a["sha256"] != c["sha256"] and data.other_text(tmp_path / "a") == ""
+    assert a == b and a["sha256"] != c["sha256"]
     shards = [open_shard(tmp_path / "a" / f"{split}_000000.bin") for split in ("train", "val")]
     tokens = np.concatenate(shards)
     assert a["sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest() and a["files"] == 2
-    (tmp_path / "stdlib").mkdir()
-    # as made before texts were told apart
-    save_tokenizer(make_tokenizer("bytes"), tmp_path / "stdlib" / "tokenizer.json")
-    assert "is another text than that of the tables" in data.other_text(tmp_path / "stdlib")
 
 
 def test_what_is_said_of_data_is_of_the_text_that_is_trained_on(tmp_path, capsys):
@@ -658,9 +654,7 @@ def test_a_tokenizer_alone_is_not_replaced(tmp_path):
 def test_large_token_ids_are_kept_by_whoever_writes_them(tmp_path):
     tokens = np.array([1, 70_000, 65_536])
     for n_vocab, dtype in ((70_001, np.uint32), (65_536, np.uint16)):
-        writer = ShardWriter(tmp_path, "train", n_vocab)
-        writer.write(tokens[tokens < n_vocab])
-        writer.close()
+        write_shards(tmp_path, "train", [tokens[tokens < n_vocab]], n_vocab)
         shard = open_shard(tmp_path / "train_000000.bin")
         assert shard.dtype == dtype and shard.tolist() == tokens[tokens < n_vocab].tolist()
 

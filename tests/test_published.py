@@ -480,7 +480,7 @@ def test_nothing_of_the_users_is_replaced(run_directory, tmp_path, action):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / ".notes").write_text("mine")
     for out, said in ((tmp_path / "mine", "holds .notes"), (source, "holds "),
-                      (tmp_path / "mine" / ".notes", "is no directory"),
+                      (tmp_path / "mine" / ".notes", "is not a directory"),
                       (".", "is the current directory")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}

@@ -21,7 +21,7 @@ import numpy as np
 
 from parts import figures
 from parts.cli import Parser, UserError, new_file, number, run_script, some_path
-from parts.files import patient, read_json, read_json_lines
+from parts.files import read_json, read_json_lines
 from parts.run_directory import say_differences
 
 AXES = ("tokens", "flops", "seconds")
@@ -74,7 +74,7 @@ def evaluation(line):
 
 def read_runs(paths):
     """Runs as read_run gives them; names that are not different become whole paths."""
-    runs = [patient(read_run, path) for path in paths]
+    runs = [read_run(path) for path in paths]
     labels = [run["label"] for run in runs]
     for run, path in zip(runs, paths):
         if labels.count(run["label"]) > 1:

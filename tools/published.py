@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from data import check_place
 from model import Parcae
 from parts.cli import Parser, UserError, run_script, some_path
 from parts.config import ParcaeConfig, parse_config
@@ -452,8 +451,7 @@ def last_parts(token, ranks):
 
 def check_empty(directory):
     """Raise UserError where a directory holds anything: nothing of the user's is replaced."""
-    check_place(directory)
-    there = sorted(Path(directory).iterdir()) if Path(directory).exists() else []
+    there = sorted(directory.glob("*"))
     if there:
         raise UserError(f"--out {directory} holds {there[0].name}: choose a new directory")
 
