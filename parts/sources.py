@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import http.client
 import os
+import shutil
 import sysconfig
 import urllib.request
 import zlib
@@ -25,18 +26,17 @@ NOT_EVERYWHERE = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
     "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
     "usercustomize.py", "_distutils_system_mod.py"}
-
-
 TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files that are read of a folder
 
 
 def for_validation(name):
-    """Whether a file of a folder is for validation: every 20th or so, by a hash of its path."""
+    """Return whether a file of a folder is for validation: every 20th or so, by a hash of its
+    path."""
     return zlib.crc32(os.fsencode(name.as_posix())) % 20 == 0
 
 
 def stdlib_docs():
-    """(train, val) lists of source texts, see for_validation."""
+    """Return (train, val), lists of source texts, see for_validation. Raises UserError."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     train, val = [], []
@@ -48,8 +48,7 @@ def stdlib_docs():
             text = (root / name).read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError):
             continue
-        docs = val if for_validation(name) else train
-        docs.append(text)
+        (val if for_validation(name) else train).append(text)
     if not train or not val:
         raise UserError(f"no source text of the standard library in {root}; "
                         "try: python data.py text FILE...")
@@ -60,18 +59,16 @@ def read_text(path):
     """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
     byte order mark). Raises UserError."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    read = 0  # bytes
     with open(path, "rb") as file:
-        while True:
+        part = True
+        while part:
             part = file.read(1 << 20)
-            read += len(part)
             try:
                 yield decoder.decode(part, final=not part)
             except UnicodeDecodeError as error:
-                at = read - len(error.object) + error.start  # the object: what was not decoded yet
+                # the object: what was not decoded yet
+                at = file.tell() - len(error.object) + error.start
                 raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {at}") from None
-            if not part:
-                return
 
 
 class TextFile:
@@ -91,41 +88,44 @@ class TextFile:
 
 
 def text_docs(files):
-    """(train, val) lists of texts: of each file the first nine tenths and the last; of each folder
-    see folder_docs. Raises UserError."""
+    """Return (train, val), lists of texts: of each file the first nine tenths and the rest; of each
+    folder see folder_docs. Raises UserError, OSError."""
     train, val = [], []
     for file in map(Path, files):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is neither a file nor a folder: it is read twice, as a pipe "
                             "cannot be")
-        try:
-            parts = folder_docs(file) if file.is_dir() else cut(whole_text(file))
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+        parts = folder_docs(file) if file.is_dir() else cut([whole_text(file)])
         train += parts[0]
         val += parts[1]
     return train, val
 
 
 def whole_text(file):
-    """A UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
+    """Return a UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
     return TextFile(file, 0, sum(map(len, read_text(file))))
 
 
-def cut(text):
-    """([the first nine tenths], [the last]) of a whole TextFile. Raises UserError."""
-    if len(text) < 2:
-        raise UserError(f"{text.path} is too short, must have at least 2 characters")
-    middle = text.stop * 9 // 10
-    return [TextFile(text.path, 0, middle)], [TextFile(text.path, middle, text.stop)]
+def cut(texts):
+    """Return (train, val): of each whole TextFile the first nine tenths and the rest. Raises
+    UserError."""
+    train, val = [], []
+    for text in texts:
+        if len(text) < 2:
+            raise UserError(f"{text.path} is too short, must have at least 2 characters")
+        middle = len(text) * 9 // 10
+        train.append(TextFile(text.path, 0, middle))
+        val.append(TextFile(text.path, middle, len(text)))
+    return train, val
 
 
 def folder_docs(folder):
-    """(train, val) lists of the texts in a folder and in the folders below, without hidden ones.
+    """Return (train, val), lists of the texts in a folder and in the folders below it, without
+    hidden ones.
 
     A file is for training or for validation as a whole, see for_validation. Where that leaves one
     of them less than a hundredth of the text, as in a folder of few files, each file is cut. Files
-    that are not UTF-8 are left out, and said. Raises UserError."""
+    that are not UTF-8 are left out, and named. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
@@ -137,8 +137,7 @@ def folder_docs(folder):
               + ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else ""))
     sizes = sum(map(len, train)), sum(map(len, val))
     if min(sizes) <= sum(sizes) / 100:
-        pairs = [cut(text) for text in train + val if len(text) > 1]
-        train, val = [first for (first,), _ in pairs], [last for _, (last,) in pairs]
+        train, val = cut(text for text in train + val if len(text) > 1)
     if not train:
         raise UserError(f"{folder} has no text: none of its {len(names)} files of the kinds "
                         f"{', '.join(TEXT_SUFFIXES)} has 2 characters of UTF-8")
@@ -146,8 +145,8 @@ def folder_docs(folder):
 
 
 def files_in(folder):
-    """The paths below a folder of the text files in it, in the same order on every system. Links
-    to folders are not followed. Raises OSError."""
+    """Return the paths below a folder of the text files in it, in the same order on every system.
+    Links to folders are not followed. Raises OSError."""
     def refuse(error):
         raise error
     names = []
@@ -159,8 +158,8 @@ def files_in(folder):
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
-    """(train, val) lists of random strings with questions about them (p-hop induction, Sanford et
-    al. 2024, arXiv 2402.09268).
+    """Return (train, val), lists of random strings with questions about them (p-hop induction,
+    Sanford et al. 2024, arXiv 2402.09268).
 
     "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
     to what came after the last occurrence of the symbol one is at: p lookups one after the other,
@@ -178,8 +177,8 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
 
 
 def p_hop_doc(string, chances, hops):
-    """A text with a question for each symbol of a string, a list of ints; chances in [0, 1) choose
-    how many hops, at most `hops` and at most what the string so far allows.
+    """Return a text with a question for each symbol of a string, a list of ints; chances in [0, 1)
+    choose how many hops, at most `hops` and at most what the string so far allows.
 
     >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
     '0aA0bB1aB0cC'
@@ -202,37 +201,30 @@ def p_hop_doc(string, chances, hops):
     return text
 
 
-# where it is, its length and sha256
+# where it is, and its sha256
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
 def shakespeare_docs():
-    """(train, val) lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises
+    """Return (train, val), lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises
     UserError."""
-    url, size, sha256 = SHAKESPEARE
+    url, sha256 = SHAKESPEARE
     file = Path("data") / "shakespeare.txt"
     if not file.exists():
         try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                content = reply.read(size + 1)
+            with whole_file(file, "wb") as copy, urllib.request.urlopen(url, timeout=60) as reply:
+                shutil.copyfileobj(reply, copy)
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{url} sent another text than Shakespeare's {size:,} bytes: a login "
-                            "page of this network?")
-        file.parent.mkdir(exist_ok=True)
-        with whole_file(file, "wb") as copy:
-            copy.write(content)
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{file} is not Shakespeare's text of {size:,} bytes: move it away, and it "
-                        "is fetched again")
-    return cut(whole_text(file))
+        raise UserError(f"{file} is not Shakespeare's text but, perhaps, a login page of this "
+                        "network: remove the file, and it is fetched again")
+    return cut([whole_text(file)])
 
 
 # What makes the texts of each SOURCE: a function that returns (train, val), two lists of documents,
-# each a string or an object as TextFile. One with a parameter `files` gets the FILEs named.
+# each a string or an object as TextFile. That of "text" gets the FILEs of the command line.
 SOURCES = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs,
            "text": text_docs}
-
