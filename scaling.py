@@ -1,179 +1,222 @@
-"""The scaling laws of looping: fit a table of training runs, predict, plan the next runs.
+"""The scaling laws of looping: fit a table of training runs, predict the best recurrence.
 
     python scaling.py                               fit the tables in results/
     python scaling.py fit out/sweep --json f.json   a directory of runs, or CSV files from anywhere
     python scaling.py predict --flops 1e14          the best recurrence and tokens for a budget
-    python scaling.py design --budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2
-                                                    what would such a sweep find, and cost?
 
 With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
-and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Tables come from
-tools/sweep.py. Tables without loops are fitted too: then the training law is that of Chinchilla.
+and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here, and
+their numbers are printed side by side: where they disagree, trust neither.
 
-parts/isoflop.py reads mu* off the runs, parts/laws.py fits laws of the loss and finds mu* on them.
-Both are printed side by side: where they disagree, neither is to be trusted.
+1. At each budget the log loss is a parabola in log mu around its lowest point. The bottom is mu*,
+   D* = C / cost of a token at mu*, and lines through their logarithms are the power laws.
+2. A law of the loss is fitted to all runs (parts/laws.py), and mu* is where it is lowest at C.
+
+Tables come from tools/sweep.py, tools/design.py plans the next one. Tables without loops are fitted
+too: then the training law is that of Chinchilla.
 """
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from parts import figures
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    POSITIVE,
-    SEED,
-    Parser,
-    UserError,
-    new_directory,
-    new_file,
-    number,
-    run_script,
-)
+from parts import chance, figures, laws
+from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.fit_report import draw, frontier_text, optimum_text, report, value_text
-from parts.isoflop import (
-    budgets_of,
-    fit_parabolas,
-    gains,
-    lack_of_fit,
-    seed_differences,
-    without_a_pair,
-)
-from parts.laws import (
-    LAWS,
-    RESAMPLES,
-    far_exponents,
-    fit_law,
-    frontier,
-    frontier_exponents,
-    interval,
-    reasons_against,
-    token_cost,
-)
-from parts.outliers import without_diverged
+from parts.laws import RESAMPLES, can_fit, exponents_of, frontier, interval
+from parts.show_fit import draw, frontier_text, notes_on, optimum_text, report, value_text
 from parts.tables import (
     at_trained_depth,
+    budgets_of,
     column,
     comparable,
     distinct,
     kept,
     read_tables,
-    rows_by_budget,
-    run_key,
     runs_in,
     same_budget,
     sizes,
     trained_depth,
-    without_seed_effects,
 )
-from tools.design import design
 
-HERE = Path(__file__).parent
-COMMANDS = {  # name: (what it does, its flags in an example)
-    "fit": ("Fit the laws to a table of runs, print and draw them.", "out/sweep --json fit.json"),
-    "predict": ("The best recurrence and tokens for a budget, by the law fitted to a table.",
-                "--flops 1e14"),
-    "design": ("What a sweep would find and cost, by simulation, before it is run.",
-               "--budgets 4e12 8e12 --recurrences 1 2 4 8 --seeds 0 1 2"),
-}
+TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
 PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
-# ----------------------------------------------------------------------------- all fits of a table
+# A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
+# they double. Further away the loss is not a parabola.
+WINDOW = math.log(4)
+ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
+
+# ----------------------------------------------------------------------------- a budget's parabola
 
 
-def fit_without_largest(law, rows, notes):
-    """(a fit to all but the largest budget, the rows of that). None, and a note says why, where
-    that cannot be."""
-    top = column(rows, "flops").max()
-    seen = [row for row in rows if not same_budget(row["flops"], top)]
-    largest = [row for row in rows if same_budget(row["flops"], top)]
-    reasons = reasons_against(law, seen) if seen else ["there is one budget"]
-    if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
-        # also where the runs were planned by another accounting and share no budgets in this one
-        reasons.append("it has fewer than three recurrences")
-    if reasons:
-        notes.append(f"{law} law: no error on the largest budget, fitted without it "
-                     f"({'; '.join(reasons)})")
+def bottom(budget, log_loss):
+    """Return (log mu*, parabola [a, b, c], positions of the recurrences it was fitted to).
+
+    Where log_loss (recurrences,) is lowest at an edge, the optimum is beyond: log mu* is -inf, "at
+    most the fewest loops tried", or +inf, and there is no parabola. One through everything would
+    still have its bottom inside, and a power law through such bottoms an exponent that the data do
+    not have."""
+    x, lowest = budget.log_mu, np.argmin(log_loss)
+    if lowest == 0:
+        return -math.inf, None, []
+    if lowest == len(x) - 1:
+        return math.inf, None, []
+    near = np.flatnonzero(np.abs(x - x[lowest]) <= WINDOW + 1e-9)
+    near = np.union1d(near, [lowest - 1, lowest + 1])
+    # Means of several seeds count for more. The weights of polyfit are those of unsquared errors.
+    a, b, c = np.polyfit(x[near], log_loss[near], 2, w=np.sqrt(budget.seeds[near]))
+    if a <= 0 or not x[near[0]] < -b / (2 * a) < x[near[-1]]:
+        near = np.array([lowest - 1, lowest, lowest + 1])  # through these it has a bottom inside
+        a, b, c = np.polyfit(x[near], log_loss[near], 2)
+    return -b / (2 * a), [a, b, c], near
+
+
+def left_by_parabola(budget):
+    """Return (squares that the parabola leaves over, in units of the noise of a single run, degrees
+    of freedom)."""
+    _, parabola, near = bottom(budget, budget.log_loss)
+    if len(near) <= 3:
+        return 0.0, 0
+    left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
+    return (budget.seeds[near] * left ** 2).sum(), len(near) - 3
+
+
+def noise_of(budgets):
+    """Return {"sd" of a run's log loss, "freedom", "source"}: "seeds", or "parabolas", what they
+    leave over, where seeds are few and parabolas leave more degrees of freedom.
+
+    What a seed does to all runs alike is not noise. None where there is neither source, or nothing
+    is left over."""
+    by_seeds = chance.left_by_seeds(budgets)
+    by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
+    few = by_seeds[1] == 0 or by_seeds[1] < ENOUGH_SEEDS and by_seeds[1] < by_parabolas[1]
+    source, (squares, freedom) = ("parabolas", by_parabolas) if few else ("seeds", by_seeds)
+    if not squares:
         return None
-    return fit_law(law, seen, resamples=0), largest
+    return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
 
 
-def summary_of(fit, without_largest):
-    """What --json writes of a law. without_largest: what fit_without_largest returns."""
-    error = None
-    if without_largest:
-        smaller, unseen = without_largest
-        error = smaller.error(unseen)
-    return fit.summary() | {"held_out_error": error}
+def noisy_optima(budgets, noise, resamples, rng):
+    """Return log mu* (resamples, budgets) of the mean losses with the noise of their seeds added
+    once more (a parametric bootstrap); the effects of seeds are taken as known."""
+    log_mu = np.empty((resamples, len(budgets)))
+    for i in range(resamples):
+        # How large the noise is, is not known either: chi-squared over its degrees of freedom.
+        sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
+        for j, budget in enumerate(budgets):
+            added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
+            log_mu[i, j] = bottom(budget, budget.log_loss + added)[0]
+    return log_mu
 
 
-def fit_unified(rows, resamples, notes):
-    """What --json writes of the unified law.
-
-    Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
-    measured."""
-    without_largest = fit_without_largest("unified", rows, notes)
-    result = summary_of(fit_law("unified", rows, resamples=resamples), without_largest)
-    result["held_out_error_given_loss"] = None
-    if without_largest:
-        fit, unseen = without_largest
-        measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
-        unseen = kept(unseen, lambda row: run_key(row) in measured, notes, "of the largest budget "
-                      "have no row at T = mu_rec: of the error given that loss they are")
-        if unseen:
-            at_mu = fit.predict([row | {"recurrence": row["mu_rec"]} for row in unseen])
-            loss = fit.predict(unseen) - at_mu + [measured[run_key(row)] for row in unseen]
-            error = np.abs(loss / column(unseen, "val_loss") - 1).mean()
-            result["held_out_error_given_loss"] = float(error)
-    return result
-
-
-def fit_worth(rows, resamples):
-    """phi, and how much worse the law fits where a loop is worth nothing (0) or a layer (1)."""
-    fit = fit_law("worth", rows, resamples=resamples)
-    law = fit.summary()
-    unlooped = [row | {"mu_rec": 1} for row in rows]
-    objective = {"free": fit.objective,
-                 "phi = 0": fit_law("training", unlooped, resamples=0).objective,
-                 "phi = 1": fit_law("training", rows, resamples=0).objective}
-    return {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": objective,
-            "sizes": sizes(rows)}
+def optimum_of(budget, samples, cost, noise):
+    """Return what --json writes of a budget; samples: log mu* of resamples, perhaps none."""
+    log_mu, parabola, near = bottom(budget, budget.log_loss)
+    low, high = budget.mu[0], budget.mu[-1]
+    optimum = {
+        "flops": budget.flops,
+        "mu_tried": budget.mu.tolist(),
+        "inside": bool(np.isfinite(log_mu)),
+        "at_most": low if log_mu == -math.inf else None,
+        "at_least": high if log_mu == math.inf else None,
+        "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False],
+        "tokens": None, "val_loss": None, "parabola": parabola, "lack_of_fit": None,
+        "fitted_to": budget.mu[near].tolist() if parabola else [],
+    }
+    if optimum["inside"]:
+        optimum["mu_rec"] = math.exp(log_mu)
+        optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
+        optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
+        optimum["lack_of_fit"] = chance.lack_of_fit(*left_by_parabola(budget), noise)
+    if len(samples):
+        ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
+        ends = np.array([ends.min(), ends.max()])  # it holds its own point
+        optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
+        optimum["ci_at_edge"] = np.isinf(ends).tolist()
+    return optimum
 
 
-def fit_test_time(rows, notes):
-    """[(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs, and of
-    those the lowest seed."""
-    result, few = [], []
-    for mu in sorted({row["mu_rec"] for row in rows} - {1}):
-        largest = rows_by_budget([row for row in rows if row["mu_rec"] == mu])[-1]
-        run = run_key(min(largest, key=lambda row: row["seed"]))
-        data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
-        if len(data) < 4 or distinct(data, "val_loss") == 1:
-            few.append(f"{mu:g}")
-        else:
-            fit = fit_law("test time", data, starts=16, resamples=0)
-            values = {name: float(value) for name, value in fit.values(fit.theta).items()}
-            result.append((data, fit, run._asdict() | values | {"error": fit.error(data)}))
-    if few:
-        notes.append(f"test-time law: not fitted for mu_rec {', '.join(few)} (it needs losses that "
-                     "differ at 4 values of T)")
-    return result
+def fit_parabolas(budgets, cost, resamples=1000, seed=0):
+    """Return what --json writes of the runs without a law: {"isoflop": the optimum at each budget
+    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}.
+
+    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost)."""
+    noise, optima, exponents = noise_of(budgets), [], {}
+    usable = [budget for budget in budgets if len(budget.mu) >= 3]
+    if usable:
+        samples = np.empty((0, len(usable)))
+        if noise:
+            samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
+        optima = [optimum_of(budget, samples[:, j], cost, noise)
+                  for j, budget in enumerate(usable)]
+        exponents = power_laws(usable, samples, cost)
+    return {"isoflop": optima, "power_laws": exponents, "noise": noise,
+            "notes": notes_on(budgets, optima, noise)}
 
 
-def exponents_of(fit, size, cost, flops):
-    """{"mu_rec", "tokens"}: exponents along the frontier, over the range of these FLOPs."""
-    low, high = flops.min(), flops.max()
-    point = frontier_exponents(fit, size, cost, low, high)[:, 0]
-    sampled = frontier_exponents(fit, size, cost, low, high, fit.samples)
-    result = {}
-    for name, value, samples in zip(("mu_rec", "tokens"), point, sampled):
-        result[name] = {"exponent": float(value) if np.isfinite(value) else None,
-                        "ci": interval(samples, value)}
-    return result
+# ----------------------------------------------------------------------------- power laws
+
+
+def line_through(x, y, low, high):
+    """Return (slope, intercept) of the least squares line through values some of which are but
+    bounds; NaN where fewer than two are values.
+
+    y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
+    contradicts it. Which those are is tried again until it stays (an active set). All count alike:
+    how far an optimum is off depends on its parabola more than on its budget."""
+    known = np.isfinite(y)
+    if known.sum() < 2:
+        return math.nan, math.nan
+    target = np.where(y == -math.inf, low, np.where(y == math.inf, high, y))
+    used = known
+    for _ in range(2 * len(x)):
+        slope, intercept = np.polyfit(x[used], target[used], 1)
+        line = slope * x + intercept
+        contradicted = (y == -math.inf) & (line > low) | (y == math.inf) & (line < high)
+        if np.array_equal(used, known | contradicted):
+            break
+        used = known | contradicted
+    return slope, intercept
+
+
+def power_law(x, y, samples, low, high):
+    """Return exponent, coefficient and interval, None without two values; samples (resamples,
+    budgets), the rest as of line_through.
+
+    The interval is [None, None] where more than 5 % of the resamples have no exponent: "defined" is
+    the share that has one, None without resamples."""
+    slope, intercept = line_through(x, y, low, high)
+    if not math.isfinite(slope):
+        return None
+    slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
+    defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
+    return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
+            "ci": interval(slopes, slope)}
+
+
+def power_laws(budgets, samples, cost):
+    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
+    x = np.log([budget.flops for budget in budgets])
+    low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
+    log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
+
+    def log_tokens(log_mu):
+        # "At most so many loops", -inf, is at least so many tokens, +inf.
+        tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
+        return np.where(np.isfinite(log_mu), tokens, -log_mu)
+
+    exponents = {
+        "mu_rec": power_law(x, log_mu, samples, low, high),
+        "tokens": power_law(x, log_tokens(log_mu), log_tokens(samples), log_tokens(high),
+                            log_tokens(low)),
+    }
+    return {name: law for name, law in exponents.items() if law}
+
+# ----------------------------------------------------------------------------- the training law
 
 
 class Table:
@@ -182,69 +225,67 @@ class Table:
     every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
     those at T = mu_rec, `every_model` those of other models, too. Their losses are without the
     effects of seeds; `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token by
-    mu_rec; `budgets`: see isoflop.budgets_of. `fit` is the training law's, None where it could not
-    be fitted; `test_time`: of fit_test_time. `notes` say which runs are left out."""
+    mu_rec. `fit` is the training law's, None where it could not be fitted; `test_time`: of
+    laws.fit_test_time. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
         self.every_row, self.accounting, self.notes = every_row, accounting, []
         mine = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
                     f"have no {accounting} FLOPs and are")
-        mine = without_diverged(mine, self.notes)
+        mine = chance.without_diverged(mine, self.notes)
         models = {row["model"] for row in max(comparable(mine), key=runs_in)}
         main = kept(mine, lambda row: row["model"] in models, self.notes, "of other models are")
         self.measured = kept(main, at_trained_depth, self.notes,
                              "have no row at T = mu_rec, where loss is compared, and are")
-        corrected = without_seed_effects(mine)
+        corrected = chance.without_seed_effects(mine)
         self.every_model = trained_depth(corrected)
         self.at_every_T = [row for row in corrected if row["model"] in models]
         self.rows = trained_depth(self.at_every_T)
         self.model = main[0]["model"] if len(models) == 1 else f"{len(models)} models"
-        self.cost = token_cost(self.at_every_T)
+        self.looped = distinct(self.at_every_T, "mu_rec") > 1
+        self.cost = laws.token_cost(self.at_every_T)
         self.budgets = budgets_of(self.rows)
         self.fit, self.test_time = None, []
 
-    def looped(self):
-        return distinct(self.at_every_T, "mu_rec") > 1
-
 
 def fit_optima(every_row, accounting, resamples=RESAMPLES):
-    """Optima at equal FLOPs by both methods: isoFLOP, and the training law's frontier.
+    """Return (a dict for --json, the Table): optima at equal FLOPs by parabolas and by the law.
 
     every_row: of all accountings; another one than `accounting` is another cost of a token under
-    the same law. Returns (a dict for --json, the Table)."""
+    the same law."""
     table = Table(every_row, accounting)
-    rows = table.rows
-    out = {"model": table.model, "accounting": accounting, "looped": table.looped(),
+    notes = table.notes.copy()
+    out = {"model": table.model, "accounting": accounting, "looped": table.looped,
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
-           "power_laws": {}, "gain": [], "seeds": None, "notes": table.notes.copy()}
-    one_size = table.looped() and sizes(rows) <= 1
+           "power_laws": {}, "gain": [], "seeds": None, "notes": notes}
+    one_size = table.looped and sizes(table.rows) <= 1
     if one_size:
         found = fit_parabolas(table.budgets, table.cost)
-        out |= found | {"notes": out["notes"] + found["notes"]}
-        out["seeds"] = seed_differences(budgets_of(table.measured), out["noise"])
-        out["gain"] = gains(table.budgets, out["noise"])
-        alone = without_a_pair(table.budgets)
+        notes += found.pop("notes")
+        out |= found
+        out["seeds"] = chance.seed_differences(budgets_of(table.measured), out["noise"])
+        out["gain"] = chance.gains(table.budgets, out["noise"])
+        alone = chance.without_a_pair(table.budgets)
         if alone:
-            out["notes"].append(f"gain over mu_rec = 1: {alone} runs have no other of their budget "
-                                "and seed to be compared with, and are left out")
-    elif table.looped():
-        out["notes"].append("the optimum at equal FLOPs: not computed, the runs called "
-                            f"{table.model} have {sizes(rows)} sizes")
-    if can_fit("training", rows, out["notes"]):
-        table.fit = fit_law("training", rows, resamples=resamples)
-        law = summary_of(table.fit, fit_without_largest("training", rows, out["notes"]))
-        out["training_law"] = law
+            notes.append(f"gain over mu_rec = 1: {alone} runs have no other of their budget and "
+                         "seed to be compared with, and are left out")
+    elif table.looped:
+        notes.append("the optimum at equal FLOPs: not computed, the runs called "
+                     f"{table.model} have {sizes(table.rows)} sizes")
+    if can_fit("training", table.rows, notes):
+        table.fit, law, _ = laws.fit_with_error("training", table.rows, resamples, notes)
         law["lack_of_fit"] = None
         if one_size:
-            law["lack_of_fit"] = lack_of_fit(*left_by_law(table), out["noise"])
-            law["frontier"], law["other_accounting"] = frontiers(table, bool(out["isoflop"]))
-        law["far_exponents"] = far_exponents(table.fit)
+            law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
+            law |= frontiers(table, bool(out["isoflop"]))
+        law["far_exponents"] = laws.far_exponents(table.fit)
+        out["training_law"] = law
     return out, table
 
 
 def left_by_law(table):
-    """(squares that the training law leaves over of mean log losses, degrees of freedom): see
-    isoflop.left_by_parabola."""
+    """Return (squares that the training law leaves over of mean log losses, degrees of freedom):
+    see left_by_parabola."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
         cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": tokens}
@@ -255,26 +296,19 @@ def left_by_law(table):
     return squares, freedom
 
 
-def can_fit(law, rows, notes):
-    """Whether a law can be fitted; if not, a note says why."""
-    reasons = reasons_against(law, rows)
-    if reasons:
-        notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
-    return not reasons
-
-
 def frontiers(table, shared_budgets):
-    """The training law's optima at the table's budgets; its exponents by other accountings.
+    """Return {"frontier": the training law's optima at the table's budgets, and their exponents;
+    "other_accounting": exponents by those}.
 
     Where the runs share no budgets, having been planned by another accounting: at five."""
-    fit, rows, cost = table.fit, table.rows, table.cost
+    fit, size, cost = table.fit, table.rows[0], table.cost
     budgets = [budget.flops for budget in table.budgets]
     if not shared_budgets:
         budgets = np.geomspace(budgets[0], budgets[-1], 5).tolist()
     optima = []
     for flops in budgets:
-        (mu,), (tokens,), (loss,) = frontier(fit, rows[0], cost, flops)
-        sampled = frontier(fit, rows[0], cost, flops, fit.samples)[0]
+        (mu,), (tokens,), (loss,) = frontier(fit, size, cost, flops)
+        sampled = frontier(fit, size, cost, flops, fit.samples)[0]
         optima.append({"flops": flops, "mu_rec": mu, "ci": interval(sampled, mu),
                        "tokens": tokens, "val_loss": loss})
 
@@ -283,40 +317,50 @@ def frontiers(table, shared_budgets):
         theirs = [row for row in table.every_row
                   if row["accounting"] == name and row["model"] == table.model]
         if theirs:  # the size stays as the law was fitted; the price of a token is another
-            others[name] = exponents_of(fit, rows[0], token_cost(theirs), column(theirs, "flops"))
-    exponents = exponents_of(fit, rows[0], cost, column(rows, "flops"))
-    return {"optima": optima, "exponents": exponents}, others
+            others[name] = exponents_of(fit, size, laws.token_cost(theirs), column(theirs, "flops"))
+    exponents = exponents_of(fit, size, cost, column(table.rows, "flops"))
+    return {"frontier": {"optima": optima, "exponents": exponents}, "other_accounting": others}
+
+
+# ----------------------------------------------------------------------------- all laws
 
 
 def fit_table(every_row, accounting, resamples=RESAMPLES):
-    """Everything that can be fitted to a table: fit_optima, and the other laws of looping."""
+    """Return everything that can be fitted to a table: fit_optima, and the other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
+    notes = out["notes"]
     if out["seeds"] and table.fit:
-        raw = fit_law("training", table.measured, resamples=resamples)
+        raw = laws.fit_law("training", table.measured, resamples=resamples)
         out["training_law"]["with_seed_effects"] = exponents_of(
             raw, table.rows[0], table.cost, column(table.rows, "flops"))
-    if table.looped():
-        if can_fit("unified", table.at_every_T, out["notes"]):
-            out["unified"] = fit_unified(table.at_every_T, resamples, out["notes"])
-        if can_fit("worth", table.every_model, out["notes"]):
-            out["recurrence_worth"] = fit_worth(table.every_model, resamples)
-        table.test_time = fit_test_time(table.at_every_T, out["notes"])
+    if table.looped:
+        if can_fit("unified", table.at_every_T, notes):
+            out["unified"] = laws.fit_unified(table.at_every_T, resamples, notes)
+        if can_fit("worth", table.every_model, notes):
+            out["recurrence_worth"] = laws.fit_worth(table.every_model, resamples)
+        table.test_time = laws.fit_test_time(table.at_every_T, notes)
     out["laws"] = {}
-    for name in LAWS:
-        if name not in PUBLISHED_LAWS and can_fit(name, table.rows, out["notes"]):
-            out["laws"][name] = summary_of(
-                fit_law(name, table.rows, resamples=resamples),
-                fit_without_largest(name, table.rows, out["notes"]))
+    for name in laws.LAWS:
+        if name not in PUBLISHED_LAWS and can_fit(name, table.rows, notes):
+            out["laws"][name] = laws.fit_with_error(name, table.rows, resamples, notes)[1]
     out["test_time"] = [numbers for _, _, numbers in table.test_time]
     return out, table
 
 # ----------------------------------------------------------------------------- commands
 
 
-def fitted(args):
-    """(out, Table) of the tables of the command line. Raises UserError without a training law."""
-    rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
-    out, table = fit_optima(rows, accounting)
+def add_table_flags(add, tables):
+    """Add the flags that say which runs to fit; add: a parser's add_argument; tables: the name."""
+    add(tables, nargs="*", metavar="DIR|CSV", default=TABLES,
+        help="runs or tables to fit (default: results/sweep*.csv)")
+    add("--accounting", metavar="NAME",
+        help="FLOPs to fit by (default: exact, if the table has it)")
+
+
+def fitted(args, resamples=RESAMPLES):
+    """Return fit_optima of the tables of the command line. Raises UserError without a training law
+    of loops."""
+    out, table = fit_optima(*read_tables(args.tables, args.accounting), resamples)
     if "frontier" not in out.get("training_law", {}):
         reasons = "; ".join(out["notes"]) or "they have no loops"
         raise UserError(f"these tables do not determine a training law of loops: {reasons}")
@@ -326,25 +370,24 @@ def fitted(args):
 def predict(args):
     """Print the best recurrence, tokens and loss for a budget, by the training law."""
     out, table = fitted(args)
-    rows, fit = table.rows, table.fit
-    flops = args.flops
-    low, top = column(rows, "flops").min(), column(rows, "flops").max()
+    fit, size, cost, flops = table.fit, table.rows[0], table.cost, args.flops
+    low, top = column(table.rows, "flops").min(), column(table.rows, "flops").max()
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
     for note in table.notes:
         print("note:", note)
 
-    best = frontier(fit, rows[0], table.cost, flops)
-    sampled = frontier(fit, rows[0], table.cost, flops, fit.samples)
-    for label, value, samples, unit in zip(("mu*", "D*", "loss"), best, sampled,
-                                           ("loops", "tokens", "nats per token")):
-        said = frontier_text if label == "mu*" else value_text
-        print(f"{label:4s} = {said(value[0], interval(samples, value[0]))} {unit}")
+    best, sampled = frontier(fit, size, cost, flops), frontier(fit, size, cost, flops, fit.samples)
+    (mu,), (tokens,), (loss,) = best
+    of_mu, of_tokens, of_loss = (interval(some, one[0]) for some, one in zip(sampled, best))
+    print(f"mu*  = {frontier_text(mu, of_mu)} loops")
+    print(f"D*   = {value_text(tokens, of_tokens)} tokens")
+    print(f"loss = {value_text(loss, of_loss)} nats per token")
 
     for optimum in out["isoflop"]:
         if same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    mu, tried = best[0][0], column(rows, "mu_rec")
+    tried = column(table.rows, "mu_rec")
     if not tried.min() < mu < tried.max():
         beyond = max(mu / tried.max(), tried.min() / mu)
         by = f"{beyond:.3g} times beyond" if beyond > 1 else "at the edge of"
@@ -355,27 +398,15 @@ def predict(args):
               "the intervals know nothing of that")
 
 
-def default_tables():
-    tables = sorted((HERE / "results").glob("sweep*.csv"))
-    if not tables:
-        raise UserError(f"{HERE / 'results'} holds no sweep*.csv: run a sweep, or name a table")
-    return tables
-
-
-def can_draw():
-    """Whether there is matplotlib; a line says so if not."""
-    try:
-        figures.pyplot()
-    except UserError:
-        print("no figures: pip install matplotlib")
-        return False
-    return True
-
-
-def fit_command(args):
+def fit(args):
     """Fit everything, print it beside the published figures, write --json, draw."""
-    rows, accounting = read_tables(args.tables or default_tables(), args.accounting)
-    drawing = can_draw()  # asked before the fit, which takes a while
+    rows, accounting = read_tables(args.tables, args.accounting)
+    drawing = True
+    try:
+        figures.pyplot()  # asked before the fit, which takes a while
+    except UserError:
+        drawing = False
+        print("no figures: pip install matplotlib")
     out, table = fit_table(rows, accounting, args.resamples)
     report(out)
     if args.json:
@@ -386,41 +417,23 @@ def fit_command(args):
 
 
 def parse_args(words):
-    """The command's settings; `fit` where no command is given."""
+    """Return the command's settings; `fit` where no command is given."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
-    adders = {}
-    for name, (does, example) in COMMANDS.items():
-        about = f"{does}\n\n    python scaling.py {name} {example}"
-        adders[name] = add = commands.add_parser(name, help=does, description=about).add_argument
-        add("--tables" if name == "design" else "tables", nargs="*", metavar="DIR|CSV",
-            help="runs or tables to fit (default: results/sweep*.csv)")
-        add("--accounting", metavar="NAME",
-            help="FLOPs to fit by (default: exact, if the table has it)")
 
-    add = adders["fit"]
+    about = "Fit the laws to a table of runs, print and draw them."
+    add = commands.add_parser("fit", help=about, description=about).add_argument
+    add_table_flags(add, "tables")
     add("--json", type=new_file, metavar="FILE", help="write every fitted number")
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
         help="where figures go (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
         help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
 
-    add = adders["predict"]
+    about = "The best recurrence and tokens for a budget, by the law fitted to a table."
+    add = commands.add_parser("predict", help=about, description=about).add_argument
+    add_table_flags(add, "tables")
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
-
-    add = adders["design"]
-    add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
-    add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
-        help="mean recurrences to try at each budget")
-    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
-        help="seeds of each cell, such as 0 1 2 for three (default: 0)")
-    add("--noise", type=POSITIVE, metavar="SD",
-        help="of a run's loss, relative (default: the tables')")
-    add("--speed", type=POSITIVE, default=2.8e10, metavar="F",
-        help="FLOP/s of a core or GPU (default: %(default)g, a core of an AMD EPYC, 16 channels)")
-    add("--repeats", type=COUNT, default=100, metavar="N",
-        help="made-up sweeps (default: %(default)s)")
-
     return parser.parse_args(words or ["fit"])
 
 
@@ -428,11 +441,9 @@ def main():
     args = parse_args(sys.argv[1:])
     torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
     if args.command == "fit":
-        fit_command(args)
-    elif args.command == "predict":
-        predict(args)
+        fit(args)
     else:
-        design(args, *fitted(args))
+        predict(args)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def fixed_point(path, distances, factor, trained):
 def isoflop(path, budgets, optima, title):
     """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point.
 
-    budgets: of isoflop.budgets_of. optima: as isoflop.optimum_of gives them; a star stands at a
-    bottom inside, an arrow where the lowest loss is at an edge."""
+    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them; an
+    arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):
@@ -203,7 +203,7 @@ def isoflop(path, budgets, optima, title):
 def optima(path, points, law):
     """Draw the best recurrence and token count against the budget, by parabola and by law.
 
-    points: as isoflop.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
+    points: as scaling.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
     (best, low, high); "slopes", the published exponents of both."""
     figure, every = panels(2, 9, 4)
     x, inside = np.array(law["flops"]), [point for point in points if point["inside"]]

@@ -1,4 +1,4 @@
-"""Laws of the loss, and their fits: what a run will reach, by its size, loops and tokens.
+"""Laws of the loss, hundreds of fits of one at once, and the best recurrence under a law.
 
 A law is an object: a name, its prediction, its parameters. To add one, write the prediction and an
 entry of LAWS: scaling.py fits it to the runs at T = mu_rec and prints it.
@@ -12,14 +12,23 @@ prediction, delta 1e-3, from many random starts.
 """
 
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from parts.cli import progress_bar
-from parts.tables import column, distinct, run_key, sizes
+from parts.tables import (
+    column,
+    distinct,
+    kept,
+    rows_by_budget,
+    run_key,
+    same_budget,
+    sizes,
+    trained_depth,
+)
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
@@ -74,19 +83,16 @@ LAWS = {law.name: law for law in (
 
 
 def reasons_against(law, rows):
-    """Why the rows cannot tell the parameters of a law; law: a name."""
+    """Return why the rows cannot tell the parameters of a law, a list of texts; law: a name."""
     reasons = []
-    unrolled = {row["params_noncore"] + row["mu_rec"] * row["params_core"] for row in rows}
-    values = {"sizes of the unrolled model": len(unrolled),
-              "token counts": distinct(rows, "tokens")}
     if law == "worth" and sizes(rows) < 2:
         reasons.append("1 size of model, it needs 2")
+    values = {"sizes of the unrolled model": {unrolled(row) for row in rows},
+              "token counts": {row["tokens"] for row in rows}}
     if law == "unified":
-        shares = {row["recurrence"] / row["mu_rec"] for row in rows}
-        values["values of T / mu_rec at evaluation"] = len(shares)
-    for name, n in values.items():
-        if n < 3:
-            reasons.append(f"{n} {name}, it needs 3")
+        values["values of T / mu_rec at evaluation"] = {
+            row["recurrence"] / row["mu_rec"] for row in rows}
+    reasons += [f"{len(some)} {name}, it needs 3" for name, some in values.items() if len(some) < 3]
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
     if distinct(rows, "val_loss") == 1:
@@ -94,17 +100,21 @@ def reasons_against(law, rows):
     return reasons
 
 
+def unrolled(row):
+    """Return the parameters of a run's unrolled model."""
+    return row["params_noncore"] + row["mu_rec"] * row["params_core"]
+
+
 def units_of(rows):
-    """N and D of a middling run: in these units a law's parameters do not stand in for each other.
+    """Return N and D of a middling run: in these units X and x do not stand in for each other.
 
     (In X N^-x a change of x moves X by powers of ten, unless N is near 1.)"""
-    N = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
-    D = column(rows, "tokens")
-    return {"N": math.exp(np.log(N).mean()), "D": math.exp(np.log(D).mean())}
+    values = {"N": [unrolled(row) for row in rows], "D": column(rows, "tokens")}
+    return {name: math.exp(np.log(some).mean()) for name, some in values.items()}
 
 
 def runs_of(rows, units):
-    """What laws see of a table: float64 tensors (rows,), parameters and tokens in `units`."""
+    """Return what laws see of a table, float64 tensors (rows,): N and D in `units`."""
     def tensor(name):
         return torch.tensor(column(rows, name), dtype=torch.float64)
     return SimpleNamespace(
@@ -117,7 +127,7 @@ def runs_of(rows, units):
 
 
 def named(law, theta):
-    """The parameters by name, each (...,), from theta (..., parameters): see Parameter."""
+    """Return the parameters by name, each (...,), from theta (..., parameters): see Parameter."""
     result = SimpleNamespace()
     for i, (name, parameter) in enumerate(law.parameters.items()):
         value = theta[..., i]
@@ -126,7 +136,7 @@ def named(law, theta):
 
 
 def start_ranges(law, losses):
-    """Where fits to these losses start, as theta has it: (parameters,) low, and high."""
+    """Return between which theta fits to these losses start: (2, parameters), low and high."""
     scales = {"lowest": losses.min(), "span": max(np.ptp(losses), 1e-3), "one": 1.0}
     ends = []
     for parameter in law.parameters.values():
@@ -136,11 +146,11 @@ def start_ranges(law, losses):
 
 
 def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
-    """Levenberg-Marquardt on the Huber loss, hundreds of independent fits at once (scipy makes one
-    at a time).
+    """Return (theta, objective (fits,)) of hundreds of independent fits at once, by
+    Levenberg-Marquardt on the Huber loss (scipy makes one at a time).
 
-    theta: (fits, parameters), where to start. log_loss and weights (how often a row counts): each
-    (rows,) or (fits, rows). Returns (theta, objective (fits,))."""
+    theta: (fits, parameters), where to start. log_loss: (rows,) or (fits, rows). weights: (fits,
+    rows), how often a row counts."""
     def predict(one):
         return law.predict(named(law, one), runs).log()
     predict_all = torch.func.vmap(predict)
@@ -148,7 +158,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
 
     fits, rows = len(theta), log_loss.shape[-1]
     log_loss = log_loss.expand(fits, rows)
-    weights = torch.ones(1).double().expand(fits, rows) if weights is None else weights
+    weights = torch.ones(fits, rows).double() if weights is None else weights
     bounds = {"log": -40.0, "from 0": 0.0, "any": -math.inf}
     lowest = torch.tensor([bounds[p.domain] for p in law.parameters.values()]).double()
 
@@ -167,7 +177,6 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
         error = predict_all(old) - log_loss[todo]  # (fits, rows)
         step = damped_step(error, jacobian_of(old), weights[todo], damping[todo], old <= lowest)
         new = torch.maximum(old - step, lowest)
-
         value = objective(new, todo)
         gained = best[todo] - value
         accepted = gained > 0
@@ -187,8 +196,8 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
 
 
 def damped_step(error, jacobian, weights, damping, at_bound):
-    """What to subtract from theta, (fits, parameters): between the Gauss-Newton step for reweighted
-    squares (no damping) and a short one downhill (much).
+    """Return what to subtract from theta, (fits, parameters): between the Gauss-Newton step for
+    reweighted squares (no damping) and a short one downhill (much).
 
     error, weights: (fits, rows); jacobian: (fits, rows, parameters); damping: (fits,); at_bound:
     (fits, parameters), what can only rise."""
@@ -204,23 +213,20 @@ def damped_step(error, jacobian, weights, damping, at_bound):
     return step.clamp(-2, 2)  # of logarithms mostly: a factor of seven at most
 
 
-class Fit:
-    """A law fitted: theta (parameters,), samples (resamples, parameters), objective."""
-
-    def __init__(self, law, units, starts, theta, samples, objective):
-        self.law, self.units, self.starts, self.objective = law, units, starts, objective
-        self.theta, self.samples = theta, samples
+class Fit(namedtuple("Fit", "law units starts theta samples objective")):
+    """A law fitted: theta (parameters,), samples (resamples, parameters), objective; starts: of
+    start_ranges."""
 
     def predict(self, rows):
-        """Losses (rows,)."""
+        """Return losses (rows,)."""
         return self.law.predict(named(self.law, self.theta), runs_of(rows, self.units)).numpy()
 
     def error(self, rows):
-        """Mean relative error of the prediction."""
+        """Return the mean relative error of the prediction."""
         return float(np.abs(self.predict(rows) / column(rows, "val_loss") - 1).mean())
 
     def values(self, theta):
-        """{parameter: value} in natural units: X is per parameter, Y per token."""
+        """Return {parameter: value} in natural units: X is per parameter, Y per token."""
         values = {name: value.numpy() for name, value in vars(named(self.law, theta)).items()}
         for name, parameter in self.law.parameters.items():
             if parameter.per:
@@ -230,7 +236,7 @@ class Fit:
         return values
 
     def summary(self):
-        """What --json writes: each parameter, "ci" of each, and which are "undetermined".
+        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined".
 
         A parameter is not determined where its interval is more than half as wide as the range
         that fits started from: the data say little that the range had not said."""
@@ -238,17 +244,17 @@ class Fit:
         samples = self.values(self.samples)
         result["ci"] = {name: interval(samples[name], result[name]) for name in samples}
         result["undetermined"] = []
-        low, high = self.starts
+        widths = self.starts[1] - self.starts[0]
         for i, name in enumerate(self.law.parameters):
             ci = interval(self.samples[:, i], self.theta[i])
-            if None not in ci and ci[1] - ci[0] > (high[i] - low[i]) / 2:
+            if None not in ci and ci[1] - ci[0] > widths[i] / 2:
                 result["undetermined"].append(name)
         return result
 
 
 def interval(samples, point):
-    """The central 95 % of samples, stretched to hold the point. [None, None] where more than 5 % of
-    them are not finite, or the point, or where they are fewer than 20."""
+    """Return the central 95 % of samples, stretched to hold the point. [None, None] where more than
+    5 % of them are not finite, or the point, or where they are fewer than 20."""
     samples = np.asarray(samples, dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
@@ -258,23 +264,20 @@ def interval(samples, point):
 
 
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
-    """The best of many fits, and fits to resamples of the runs, each until it has converged.
-
-    law: a name."""
+    """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
+    has converged. law: a name."""
     law = LAWS[law]
     units = units_of(rows)
     runs = runs_of(rows, units)
     losses = column(rows, "val_loss")
     log_loss = torch.tensor(np.log(losses))
 
-    low, high = start_ranges(law, losses)
+    # A short fit of every start, then the best of them to the end.
+    low, high = ranges = start_ranges(law, losses)
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(starts, len(low), generator=generator, dtype=torch.float64)
-    theta = low + (high - low) * share
-    # A short fit of every start, then the best of them to the end.
-    theta, objective = minimise(law, runs, log_loss, theta, steps=50)
-    theta = theta[objective.argsort()[:8]]
-    theta, objective = minimise(law, runs, log_loss, theta)
+    theta, objective = minimise(law, runs, log_loss, low + (high - low) * share, steps=50)
+    theta, objective = minimise(law, runs, log_loss, theta[objective.argsort()[:8]])
     best = theta[objective.argmin()]
 
     # Fits to resamples start from the best. Of our table 24 other starts end lower in one resample
@@ -283,29 +286,119 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     if resamples:
         weights = resample(rows, resamples, seed)
         samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights)
-    return Fit(law, units, (low, high), best, samples, objective.min().item())
+    return Fit(law, units, ranges, best, samples, objective.min().item())
 
 
 def fits_of_noisy(fit, rows, log_loss):
-    """theta (sweeps, parameters) of fits of the same law to other log losses (sweeps, rows)."""
+    """Return theta (sweeps, parameters) of fits of the same law to other log losses (sweeps,
+    rows)."""
     theta = fit.theta.repeat(len(log_loss), 1)
     return refit(fit.law, runs_of(rows, fit.units), log_loss, theta)
 
 
 def refit(law, runs, log_loss, theta, weights=None):
-    """theta as of minimise, twice: from the end with large steps again, some leave a small dip."""
+    """Return theta of minimise, done twice: from the end with large steps again, some leave a small
+    dip."""
     for _ in range(2):
         theta, _ = minimise(law, runs, log_loss, theta, weights)
     return theta
 
 
 def resample(rows, resamples, seed):
-    """How often each row counts (resamples, rows): runs are drawn with replacement, whole."""
+    """Return how often each row counts (resamples, rows): whole runs are drawn with replacement."""
     runs = [run_key(row) for row in rows]
     index = {run: i for i, run in enumerate(dict.fromkeys(runs))}
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
     return torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
+
+# ----------------------------------------------------------------------------- fits to a table
+
+
+def can_fit(law, rows, notes):
+    """Return whether a law can be fitted; if not, a note says why."""
+    reasons = reasons_against(law, rows)
+    if reasons:
+        notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
+    return not reasons
+
+
+def fit_without_largest(law, rows, notes):
+    """Return (a fit to all but the largest budget, the rows of that). None, and a note says why,
+    where that cannot be."""
+    top = column(rows, "flops").max()
+    seen = [row for row in rows if not same_budget(row["flops"], top)]
+    largest = [row for row in rows if same_budget(row["flops"], top)]
+    reasons = reasons_against(law, seen) if seen else ["there is one budget"]
+    if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
+        # also where the runs were planned by another accounting and share no budgets in this one
+        reasons.append("it has fewer than three recurrences")
+    if reasons:
+        notes.append(f"{law} law: no error on the largest budget, fitted without it "
+                     f"({'; '.join(reasons)})")
+        return None
+    return fit_law(law, seen, resamples=0), largest
+
+
+def fit_with_error(law, rows, resamples, notes):
+    """Return (Fit, what --json writes of it, what fit_without_largest returns)."""
+    held_out = fit_without_largest(law, rows, notes)
+    fit = fit_law(law, rows, resamples=resamples)
+    error = held_out[0].error(held_out[1]) if held_out else None
+    return fit, fit.summary() | {"held_out_error": error}, held_out
+
+
+def fit_unified(rows, resamples, notes):
+    """Return what --json writes of the unified law.
+
+    Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
+    measured."""
+    _, result, held_out = fit_with_error("unified", rows, resamples, notes)
+    result["held_out_error_given_loss"] = None
+    if held_out:
+        fit, unseen = held_out
+        measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
+        unseen = kept(unseen, lambda row: run_key(row) in measured, notes, "of the largest budget "
+                      "have no row at T = mu_rec: of the error given that loss they are")
+        if unseen:
+            at_mu = fit.predict([row | {"recurrence": row["mu_rec"]} for row in unseen])
+            loss = fit.predict(unseen) - at_mu + [measured[run_key(row)] for row in unseen]
+            error = np.abs(loss / column(unseen, "val_loss") - 1).mean()
+            result["held_out_error_given_loss"] = float(error)
+    return result
+
+
+def fit_worth(rows, resamples):
+    """Return phi, and how much worse the law fits where a loop is worth nothing (0) or a layer
+    (1)."""
+    fit = fit_law("worth", rows, resamples=resamples)
+    law = fit.summary()
+    unlooped = [row | {"mu_rec": 1} for row in rows]
+    objective = {"free": fit.objective,
+                 "phi = 0": fit_law("training", unlooped, resamples=0).objective,
+                 "phi = 1": fit_law("training", rows, resamples=0).objective}
+    return {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": objective,
+            "sizes": sizes(rows)}
+
+
+def fit_test_time(rows, notes):
+    """Return [(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs, and
+    of those the lowest seed."""
+    result, few = [], []
+    for mu in sorted({row["mu_rec"] for row in rows} - {1}):
+        largest = rows_by_budget([row for row in rows if row["mu_rec"] == mu])[-1]
+        run = run_key(min(largest, key=lambda row: row["seed"]))
+        data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
+        if len(data) < 4 or distinct(data, "val_loss") == 1:
+            few.append(f"{mu:g}")
+            continue
+        fit = fit_law("test time", data, starts=16, resamples=0)
+        values = {name: float(value) for name, value in fit.values(fit.theta).items()}
+        result.append((data, fit, run._asdict() | values | {"error": fit.error(data)}))
+    if few:
+        notes.append(f"test-time law: not fitted for mu_rec {', '.join(few)} (it needs losses that "
+                     "differ at 4 values of T)")
+    return result
 
 # ----------------------------------------------------------------------------- the frontier
 
@@ -313,24 +406,28 @@ MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked fo
 
 
 def token_cost(rows):
-    """A function: mean recurrences (n,) -> FLOPs of a token, from what the runs of a table cost.
+    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what the runs of a table
+    cost.
 
     Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
     recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
-    spent = {}
+    flops, tokens = Counter(), Counter()
     for row in rows:
-        flops, tokens = spent.get((row["mu_rec"], row["mu_bwd"]), (0, 0))
-        spent[row["mu_rec"], row["mu_bwd"]] = flops + row["flops"], tokens + row["tokens"]
-    cheapest = {}  # mu_rec: (FLOPs, mu_bwd)
-    for (mu, mu_bwd), (flops, tokens) in spent.items():
-        cheapest[mu] = min((flops / tokens, mu_bwd), cheapest.get(mu, (math.inf, 0)))
+        flops[row["mu_rec"], row["mu_bwd"]] += row["flops"]
+        tokens[row["mu_rec"], row["mu_bwd"]] += row["tokens"]
+    cheapest = {}  # mu_rec: (FLOPs of a token, mu_bwd)
+    for mu, mu_bwd in flops:
+        one = flops[mu, mu_bwd] / tokens[mu, mu_bwd], mu_bwd
+        cheapest[mu] = min(one, cheapest.get(mu, one))
     costs = {mu: cost for mu, (cost, _) in cheapest.items()}
     rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
     return cost_between(lower_hull(costs) if rounded else costs)
 
 
 def lower_hull(costs):
-    """The recurrences that are no dearer than a mix of others; costs: {mean recurrence: FLOPs}."""
+    """Return the recurrences that are not dearer than a mix of others.
+
+    costs, and what is returned: {mean recurrence: FLOPs of a token}."""
     hull = []
     for x, y in sorted(costs.items()):
         while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], (x, y)):
@@ -340,7 +437,7 @@ def lower_hull(costs):
 
 
 def cost_between(costs):
-    """A function: mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
+    """Return a function, mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
 
     Straight lines between them. Beyond the ends the first and the last line go on; below the first,
     a token costs no less than in proportion."""
@@ -356,11 +453,12 @@ def cost_between(costs):
 
 
 def slope(a, b):
+    """Return the slope of the line through two points."""
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def frontier(fit, size, cost, flops, theta=None):
-    """mu*, D* and the loss of lowest predicted loss at a budget, each (fits,).
+    """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,).
 
     size: a row with the parameters of the model. cost: see cost_between. theta: other fits than the
     best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond. It
@@ -376,7 +474,7 @@ def frontier(fit, size, cost, flops, theta=None):
 
 
 def frontier_exponents(fit, size, cost, low, high, theta=None):
-    """Mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, each (fits,).
+    """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
     The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
     exponent of `far_exponents` far above. So this is the mean slope, of a line through logarithms,
@@ -393,9 +491,19 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
     return exponents
 
 
+def exponents_of(fit, size, cost, flops):
+    """Return {"mu_rec", "tokens"}: exponents along the frontier, over the range of these FLOPs."""
+    low, high = flops.min(), flops.max()
+    point = frontier_exponents(fit, size, cost, low, high)[:, 0]
+    sampled = frontier_exponents(fit, size, cost, low, high, fit.samples)
+    return {name: {"exponent": float(value) if np.isfinite(value) else None,
+                   "ci": interval(samples, value)}
+            for name, value, samples in zip(("mu_rec", "tokens"), point, sampled)}
+
+
 def far_exponents(fit):
-    """{"params", "tokens"}: exponents of N* and D*, the best size and token count, C^(y / (x + y))
-    and C^(x / (x + y)), each with its interval.
+    """Return {"params", "tokens"}: exponents of N* and D*, the best size and token count,
+    C^(y / (x + y)) and C^(x / (x + y)), each with its interval.
 
     By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
     grows like it once the loops are most of the model."""

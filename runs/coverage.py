@@ -12,11 +12,11 @@ import math
 import numpy as np
 import torch
 
+from parts.chance import without_seed_effects
 from parts.cli import COUNT, Parser, number, progress_bar, run_script
-from parts.isoflop import budgets_of, fit_parabolas
-from parts.laws import MU, fit_law, frontier, frontier_exponents, interval
-from parts.tables import read_tables, without_seed_effects
-from scaling import default_tables, exponents_of, fit_optima
+from parts.laws import MU, exponents_of, fit_law, frontier, frontier_exponents, interval
+from parts.tables import budgets_of, read_tables
+from scaling import TABLES, fit_optima, fit_parabolas
 from tools.design import grid
 
 BUDGETS = (4e12, 8e12, 1.6e13, 3.2e13)
@@ -40,7 +40,7 @@ def parabola_truth():
 
 def law_truth():
     """The same of the training law of the tables in results/, for the runs there."""
-    _, table = fit_optima(*read_tables(default_tables()), resamples=0)
+    _, table = fit_optima(*read_tables(TABLES), resamples=0)
     fit, cost, rows = table.fit, table.cost, table.rows
     size = rows[0]
     best = {c: frontier(fit, size, cost, c)[0][0] for c in BUDGETS}

@@ -6,7 +6,7 @@ from conftest import OUR_FILES
 
 from parts import figures
 from parts.cli import UserError
-from parts.isoflop import budgets_of
+from parts.tables import budgets_of
 
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])

@@ -5,18 +5,9 @@ import numpy as np
 import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
-from parts.isoflop import (
-    budgets_of,
-    fit_parabolas,
-    gains,
-    lack_of_fit,
-    left_by_parabola,
-    line_through,
-    most_by_chance,
-    noise_of,
-    seed_differences,
-    without_a_pair,
-)
+from parts.chance import gains, lack_of_fit, most_by_chance, seed_differences, without_a_pair
+from parts.tables import budgets_of
+from scaling import fit_parabolas, left_by_parabola, line_through, noise_of
 
 
 def optima_of(rows, resamples=1000):

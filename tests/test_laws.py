@@ -5,8 +5,8 @@ from conftest import ROOT
 from sweeps import chinchilla, evaluated, parametric, sweep
 
 import scaling
-from parts import fit_report as report
 from parts import laws
+from parts import show_fit as report
 from parts.laws import (
     POWER,
     Law,

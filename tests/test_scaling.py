@@ -7,12 +7,11 @@ from conftest import ROOT, script
 from sweeps import cost, evaluated, parabolic, parametric, sweep
 
 import scaling
-from parts import figures
-from parts import fit_report as report
+from parts import figures, laws
+from parts import show_fit as report
 from parts.cli import UserError
 from parts.laws import fit_law, frontier, token_cost
 from parts.tables import read_tables, write_csv
-from tools import design as plan
 
 
 def test_the_laws_of_a_table(tmp_path):
@@ -42,7 +41,7 @@ def test_the_laws_of_a_table(tmp_path):
 
 def test_phi_and_what_it_costs_to_do_without():
     rows = sweep(lambda row: parametric(row, 0.5), 0.002, sizes=(0.5, 1, 2))
-    worth = scaling.fit_worth(rows, resamples=40)
+    worth = laws.fit_worth(rows, resamples=40)
     assert worth["phi"] == pytest.approx(0.5, abs=0.05) and worth["sizes"] == 3
     assert worth["ci"][0] < 0.5 < worth["ci"][1]
     objective = worth["objective"]
@@ -70,7 +69,7 @@ def test_a_largest_budget_that_is_not_shared_is_not_held_out():
     other = [row | {"flops": row["flops"] * (1 + 0.05 * row["mu_rec"]), "accounting": "other"}
              for row in rows]
     notes = []
-    _, unseen = scaling.fit_without_largest("training", rows, notes)
+    _, unseen = laws.fit_without_largest("training", rows, notes)
     assert {row["flops"] for row in unseen} == {16e12} and len(unseen) == 7 and notes == []
     out = scaling.fit_optima(rows + other, "other", resamples=0)[0]
     assert out["training_law"]["held_out_error"] is None
@@ -169,30 +168,13 @@ def test_what_cannot_be_fitted_is_said_once_and_the_rest_fitted(rows, said, tmp_
     report.draw(out, table, tmp_path)
 
 
-def test_a_design_says_what_a_sweep_would_find():
-    rows = sweep(parametric, 0.002, recurrences=(1, 2, 4, 8, 16))
-    fit = fit_law("training", rows, resamples=0)
-    spreads = {}
-    for seeds in (1, 8):
-        design = plan.grid(rows[0], cost, (4e12, 8e12, 1.6e13), (1, 2, 4, 8, 16), range(seeds))
-        assert len(design) == 3 * 5 * seeds
-        found = plan.simulate(fit, design, cost, 0.003, 60)
-        true = found["truth"]["exponent"][0]
-        for name, bias in (("law", 0.03), ("parabola", 0.2)):  # the truth is no parabola
-            spreads[name, seeds] = found[name]["exponent"].std()
-            assert found[name]["exponent"].mean() == pytest.approx(true, abs=bias)
-    # Eight seeds are worth a factor near the root of eight.
-    for name in ("law", "parabola"):
-        assert 1.8 < spreads[name, 1] / spreads[name, 8] < 5
-
-
 def run(*args, cwd, code=0):
     done = script("scaling.py", *args, cwd=cwd)
     assert done.returncode == code, done.stderr[-2000:]
     return done
 
 
-def test_fit_predict_and_design_from_the_command_line(tmp_path):
+def test_fit_and_predict_from_the_command_line(tmp_path):
     write_csv(tmp_path / "t.csv", sweep(parametric, 0.002, recurrences=(1, 2, 4, 8, 16)))
     said = run("fit", "t.csv", "--json", "fit.json", "--figures", "figures", "--resamples", 30,
                cwd=tmp_path).stdout
@@ -215,10 +197,6 @@ def test_fit_predict_and_design_from_the_command_line(tmp_path):
     assert "warning: 10 times beyond" in said
     said = run("predict", "t.csv", "--flops", "4e12", cwd=tmp_path).stdout
     assert "the runs at this budget, without the law: mu* = " in said
-
-    said = run("design", "--tables", "t.csv", "--budgets", "1e12", "4e12", "--recurrences", 1, 4,
-               16, "--seeds", 0, 1, "--noise", 0.002, "--repeats", 25, cwd=tmp_path).stdout
-    assert "12 runs of made up 1" in said and "exponent of mu*: true" in said
 
 
 def test_the_cost_of_a_token_does_not_depend_on_the_order_of_runs():
@@ -253,9 +231,6 @@ def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
     (["predict", "--flops", "1e13", "nowhere.csv"], "nowhere.csv cannot be read"),
     (["predict", "--flops", "1e13", ROOT / "results" / "others" / "overtrain-c4.csv"],
      "do not determine a training law of loops"),
-    (["design", "--budgets", "1e12", "--recurrences", "1", "2", "4"], "needs two budgets"),
-    (["design", "--budgets", "4e12", "4.1e12", "--recurrences", "1", "2", "4"],
-     "4e+12 and 4.1e+12 are less than 6% apart"),
     (["fit", "--json", ROOT], "which is no file"),
     (["fit", "--nonsense"], "unrecognized arguments: --nonsense"),
 ])
@@ -310,7 +285,7 @@ def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
              for row in rows]
     for law in ("training", "unified"):
         some = above if law == "training" else evaluated(above)
-        smaller, unseen = scaling.fit_without_largest(law, some, [])
+        smaller, unseen = laws.fit_without_largest(law, some, [])
         assert {row["flops"] for row in unseen} == {16e12}
         assert smaller.error(unseen) == pytest.approx(0.03, abs=0.003)
         saw_it = fit_law(law, some, resamples=0)
@@ -336,18 +311,6 @@ def test_a_cell_headed_95_percent_has_an_interval():
     assert "one pair)" in report.gain_text(single | {"ci": [None, None]})
 
 
-def test_a_design_has_the_noise_and_the_cost_of_its_runs(capsys):
-    rows = sweep(parametric, recurrences=(1, 2, 4, 8, 16))
-    fit = fit_law("training", rows, resamples=0)
-    design = plan.grid(rows[0], cost, (4e12, 8e12), (1, 2, 4, 8, 16), range(4))
-    for row in design:
-        assert row["tokens"] == pytest.approx(row["flops"] / cost(row["mu_rec"]))
-    found = plan.simulate(fit, design, cost, 1e-6, 20)  # without noise each finds the truth
-    for j, true in enumerate(found["truth"]["mu"][0]):
-        assert found["law"]["mu"][:, j] == pytest.approx(true, abs=0.01)
-    assert plan.central(np.arange(1000.0)) == pytest.approx((25, 500, 975), abs=1)
-
-
 def test_what_a_law_leaves_over_is_the_noise_of_seeds():
     table = scaling.Table(sweep(parametric, 0.003, seeds=4), "exact")
     table.fit = fit_law("training", table.rows, starts=16, resamples=0)
@@ -356,27 +319,14 @@ def test_what_a_law_leaves_over_is_the_noise_of_seeds():
     assert squares / freedom / 0.003 ** 2 == pytest.approx(1, abs=0.5)  # of one run, not of four
 
 
-def test_made_up_sweeps_have_the_noise_asked_for(monkeypatch):
-    rows = sweep(parametric, recurrences=(1, 2, 4, 8))
-    fit = fit_law("training", rows, starts=16, resamples=0)
-    drawn = []
-
-    def fits_of_noisy(fit, rows, log_loss):
-        drawn.append(log_loss.numpy() - np.log(fit.predict(rows)))
-        return fit.theta.repeat(len(log_loss), 1)
-    monkeypatch.setattr(plan, "fits_of_noisy", fits_of_noisy)
-    plan.simulate(fit, rows, cost, 0.004, 50)
-    assert drawn[0].std() == pytest.approx(0.004, rel=0.1)
-
-
 def test_of_each_recurrence_the_run_with_most_flops_has_a_test_time_law():
     rows = evaluated(sweep(parametric, seeds=2, recurrences=(1, 4)))
-    (found,) = scaling.fit_test_time(rows, [])
+    (found,) = laws.fit_test_time(rows, [])
     assert (found[2]["flops"], found[2]["mu_rec"], found[2]["seed"]) == (16e12, 4, 0)
 
 
 def test_a_loop_that_is_worth_a_layer_fits_best_as_one():
     rows = sweep(parametric, 0.001, sizes=(0.5, 1, 2), recurrences=(1, 2, 4, 8))
-    objective = scaling.fit_worth(rows, resamples=0)["objective"]
+    objective = laws.fit_worth(rows, resamples=0)["objective"]
     assert objective["free"] <= objective["phi = 1"] * (1 + 1e-6)
     assert objective["phi = 1"] < 1.2 * objective["free"] < objective["phi = 0"] / 2

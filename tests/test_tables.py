@@ -147,36 +147,6 @@ def test_what_is_left_out_is_counted_in_runs():
     assert len(notes) == 1  # every run has such a row
 
 
-def blocks(effects, cells):
-    """[{seed: log loss}]: cells of these seeds, each at a level of its own."""
-    return [{seed: 3.0 + i + effects[seed] for seed in seeds} for i, seeds in enumerate(cells)]
-
-
-def test_the_effects_of_seeds_are_found_within_cells():
-    true = {0: -0.004, 1: 0.001, 2: 0.003}
-    # Where seed 0 is alone its level says nothing of it: it is that of the cell.
-    cells = blocks(true, [(0,), (0,), (1, 2), (0, 1), (0, 1, 2), (2,), (1, 2)])
-    effects, squares, freedom = tables.seed_effects(cells)
-    assert effects == pytest.approx(true) and freedom == 2
-    within = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
-    assert squares == pytest.approx(within)
-    # Two seeds that share one cell alone, or none, have no effect that could be known.
-    assert tables.seed_effects(blocks(true, [(0, 1), (0,), (1,), (1, 2), (2,)])) == ({}, 0, 0)
-    only = tables.seed_effects(blocks(true, [(0, 1), (0, 1), (1, 2), (2,)]))[0]
-    assert only == pytest.approx({0: -0.0025, 1: 0.0025})
-
-
-def test_losses_without_the_effects_of_seeds_are_those_of_no_seed():
-    def loss(row):
-        return parametric(row) * math.exp({0: -0.006, 1: 0.002, 2: 0.004}[row["seed"]])
-    rows = evaluated(sweep(loss, seeds=3))
-    few = [row for row in rows if row["seed"] == 0 or row["mu_rec"] in (1, 8)]
-    for row in tables.trained_depth(tables.without_seed_effects(few)):
-        true = parametric(row) + 0.1 * math.exp(-2)
-        assert row["val_loss"] == pytest.approx(true, rel=2e-4)
-    assert len(tables.without_seed_effects(few)) == len(few)  # at every T
-
-
 def test_flops_by_another_accounting_are_in_proportion_to_its_cost(build, tmp_path):
     cost = {name: {"params_core": 10, "params_noncore": 10, "flops_per_token": per_token}
             for name, per_token in (("exact", 100), ("paper", 80))}

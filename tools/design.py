@@ -1,6 +1,6 @@
 """Is my evening enough? What a sweep would find of a known law, before anybody trains it.
 
-    python scaling.py design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 0 1 2
+    python -m tools.design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 0 1 2
 
 The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
 the noise of real runs, and both methods, laws and parabolas, are let loose on them. The spread of
@@ -13,25 +13,26 @@ import math
 import numpy as np
 import torch
 
-from parts import isoflop
-from parts.cli import UserError
+import scaling
+from parts.cli import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script
 from parts.laws import fits_of_noisy, frontier, frontier_exponents
-from parts.tables import column, distinct_budgets
+from parts.tables import budgets_of, column, distinct_budgets
 
 
 def grid(size, cost, budgets, recurrences, seeds):
-    """The rows of a sweep, val_loss still unknown; size: a row of the model; seeds: a list."""
+    """Return the rows of a sweep, val_loss still unknown; size: a row of the model."""
     return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
                     "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed}
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
 
-def simulate(fit, rows, cost, noise, repeats, seed=0):
-    """What the two methods find in made-up sweeps of a law with noise (relative) in the losses.
+def simulate(fit, rows, cost, noise, repeats):
+    """Return what the two methods find in made-up sweeps of a law with noise (relative) in the
+    losses.
 
-    Returns {"truth", "law", "parabola"}: each {"mu": log mu* (repeats, budgets), "exponent":
-    (repeats,)}; of truth one repeat."""
-    rng = np.random.default_rng(seed)
+    {"truth", "law", "parabola"}: each {"mu": log mu* (repeats, budgets), "exponent": (repeats,)};
+    of truth one repeat."""
+    rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
     budgets = sorted({row["flops"] for row in rows})
     found = {}
@@ -42,20 +43,19 @@ def simulate(fit, rows, cost, noise, repeats, seed=0):
         found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
 
     # of these only the recurrences and seeds are used: the losses are those of each sweep
-    every = isoflop.budgets_of([row | {"val_loss": 1.0} for row in rows])
+    every = budgets_of([row | {"val_loss": 1.0} for row in rows])
     means = log_loss.reshape(repeats, len(every), len(every[0].mu), -1).mean(-1)  # over seeds
-    mu = np.array([[isoflop.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
+    mu = np.array([[scaling.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
                    for one in means])
-    low, high = every[0].log_mu[[0, -1]]
-    exponents = [isoflop.line_through(np.log(budgets), one, np.full(len(every), low),
-                                      np.full(len(every), high))[0] for one in mu]
+    low, high = (np.full(len(every), end) for end in every[0].log_mu[[0, -1]])
+    exponents = [scaling.line_through(np.log(budgets), one, low, high)[0] for one in mu]
     found["parabola"] = {"mu": mu, "exponent": np.array(exponents)}
     return found
 
 
 def central(samples):
-    """(low, middle, high): the middle and the central 95 % of samples without NaN, None of fewer
-    than 20. Some may be infinite."""
+    """Return the 2.5 %, 50 % and 97.5 % quantiles of samples without NaN, None of fewer than 20.
+    Some may be infinite."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
         return None
@@ -63,18 +63,18 @@ def central(samples):
 
 
 def loops_text(log_mu, fewest, most):
-    """mu* and its interval as text, from logarithms; infinite ones are at the edge of what is
-    tried."""
+    """Return mu* and its interval as text, from logarithms: infinite ones are at the edge of what
+    is tried."""
     found = central(log_mu)
     if found is None:
         return "-"
-    low, middle, high = (f"<= {fewest}" if end == -math.inf else f">= {most}" if end == math.inf
-                         else f"{math.exp(end):.2f}" for end in found)
+    bounds = {-math.inf: f"<= {fewest}", math.inf: f">= {most}"}
+    low, middle, high = (bounds.get(end) or f"{math.exp(end):.2f}" for end in found)
     return f"{middle} [{low}, {high}]"
 
 
 def exponent_text(samples):
-    """An exponent, its interval and half of its width as text."""
+    """Return an exponent, its interval and half of its width as text."""
     found = central(samples)
     if found is None:
         return "unknown"
@@ -82,23 +82,23 @@ def exponent_text(samples):
     return f"{middle:.2f} [{low:.2f}, {high:.2f}], half width {(high - low) / 2:.2f}"
 
 
-def design(args, out, table):
-    """Print what a sweep would cost and find. out, table: of scaling.fit_optima."""
+def design(args):
+    """Print what a sweep would cost and find. Raises UserError."""
     budgets, recurrences = distinct_budgets(args.budgets), sorted({*args.recurrences})
     if len(recurrences) < 3 or len(budgets) < 2:
         raise UserError("a design needs two budgets and three recurrences at least")
-    noise = args.noise or (out.get("noise") or {}).get("sd")
+    out, table = scaling.fitted(args, resamples=0)
+    noise = args.noise or (out["noise"] or {}).get("sd")
     if not noise:
         raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
-    fit, cost = table.fit, table.cost
-    rows = grid(table.rows[0], cost, budgets, recurrences, sorted({*args.seeds}))
+    rows = grid(table.rows[0], table.cost, budgets, recurrences, sorted({*args.seeds}))
     flops = column(rows, "flops").sum()
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
           f"taken for the truth: the training law of {out['runs']} runs; noise {noise:.2%} a run; "
           f"{args.repeats} made-up sweeps\n")
 
-    found = simulate(fit, rows, cost, noise, args.repeats)
+    found = simulate(table.fit, rows, table.cost, noise, args.repeats)
     print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
     for j, c in enumerate(budgets):
         (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
@@ -115,3 +115,27 @@ def design(args, out, table):
     if not np.isfinite(true):
         print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
               "larger budgets are needed")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    scaling.add_table_flags(add, "--tables")
+    add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
+    add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
+        help="mean recurrences to try at each budget")
+    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
+        help="seeds of each cell, such as 0 1 2 for three (default: 0)")
+    add("--noise", type=POSITIVE, metavar="SD",
+        help="of a run's loss, relative (default: the tables')")
+    add("--speed", type=POSITIVE, default=2.8e10, metavar="F",
+        help="FLOP/s of a core or GPU (default: %(default)g, a core of an AMD EPYC, 16 channels)")
+    add("--repeats", type=COUNT, default=100, metavar="N",
+        help="made-up sweeps (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
+    design(args)
+
+
+if __name__ == "__main__":
+    run_script(main)

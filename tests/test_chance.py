@@ -1,13 +1,14 @@
+import math
+
 import numpy as np
 import pytest
 import sweeps
 from conftest import ROOT
-from sweeps import chinchilla, parabolic, parametric, sweep
+from sweeps import chinchilla, evaluated, parabolic, parametric, sweep
 
 import scaling
-from parts.isoflop import noise_of
-from parts.outliers import diverged, without_diverged
-from parts.tables import column, read_tables, trained_depth, without_seed_effects
+from parts.chance import diverged, seed_effects, without_diverged, without_seed_effects
+from parts.tables import column, read_tables, trained_depth
 
 OURS = trained_depth(row for row in read_tables([ROOT / "results" / "sweep-stdlib-16.csv"])[0]
                      if row["accounting"] == "exact")
@@ -111,7 +112,7 @@ def test_a_diverged_run_changes_nothing_that_is_fitted():
     assert "times the noise" in said and expected.notes == []
     assert found.rows == expected.rows and found.at_every_T == expected.at_every_T
     assert found.every_model == expected.every_model and found.measured == expected.measured
-    assert noise_of(found.budgets) == noise_of(expected.budgets)
+    assert scaling.noise_of(found.budgets) == scaling.noise_of(expected.budgets)
 
 
 def test_a_run_is_judged_beside_its_own_model():
@@ -122,3 +123,33 @@ def test_a_run_is_judged_beside_its_own_model():
     assert without_diverged(rows + other, notes) == rows + other and notes == []
     assert len(without_seed_effects(rows + other)) == len(rows + other)
     assert column(rows, "val_loss").min() > 0.5
+
+
+def blocks(effects, cells):
+    """[{seed: log loss}]: cells of these seeds, each at a level of its own."""
+    return [{seed: 3.0 + i + effects[seed] for seed in seeds} for i, seeds in enumerate(cells)]
+
+
+def test_the_effects_of_seeds_are_found_within_cells():
+    true = {0: -0.004, 1: 0.001, 2: 0.003}
+    # Where seed 0 is alone its level says nothing of it: it is that of the cell.
+    cells = blocks(true, [(0,), (0,), (1, 2), (0, 1), (0, 1, 2), (2,), (1, 2)])
+    effects, squares, freedom = seed_effects(cells)
+    assert effects == pytest.approx(true) and freedom == 2
+    within = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
+    assert squares == pytest.approx(within)
+    # Two seeds that share one cell alone, or none, have no effect that could be known.
+    assert seed_effects(blocks(true, [(0, 1), (0,), (1,), (1, 2), (2,)])) == ({}, 0, 0)
+    only = seed_effects(blocks(true, [(0, 1), (0, 1), (1, 2), (2,)]))[0]
+    assert only == pytest.approx({0: -0.0025, 1: 0.0025})
+
+
+def test_losses_without_the_effects_of_seeds_are_those_of_no_seed():
+    def loss(row):
+        return parametric(row) * math.exp({0: -0.006, 1: 0.002, 2: 0.004}[row["seed"]])
+    rows = evaluated(sweep(loss, seeds=3))
+    few = [row for row in rows if row["seed"] == 0 or row["mu_rec"] in (1, 8)]
+    for row in trained_depth(without_seed_effects(few)):
+        true = parametric(row) + 0.1 * math.exp(-2)
+        assert row["val_loss"] == pytest.approx(true, rel=2e-4)
+    assert len(without_seed_effects(few)) == len(few)  # at every T

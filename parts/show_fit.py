@@ -1,11 +1,15 @@
 """What scaling.py prints and draws of a fit: our numbers beside the published ones."""
 
+import itertools
+
 import numpy as np
 
 from parts import figures
-from parts.isoflop import most_by_chance
+from parts.chance import most_by_chance
 from parts.laws import MU, frontier, interval
 from parts.tables import column
+
+NEAR_BUDGETS = 1.10  # budgets less apart than this may be meant as one
 
 # What the papers found, printed beside our numbers; SLOPES are the exponents of mu* and D* (§5.2).
 SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
@@ -15,6 +19,39 @@ PUBLISHED = {
     "unified": "0.85 to 1.31 % in Parcae",
     "given_loss": "0.10 to 0.17 % in Parcae",
 }
+
+
+def notes_on(budgets, optima, noise):
+    """Return what a reader of the optima must know of the budgets, a list of texts."""
+    notes = []
+    alike = sum(budget.left_out for budget in budgets)
+    if alike:
+        notes.append(f"{alike} runs have the budget, recurrence and seed of another, and are left "
+                     "out")
+    if noise is None:
+        notes.append("no two runs differ in their seed alone, and no parabola leaves anything "
+                     "over: nothing is known of the noise, so no intervals")
+    near = [f"{low.flops:.3g} and {high.flops:.3g}" for low, high in itertools.pairwise(budgets)
+            if high.flops <= NEAR_BUDGETS * low.flops]
+    if near:
+        more = " ..." if len(near) > 3 else ""
+        notes.append(f"budgets of {'; '.join(near[:3])}{more} FLOPs are less than "
+                     f"{NEAR_BUDGETS - 1:.0%} apart and count as different: if they are meant "
+                     "as one, parabolas through parts of it mislead")
+    few = len(budgets) - len(optima)
+    if few:
+        notes.append(f"{few} of {len(budgets)} budgets have fewer than three recurrences evaluated "
+                     "at T = mu_rec: no parabola")
+    inside = sum(optimum["inside"] for optimum in optima)
+    said = []
+    if inside < len(optima):
+        said.append(f"{len(optima) - inside} of {len(optima)} budgets have their lowest loss at an "
+                    "edge: they bound the power law, and are no points of it")
+    if optima and inside < 2:
+        said.append(f"{inside} optima inside the recurrences: no exponent (it needs 2)")
+    if said:
+        notes.append("; ".join(said))
+    return [f"isoFLOP: {note}" for note in notes]
 
 
 def rounded(value, digits=3):
@@ -28,7 +65,7 @@ def span(ci, edges=(False, False)):
 
 
 def chance_text(chance, form):
-    """What isoflop.lack_of_fit says, as text; form: of what is fitted."""
+    """What chance.lack_of_fit says, as text; form: of what is fitted."""
     share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
     return f"if it were {form}, the noise of seeds would miss it by so much in {share} of sweeps"
 
@@ -86,7 +123,7 @@ def report_noise(noise):
 
 
 def report_seeds(seeds):
-    """Print how far seeds are apart in all runs alike; seeds: of isoflop.seed_differences."""
+    """Print how far seeds are apart in all runs alike; seeds: of chance.seed_differences."""
     said = ", ".join(f"{seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
     chance = f" (by chance so much in {seeds['chance']:.1%} of sweeps)" if seeds["chance"] else ""
     print(f"seeds differ in all runs alike{chance}; taken out of all losses here: {said}")
@@ -105,7 +142,7 @@ def frontier_text(mu, ci):
 
 
 def optimum_text(optimum):
-    """mu* at a budget by parabola; optimum: of isoflop.optimum_of."""
+    """mu* at a budget by parabola; optimum: of scaling.optimum_of."""
     found = rounded(optimum["mu_rec"])
     if optimum["at_most"]:
         found = f"at most {optimum['at_most']:g}"
@@ -135,7 +172,7 @@ def report_optima(out):
 
 
 def gain_text(gain):
-    """What looping gains at a budget, as text; gain: of isoflop.gains."""
+    """What looping gains at a budget, as text; gain: of chance.gains."""
     mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
     if gain["single"]:
         known = f", +-{(gain['ci'][1] - gain['gain']):.2g}" if None not in gain["ci"] else ""

@@ -1,0 +1,283 @@
+"""What is chance in a table: the effects of seeds, the noise of a run, runs that diverged.
+
+Runs that differ in their seed alone are a cell, {seed: log loss}. What a seed does to all runs
+alike is taken out of the losses; what is left over within cells is the noise of a run.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+
+from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth
+
+# ----------------------------------------------------------------------------- seeds
+
+
+def cells_of(rows):
+    """Return lists of rows that differ in their seed alone."""
+    names = "model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence"
+    cells = {}
+    for i, group in enumerate(rows_by_budget(rows)):
+        for row in group:
+            cells.setdefault((i, *(row[name] for name in names)), []).append(row)
+    return list(cells.values())
+
+
+def seed_effects(cells):
+    """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
+
+    A seed is a block: it gives all runs the same order of the text, and some of the same initial
+    weights. Its effect is by how much its log losses differ from the mean of all seeds, in every
+    cell alike: the least squares of log loss = cell + seed. So only seeds that share two cells with
+    another have one, and the difference between cells plays no part."""
+    shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
+    known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
+    if not known:
+        return {}, 0.0, 0
+    which, losses = np.empty((0, len(known))), np.empty(0)
+    for cell in cells:
+        mine = [seed for seed in known if seed in cell]
+        if len(mine) > 1:
+            here = np.array([[seed == other for other in known] for seed in mine], dtype=float)
+            loss = np.array([cell[seed] for seed in mine])
+            which = np.vstack([which, here - here.mean(0)])
+            losses = np.append(losses, loss - loss.mean())
+    effects = np.linalg.pinv(which) @ losses  # of all that fit alike, those whose sum is 0
+    squares = ((which @ effects) ** 2).sum()
+    return dict(zip(known, effects.tolist())), squares, int(np.linalg.matrix_rank(which))
+
+
+def without_seed_effects(rows):
+    """Return the rows, at every T, without the effects that seeds have on each model's losses at
+    T = mu_rec. These count as known then: to find them anew in each resample moves no interval of
+    our exponents by more than 0.02."""
+    result = []
+    for group in comparable(rows):
+        cells = [{row["seed"]: math.log(row["val_loss"]) for row in cell}
+                 for cell in cells_of(trained_depth(group))]
+        effects = seed_effects(cells)[0]
+        result += [row | {"val_loss": row["val_loss"] * math.exp(-effects.get(row["seed"], 0))}
+                   for row in group]
+    return result
+
+
+def left_by_seeds(budgets):
+    """Return (squares that the means of cells and the effects of seeds leave over, degrees of
+    freedom)."""
+    cells = [cell for budget in budgets for cell in budget.cells.values()]
+    squares = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
+    _, explained, used = seed_effects(cells)
+    return max(squares - explained, 0), sum(map(len, cells)) - len(cells) - used
+
+
+def seed_differences(budgets, noise):
+    """Return {"effects": {seed: of its log losses}, "chance": how often chance alone makes seeds
+    differ so much}; None where they are not known. budgets: their losses as measured."""
+    cells = [cell for budget in budgets for cell in budget.cells.values()]
+    effects, squares, freedom = seed_effects(cells)
+    if not effects:
+        return None
+    return {"effects": {str(seed): effect for seed, effect in effects.items()},
+            "chance": lack_of_fit(squares, freedom, noise)}
+
+
+def lack_of_fit(squares, freedom, noise):
+    """Return how often the noise of seeds alone leaves so much over of means of runs. Small: what
+    was fitted is of the wrong form. None where there is nothing to test.
+
+    The tail of an F-test, by draws: numpy has no F distribution but those. squares: in units of the
+    noise of a single run."""
+    if freedom < 1 or noise is None or noise["source"] != "seeds":
+        return None
+    draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
+    return float(np.mean(draws >= squares / freedom / noise["sd"] ** 2))
+
+
+def most_by_chance(noise, runs):
+    """Return by how much of the loss the means of so many runs each differ by chance, 95 % of the
+    time: Student's t, since with few degrees of freedom the noise itself is not well known."""
+    draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
+    return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
+
+# ----------------------------------------------------------------------------- gains
+
+
+def gains(budgets, noise):
+    """What looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
+
+    Of several recurrences the best by chance looks better than it is. So each seed's pair is that
+    of the recurrence that the other seeds gain most by: the mean of these is no higher than what
+    the best recurrence gains. Where no recurrence has two pairs it is the best of all: "single",
+    and biased upwards. "ci" is by the noise of a run: two or three differences know little of their
+    own."""
+    result = []
+    for budget in budgets:
+        gained, unlooped = pairs_of(budget)
+        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
+        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
+        singles = [(one, mu) for mu, of_seeds in gained.items() for one in of_seeds.values()]
+        if not singles:
+            continue
+        shown = pairs or [max(singles)]
+        gain, ci = float(np.mean([one for one, _ in shown])), [None, None]
+        if noise:
+            most = most_by_chance(noise, len(shown)) * np.mean(list(unlooped.values()))
+            ci = [float(gain - most), float(gain + most)]
+        result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in shown}),
+                       "gain": gain, "ci": ci, "by_seed": [one for one, _ in shown],
+                       "single": not pairs})
+    return result
+
+
+def pairs_of(budget):
+    """({mu_rec: {seed: gain over mu_rec = 1}}, {seed: loss at mu_rec = 1})."""
+    losses = {mu: {seed: math.exp(loss) for seed, loss in seeds.items()}
+              for mu, seeds in budget.cells.items()}
+    unlooped = losses.pop(1, {})
+    gained = {mu: {seed: unlooped[seed] - loss for seed, loss in seeds.items() if seed in unlooped}
+              for mu, seeds in losses.items()}
+    return gained, unlooped
+
+
+def without_a_pair(budgets):
+    """Return how many runs have none to be compared with, of their budget and seed, one of the two
+    with mu_rec = 1."""
+    alone = 0
+    for budget in budgets:
+        unlooped = budget.cells.get(1, {})
+        looped = [seed for mu, cell in budget.cells.items() if mu != 1 for seed in cell]
+        alone += sum(seed not in unlooped for seed in looped)
+        alone += len(unlooped.keys() - set(looped))
+    return alone
+
+
+def best_by_others(gained, seed):
+    """The recurrence of this seed that its other seeds gain most by; None where there is none.
+
+    gained: {mu_rec: {seed: gain}}."""
+    of_others = {mu: [one for other, one in pairs.items() if other != seed]
+                 for mu, pairs in gained.items() if seed in pairs and len(pairs) > 1}
+    return max(of_others, key=lambda mu: np.mean(of_others[mu]), default=None)
+
+# ----------------------------------------------------------------------------- runs that diverged
+
+# One run that diverged makes the noise 20 % of the loss and turns every gain around. A run is
+# compared with the other seeds of its cell. Where it is alone, with what a law fitted to all other
+# runs says; no law is quite right, so a run that misses it like the others of its recurrence, or of
+# its budget, has not diverged.
+
+TIMES = 8  # so often the noise of the others must a run be away
+ENOUGH = 8  # degrees of freedom that a noise is known from
+SHARE, NORMAL = 0.7, 1.036  # noise is read off this quantile of sizes, where a normal one has that
+ALONE = 2  # a run alone in its cell: so often as far, as no law is quite right ...
+SOUND = 0.05  # ... and further than that in log loss
+UNKNOWN = 0.04  # the noise, where too few say how large it is: a diverged run shows all the same
+
+
+def without_diverged(rows, notes):
+    """Return the rows, at every T, without runs that diverged: a note names each of those."""
+    gone = set()
+    for group in comparable(rows):
+        for row, times in diverged(trained_depth(group))[1]:
+            gone.add(run_key(row))
+            notes.append(f"diverged and left out of everything: {row['model']}, {row['flops']:.3g} "
+                         f"FLOPs, mu_rec {row['mu_rec']:g}, seed {row['seed']}, val loss "
+                         f"{row['val_loss']:.4g}, {times:.0f} times the noise of the others away")
+    return [row for row in rows if run_key(row) not in gone]
+
+
+def diverged(rows):
+    """Return (rows, [(a row that diverged, how many times the noise of the others it is away)]).
+
+    rows: at T = mu_rec, of one model; three at most in ten diverged. The furthest goes first, since
+    it is in what the others are compared with."""
+    kept, gone = list(rows), []
+    while len(gone) < 0.3 * len(rows) and len(kept) > 3:
+        away = distances(kept)
+        worst = int(np.argmax(away))
+        if away[worst] <= TIMES:
+            break
+        gone.append((kept.pop(worst), float(away[worst])))
+    return kept, gone
+
+
+def distances(rows):
+    """Return by how many times the noise of the others each run is away from what is next to it,
+    (rows,); 0 where nothing can be said."""
+    log_loss = np.log(column(rows, "val_loss"))
+    cells = positions(rows, cells_of(rows))
+    from_fit, noise_of_fit = away_from_fit(rows, log_loss, cells)
+    shared = [log_loss[cell] - log_loss[cell].mean() for cell in cells if len(cell) > 1]
+    noise = min(noise_of_fit, UNKNOWN)
+    if sum(len(left) - 1 for left in shared) >= ENOUGH:
+        noise = typical(np.concatenate(
+            [left * math.sqrt(len(left) / (len(left) - 1)) for left in shared]))
+
+    away = np.zeros(len(rows))
+    for cell in cells:
+        i = cell[np.argmax(from_fit[cell])]  # of two that differ the one further from the fit
+        others = cell[cell != i]
+        if len(others):
+            differ = abs(log_loss[i] - np.median(log_loss[others]))
+            away[i] = differ / math.sqrt(1 + 1 / len(others)) / noise
+        elif from_fit[i] > SOUND:
+            away[i] = from_fit[i] / noise_of_fit / ALONE
+    return away
+
+
+def away_from_fit(rows, log_loss, cells):
+    """Return (how far each run is away from a fit to the other cells (rows,), its noise)."""
+    terms = surface(rows)
+    left = log_loss - predicted_by_others(terms, log_loss, cells)
+    away = np.abs(left)
+    mu = column(rows, "mu_rec")
+    recurrences = [np.flatnonzero(mu == one) for one in np.unique(mu)]
+    for group in positions(rows, rows_by_budget(rows)) + recurrences:
+        for i in group:
+            others = left[group[group != i]]
+            if len(others) > 1:
+                away[i] = min(away[i], abs(left[i] - np.median(others)))
+    few = terms.shape[1] == 1
+    return away, max(typical(left), UNKNOWN) if few else typical(left)
+
+
+def surface(rows):
+    """Return (rows, terms): what the log loss is a sum of, smooth in the logarithms of the unrolled
+    model's size and of the tokens; fewer terms where there are few runs, or where two say the
+    same."""
+    size = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
+    n, d = (np.log(x) - np.log(x).mean() for x in (size, column(rows, "tokens")))
+    most = 5 if len(rows) >= 6 + ENOUGH else 2 if len(rows) >= 3 + ENOUGH else 0
+    terms = np.stack([n, d, n * n, n * d, d * d], 1)[:, :most]
+    terms = (terms - terms.mean(0)) / (terms.std(0) + 1e-9)
+    independent, size_of, _ = np.linalg.svd(terms, full_matrices=False)
+    independent = independent[:, size_of > 0.03 * size_of.max(initial=0)]
+    return np.column_stack([np.ones(len(rows)), independent * len(rows) ** 0.5])
+
+
+def predicted_by_others(terms, log_loss, cells):
+    """Return log losses (rows,), each from the least absolute errors of the runs of other cells, of
+    which a bad one bends nothing; cells: positions."""
+    counts = np.ones((len(log_loss), len(log_loss)))  # (fits, rows)
+    for cell in cells:
+        counts[np.ix_(cell, cell)] = 0
+    ridge = 1e-9 * np.eye(terms.shape[1])
+    weights = counts
+    for _ in range(50):  # least squares, weighted until they are least absolute errors
+        weighted = terms.T * weights[:, None]  # (fits, terms, rows)
+        fitted = np.linalg.solve(weighted @ terms + ridge, weighted @ log_loss[:, None])[..., 0]
+        weights = counts / np.maximum(np.abs(fitted @ terms.T - log_loss), 1e-4)
+    return (fitted * terms).sum(1)
+
+
+def typical(left):
+    """Return the standard deviation of what is left over, read off its smaller sizes."""
+    return max(np.quantile(np.abs(left), SHARE) / NORMAL, 1e-4)
+
+
+def positions(rows, groups):
+    """Return the positions (n,) of each group's rows."""
+    at = {id(row): i for i, row in enumerate(rows)}
+    return [np.array([at[id(row)] for row in group]) for group in groups]
