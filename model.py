@@ -47,7 +47,6 @@ from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
 A0 = math.sqrt(1 / 5)  # A_bar's initial value (published code)
-CHUNK = 1024  # tokens whose logits are held at once in training, see HeadLoss
 
 # ------------------------------------------------------------------------------- injection
 
@@ -250,8 +249,8 @@ class Parcae(nn.Module):
     # ------------------------------------------------------------------------- all loops at once
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None):
-        """Logits (B, T, vocab_size) float32 and the mean loss in nats per token (None without
-        targets). In train mode with more than CHUNK targets the logits are None, see HeadLoss.
+        """Return (logits (B, T, vocab_size) float32, None); with targets (None, the mean loss in
+        nats per token): all logits of a batch would be the largest tensor of a training step.
 
         idx, targets: (B, T) int64; targets of -100 are ignored.
         recurrence: loops for every sequence; depths: (B,) int64, loops for each, in place of
@@ -268,10 +267,10 @@ class Parcae(nn.Module):
         # the prelude, once
         inputs, u, h = self.begin(idx[order])
 
-        # the loop: first without gradient, then each row's last backprop_depth loops with it
-        last = self.config.backprop_depth if self.training else max(depths)
-        without = [max(0, n - last) for n in depths]  # depths [9, 5, 2], the last 4: [5, 1, 0]
-        with_gradient = [min(n, last) for n in depths]  # [4, 4, 2]
+        # the loop: each row's last backprop_depth loops with gradient, those before without
+        most = self.config.backprop_depth if self.training else max(depths)
+        with_gradient = [min(depth, most) for depth in depths]  # of [9, 5, 2], most 4: [4, 4, 2]
+        without = [depth - n for depth, n in zip(depths, with_gradient)]  # [5, 1, 0]
         done = torch.tensor(without, device=idx.device)
         with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
             h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), without)
@@ -279,13 +278,13 @@ class Parcae(nn.Module):
 
         # the coda, once; the rows in their own order again
         x = self.readout(h, inputs)[order.argsort()]
-        return self.head(x, targets)
+        return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
     def loop(self, h, u, inputs, done, rounds):
-        """The state (B, T, C) after rounds[i] more loops of each row i, the most of the first.
-        done: (B,), the loops that each row has had."""
+        """Return the state (B, T, C) after rounds[i] more loops of row i. The rows are sorted,
+        those with the most rounds first. done: (B,), the loops that each row has had before."""
         for n in range(rounds[0]):
-            live = sum(most > n for most in rounds)  # the first rows: those that still loop
+            live = sum(count > n for count in rounds)  # rows that still loop: the first ones
             t = (done[:live] + n)[:, None]
             new = self.recurrent_pass(h[:live], u[:live], inputs.rows(live), t=t)
             h = torch.cat([new, h[live:]])
@@ -298,7 +297,7 @@ class Parcae(nn.Module):
         """Yield (state (B, T, C), Inputs) after each loop 1, ..., most. For idx (B, T) int64:
 
             for h, inputs in model.states(idx, 8):
-                logits = model.lm_head(model.readout(h, inputs))
+                logits = model.head(model.readout(h, inputs))
 
         are the logits as if that loop were the last. Early exit is a `break`: a cache has moved on
         by T tokens already."""
@@ -326,7 +325,7 @@ class Parcae(nn.Module):
             inputs = self.look_up(idx, cache)
         for t in range(start, stop):
             h = self.recurrent_pass(h, u, inputs, cache, t)
-        return self.lm_head(self.readout(h, inputs, cache)).float(), h, u
+        return self.head(self.readout(h, inputs, cache)), h, u
 
     # ------------------------------------------------------------------------- their parts
 
@@ -372,16 +371,15 @@ class Parcae(nn.Module):
         first = self.config.n_prelude + self.config.n_recurrent
         return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
 
-    def head(self, x, targets=None):
-        """Logits and loss, as of forward, from what the head reads, x (B, T, C)."""
-        if self.training and targets is not None and targets.numel() > CHUNK:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                        CHUNK)
-        logits = self.lm_head(x).float()
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return logits, loss
+    def head(self, x):
+        """Return the logits (B, T, vocab_size) float32 of what the head reads, x (B, T, C)."""
+        return self.lm_head(x).float()
+
+    def loss(self, x, targets):
+        """Return the mean loss in nats per token of what the head reads, x (B, T, C)."""
+        if self.training:
+            return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
     # ------------------------------------------------------------------------- depths
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -233,7 +234,8 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
                 # each metric is a line; logits: (B, T, vocab_size)
-                logits, loss = model.head(model.readout(h, inputs), targets)
+                logits = model.head(model.readout(h, inputs))
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                 sums["val_loss", loops] += loss * len(idx)  # nats per token
                 # a mean of squares: means add up over sequences, their roots do not
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)

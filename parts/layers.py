@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
+CHUNK = 1024  # tokens whose logits are held at once in training
 IGNORED = -100  # a target that does not count
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
@@ -129,18 +130,18 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) @ weight.T against targets (N,). To save memory, nothing else.
 
     All logits, (N, vocab_size) in float32, would be the largest tensor of a training step. Here
-    they are made `chunk` rows at a time. So that none need be kept or computed again, the forward
+    they are made CHUNK rows at a time. So that none need be kept or computed again, the forward
     pass computes the gradient too."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
+    def forward(ctx, x, weight, targets):
         w = weight.to(x.dtype)
         d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
-        loss = x.new_zeros((), dtype=torch.float32)
+        loss = 0.0
         count = (targets != IGNORED).sum()
-        for x_, target, d_x_ in zip(x.split(chunk), targets.split(chunk), d_x.split(chunk)):
-            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (chunk, vocab)
-            loss += F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
+        for x_, target, d_x_ in zip(*(tensor.split(CHUNK) for tensor in (x, targets, d_x))):
+            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (CHUNK, vocab)
+            loss = loss + F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
             # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
             d_logits = log_probs.exp_()  # in the same memory: the largest tensor here
             row = torch.arange(len(target), device=target.device)
@@ -155,4 +156,4 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None

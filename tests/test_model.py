@@ -42,12 +42,14 @@ def test_published_sizes_and_flops(name, parameters, flops):
 def test_each_row_loops_as_if_it_were_alone(build, tokens, injection):
     model = build(injection=injection, value_embeds=True, state_init="zero").train()
     depths = torch.tensor([3, 1, 7, 4, 1, 9])
-    logits, loss = model(tokens, tokens, depths=depths)
+    logits, _ = model(tokens, depths=depths)
+    _, loss = model(tokens, tokens, depths=depths)
     loss.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for row, depth in enumerate(depths):
-        alone, loss = model(tokens[row : row + 1], tokens[row : row + 1], recurrence=int(depth))
+        alone, _ = model(tokens[row : row + 1], recurrence=int(depth))
+        _, loss = model(tokens[row : row + 1], tokens[row : row + 1], recurrence=int(depth))
         torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-4)
         (loss / len(depths)).backward()
     for name, p in model.named_parameters():
@@ -300,13 +302,17 @@ def test_loss_without_the_logits(build, monkeypatch, dtype, close):
     idx, targets = torch.randint(50, (2, 6, 32))
     targets[0, :20] = -100
     results = []
-    for chunk in (50, 10_000):
-        monkeypatch.setattr("model.CHUNK", chunk)
+    monkeypatch.setattr("parts.layers.CHUNK", 50)
+    for written_out in (False, True):
         model.zero_grad()
-        logits, loss = model(idx, targets, recurrence=3)
+        if written_out:
+            logits = model(idx, recurrence=3)[0].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+        else:
+            logits, loss = model(idx, targets, recurrence=3)
+            assert logits is None
         (2 * loss).backward()
         results.append([loss, *(p.grad.clone() for p in model.parameters())])
-        assert (logits is None) == (chunk == 50)
     for a, b in zip(*results):
         assert (a - b).norm() <= close * b.norm()
 
