@@ -54,29 +54,76 @@ def notes_on(budgets, optima, noise):
     return [f"isoFLOP: {note}" for note in notes]
 
 
+# ----------------------------------------------------------------------------- numbers as text
+
+
 def rounded(value, digits=3):
+    """Return a number as text, "-" for None."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def span(ci, edges=(False, False)):
-    """An interval as text; an end that is an edge of what was tried says so."""
+    """Return an interval as text; an end that is an edge of what was tried says so."""
     low, high = (rounded(end) for end in ci)
     return f"[{'<= ' if edges[0] else ''}{low}, {'>= ' if edges[1] else ''}{high}]"
 
 
+def value_text(value, ci):
+    """Return a number and its interval as text."""
+    return f"{rounded(value, 4)} {span(ci)}"
+
+
+def frontier_text(mu, ci):
+    """Return mu* by a law and its interval as text: at an end of what was searched, a bound."""
+    bound = "<= " if mu <= MU[0] else ">= " if mu >= MU[-1] else ""
+    edges = (ci[0] <= MU[0], ci[1] >= MU[-1]) if None not in ci else (False, False)
+    kink = ", a kink of cost" if not bound and rounded(ci[0]) == rounded(ci[1]) != "-" else ""
+    return f"{bound}{rounded(mu)} {span(ci, edges)}{kink}"
+
+
+def optimum_text(optimum):
+    """Return mu* at a budget by parabola as text; optimum: of scaling.optimum_of."""
+    found = rounded(optimum["mu_rec"])
+    if optimum["at_most"]:
+        found = f"at most {optimum['at_most']:g}"
+    if optimum["at_least"]:
+        found = f"at least {optimum['at_least']:g}"
+    return f"{found} {span(optimum['ci'], optimum['ci_at_edge'])}"
+
+
+def gain_text(gain):
+    """Return what looping gains at a budget as text; gain: of chance.gains."""
+    mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
+    if gain["single"]:
+        known = f", +-{(gain['ci'][1] - gain['gain']):.2g}" if None not in gain["ci"] else ""
+        return f"{gain['gain']:+.2g} (one pair{known}) by mu_rec {mu}, the best"
+    pairs = len(gain["by_seed"])
+    return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {pairs} pairs"
+
+
 def chance_text(chance, form):
-    """What chance.lack_of_fit says, as text; form: of what is fitted."""
+    """Return what chance.lack_of_fit says as text; form: of what is fitted."""
     share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
     return f"if it were {form}, the noise of seeds would miss it by so much in {share} of sweeps"
 
+# ----------------------------------------------------------------------------- what is printed
+
 
 def report(out):
-    """Print the fits beside the published figures."""
+    """Print the fits beside the published figures; out: of scaling.fit_table."""
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
-    if out.get("noise"):
-        report_noise(out["noise"])
-    if out["seeds"]:
-        report_seeds(out["seeds"])
+    noise, seeds = out["noise"], out["seeds"]
+    if noise:
+        source = {"seeds": "runs that differ in their seed alone",
+                  "parabolas": "what the parabolas leave over"}[noise["source"]]
+        print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
+              "degrees of freedom)\n  by chance two single runs differ by up to "
+              f"{most_by_chance(noise, 1):.1%} (95 %)")
+    if seeds:
+        said = ", ".join(f"{seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
+        often = f" (by chance so much in {seeds['chance']:.1%} of sweeps)"
+        print(f"seeds differ in all runs alike{often if seeds['chance'] else ''}; taken out of all "
+              f"losses here: {said}")
     if out["isoflop"] or out["gain"]:
         report_optima(out)
     if out["isoflop"] or "frontier" in out.get("training_law", {}):
@@ -84,6 +131,64 @@ def report(out):
     report_laws(out)
     for note in out["notes"]:
         print("note:", note)
+
+
+def report_optima(out):
+    """Print the optimum at each budget, by parabola and by law, and what looping gains there."""
+    print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
+          "gain over mu_rec = 1 [95 %]")
+    frontier = out.get("training_law", {}).get("frontier", {"optima": []})
+    parabola_at, gain_at, law_at = ({one["flops"]: one for one in some} for some in
+                                    (out["isoflop"], out["gain"], frontier["optima"]))
+    for flops in sorted(parabola_at.keys() | gain_at.keys()):
+        by_runs = by_law = gained = "-"
+        chance = None
+        if flops in parabola_at:
+            by_runs = optimum_text(parabola_at[flops])
+            chance = parabola_at[flops]["lack_of_fit"]
+        if flops in law_at:
+            by_law = frontier_text(law_at[flops]["mu_rec"], law_at[flops]["ci"])
+        if flops in gain_at:
+            gained = gain_text(gain_at[flops])
+        print(f"{flops:10.3g}   {by_runs:24s} {by_law:24s} {gained}")
+        if chance is not None and chance < 0.05:
+            print(f"             not a parabola: {chance_text(chance, 'one')}")
+
+
+def report_exponents(out):
+    """Print the exponents of mu* and D* by every method."""
+    training = out.get("training_law", {})
+    by_law = {out["accounting"]: training.get("frontier", {}).get("exponents", {})}
+    by_law |= training.get("other_accounting", {})
+    by_law = {f"the training law, {accounting} FLOPs": of for accounting, of in by_law.items()}
+    by_law["the same with the effects of seeds left in"] = training.get("with_seed_effects", {})
+    for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
+        lines = {method: of[name] for method, of in by_law.items()
+                 if of and of[name]["exponent"] is not None}
+        far = name == "mu_rec" and lines
+        if name in out["power_laws"]:
+            lines = {"parabolas": out["power_laws"][name]} | lines
+        published = f"published: C^{SLOPES[name]:.2f}"
+        print(f"{label} grows as ({published if lines else 'no exponent'})")
+        for method, law in lines.items():
+            print(f"    C^{law['exponent']:.2f} {exponent_span(law)}, by {method}")
+        if far:
+            size = training["far_exponents"]["params"]
+            print("    By the law this is the mean slope where mu* > 1 at these budgets: it is no "
+                  f"power law. Far above,\n    mu* nears C^{size['exponent']:.2f} "
+                  f"{span(size['ci'])}.")
+    print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
+
+
+def exponent_span(law):
+    """Return the interval of an exponent as text, or why there is none."""
+    if law["ci"][0] is not None:
+        return span(law["ci"])
+    if "defined" not in law:
+        return "no interval"
+    if law["defined"] is None:
+        return "no interval: nothing is known of the noise"
+    return f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
 
 
 def report_laws(out):
@@ -113,110 +218,8 @@ def report_laws(out):
               f"{worth['sizes']} sizes   published: {PUBLISHED['phi']}; objective: {objectives}")
 
 
-def report_noise(noise):
-    """Print how much of a difference between two runs is chance."""
-    source = {"seeds": "runs that differ in their seed alone",
-              "parabolas": "what the parabolas leave over"}[noise["source"]]
-    print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
-          "degrees of freedom)\n  by chance two single runs differ by up to "
-          f"{most_by_chance(noise, 1):.1%} (95 %)")
-
-
-def report_seeds(seeds):
-    """Print how far seeds are apart in all runs alike; seeds: of chance.seed_differences."""
-    said = ", ".join(f"{seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
-    chance = f" (by chance so much in {seeds['chance']:.1%} of sweeps)" if seeds["chance"] else ""
-    print(f"seeds differ in all runs alike{chance}; taken out of all losses here: {said}")
-
-
-def value_text(value, ci):
-    return f"{rounded(value, 4)} {span(ci)}"
-
-
-def frontier_text(mu, ci):
-    """mu* by a law and its interval as text: at an end of what was searched it is but a bound."""
-    bound = "<= " if mu <= MU[0] else ">= " if mu >= MU[-1] else ""
-    edges = (ci[0] <= MU[0], ci[1] >= MU[-1]) if None not in ci else (False, False)
-    kink = ", a kink of cost" if not bound and rounded(ci[0]) == rounded(ci[1]) != "-" else ""
-    return f"{bound}{rounded(mu)} {span(ci, edges)}{kink}"
-
-
-def optimum_text(optimum):
-    """mu* at a budget by parabola; optimum: of scaling.optimum_of."""
-    found = rounded(optimum["mu_rec"])
-    if optimum["at_most"]:
-        found = f"at most {optimum['at_most']:g}"
-    if optimum["at_least"]:
-        found = f"at least {optimum['at_least']:g}"
-    return f"{found} {span(optimum['ci'], optimum['ci_at_edge'])}"
-
-
-def report_optima(out):
-    """Print the optimum at each budget, by parabola and by law, and what looping gains there."""
-    print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
-          "gain over mu_rec = 1 [95 %]")
-    frontier = out.get("training_law", {}).get("frontier", {"optima": []})
-    parabola_at, gain_at, law_at = ({one["flops"]: one for one in some} for some in
-                                    (out["isoflop"], out["gain"], frontier["optima"]))
-    for flops in sorted(parabola_at.keys() | gain_at.keys()):
-        optimum = parabola_at.get(flops)
-        by_runs = optimum_text(optimum) if optimum else "-"
-        by_law = "-"
-        if flops in law_at:
-            by_law = frontier_text(law_at[flops]["mu_rec"], law_at[flops]["ci"])
-        gained = gain_text(gain_at[flops]) if flops in gain_at else "-"
-        print(f"{flops:10.3g}   {by_runs:24s} {by_law:24s} {gained}")
-        if optimum and optimum["lack_of_fit"] is not None and optimum["lack_of_fit"] < 0.05:
-            said = chance_text(optimum["lack_of_fit"], "one")
-            print(f"             not a parabola: {said}")
-
-
-def gain_text(gain):
-    """What looping gains at a budget, as text; gain: of chance.gains."""
-    mu = ", ".join(f"{mu:g}" for mu in gain["mu_rec"])
-    if gain["single"]:
-        known = f", +-{(gain['ci'][1] - gain['gain']):.2g}" if None not in gain["ci"] else ""
-        return f"{gain['gain']:+.2g} (one pair{known}) by mu_rec {mu}, the best"
-    pairs = len(gain["by_seed"])
-    return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {pairs} pairs"
-
-
-def report_exponents(out):
-    """Print the exponents of mu* and D* by every method."""
-    training = out.get("training_law", {})
-    by_law = {out["accounting"]: training.get("frontier", {}).get("exponents", {})}
-    by_law |= training.get("other_accounting", {})
-    for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
-        lines = []
-        if name in out["power_laws"]:
-            law = out["power_laws"][name]
-            missing = "no interval: nothing is known of the noise"
-            if law["defined"] is not None:
-                missing = f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
-            lines.append((law, "parabolas", missing))
-        of_laws = [(laws[name], f"the training law, {accounting} FLOPs", "no interval")
-                   for accounting, laws in by_law.items()
-                   if laws.get(name, {}).get("exponent") is not None]
-        lines += of_laws
-        if name in training.get("with_seed_effects", {}):
-            law = training["with_seed_effects"][name]
-            if law["exponent"] is not None:
-                lines.append((law, "the same with the effects of seeds left in", "no interval"))
-        published = f"published: C^{SLOPES[name]:.2f}"
-        print(f"{label} grows as ({published if lines else 'no exponent'})")
-        for law, method, missing in lines:
-            said = missing if law["ci"][0] is None else span(law["ci"])
-            print(f"    C^{law['exponent']:.2f} {said}, by {method}")
-        if name == "mu_rec" and of_laws:
-            size = training["far_exponents"]["params"]
-            print("    By the law this is the mean slope where mu* > 1 at these budgets: it is no "
-                  f"power law. Far above,\n    mu* nears C^{size['exponent']:.2f} "
-                  f"{span(size['ci'])}.")
-    print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
-
-
 def report_law(label, law, published=None):
-    """Print the parameters of a law and its errors. published: the paper's error."""
+    """Print the parameters of a law and its errors; published: the paper's error."""
     said = []
     for name, ci in law["ci"].items():
         value = "not determined" if name in law["undetermined"] else rounded(law[name])
@@ -233,7 +236,7 @@ def report_law(label, law, published=None):
 
 
 def draw(out, table, folder):
-    """Up to four figures, of what was fitted."""
+    """Write up to four figures, of what was fitted; table: a scaling.Table."""
     drawn = []
     if out["isoflop"]:
         title = f"Equal FLOPs and parameters ({out['model']})"
@@ -253,21 +256,20 @@ def draw(out, table, folder):
 
 
 def bands(table):
-    """mu* and D* by the training law over a range of budgets, with 95 % of its resamples."""
-    flops = column(table.rows, "flops")
+    """Return what figures.optima draws of the training law over a range of budgets."""
+    fit, size, cost, flops = table.fit, table.rows[0], table.cost, column(table.rows, "flops")
     x = np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)
     result = {"flops": x, "slopes": SLOPES, "mu_rec": [], "tokens": []}
     for c in x:
-        fit, size, cost = table.fit, table.rows[0], table.cost
         best, sampled = frontier(fit, size, cost, c), frontier(fit, size, cost, c, fit.samples)
-        for i, name in enumerate(SLOPES):
-            ends = interval(sampled[i], best[i][0])
-            result[name].append((best[i][0], *(best[i][0] if e is None else e for e in ends)))
+        for name, (point,), samples in zip(SLOPES, best, sampled):
+            ends = (point if end is None else end for end in interval(samples, point))
+            result[name].append((point, *ends))
     return result
 
 
 def draw_contours(table, path):
-    """The loss that the training law predicts, the runs, and the best choice at each budget."""
+    """Write the loss that the training law predicts, the runs, and the best choice at a budget."""
     rows, fit = table.rows, table.fit
     mu, tokens, flops = (column(rows, name) for name in ("mu_rec", "tokens", "flops"))
     x = np.geomspace(mu.min(), mu.max(), 60)
@@ -281,7 +283,7 @@ def draw_contours(table, path):
 
 
 def draw_test_time(runs, path):
-    """Loss against loops at test time."""
+    """Write loss against loops at test time; runs: of laws.fit_test_time."""
     curves = []
     for data, fit, numbers in runs:
         loops = column(data, "recurrence")

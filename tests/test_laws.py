@@ -30,14 +30,6 @@ def test_laws_are_recovered():
     assert law["E"] == pytest.approx(0.8, abs=0.05)
 
 
-def test_phi_is_recovered_from_several_sizes():
-    rows = sweep(lambda row: parametric(row, 0.5), 0.002, sizes=(0.5, 1, 2))
-    law = fit_law("worth", rows, resamples=60).summary()
-    assert law["phi"] == pytest.approx(0.5, abs=0.05)
-    assert law["ci"]["phi"][0] < 0.5 < law["ci"]["phi"][1]
-    assert "phi" not in law["undetermined"]
-
-
 def test_phi_of_the_published_minima():
     # arXiv 2604.21106: 0.459 of 116 runs; of these 24 minima 0.469 (see results/others).
     fit = fit_law("worth", read_csv(ROOT / "results" / "others" / "loop-worth-24.csv"))
