@@ -36,14 +36,15 @@ def seed_effects(cells):
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
         return {}, 0.0, 0
-    which, losses = np.empty((0, len(known))), np.empty(0)
+    which, losses = [], []
     for cell in cells:
         mine = [seed for seed in known if seed in cell]
         if len(mine) > 1:
             here = np.array([[seed == other for other in known] for seed in mine], dtype=float)
             loss = np.array([cell[seed] for seed in mine])
-            which = np.vstack([which, here - here.mean(0)])
-            losses = np.append(losses, loss - loss.mean())
+            which.append(here - here.mean(0))
+            losses.append(loss - loss.mean())
+    which, losses = np.concatenate(which), np.concatenate(losses)
     effects = np.linalg.pinv(which) @ losses  # of all that fit alike, those whose sum is 0
     squares = ((which @ effects) ** 2).sum()
     return dict(zip(known, effects.tolist())), squares, int(np.linalg.matrix_rank(which))
@@ -105,7 +106,7 @@ def most_by_chance(noise, runs):
 
 
 def gains(budgets, noise):
-    """What looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
+    """Return what looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
 
     Of several recurrences the best by chance looks better than it is. So each seed's pair is that
     of the recurrence that the other seeds gain most by: the mean of these is no higher than what
@@ -114,31 +115,33 @@ def gains(budgets, noise):
     own."""
     result = []
     for budget in budgets:
-        gained, unlooped = pairs_of(budget)
+        losses = {mu: {seed: math.exp(loss) for seed, loss in cell.items()}
+                  for mu, cell in budget.cells.items()}
+        unlooped = losses.pop(1, {})
+        gained = {mu: {seed: unlooped[seed] - cell[seed] for seed in cell if seed in unlooped}
+                  for mu, cell in losses.items()}
         chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
         pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
-        singles = [(one, mu) for mu, of_seeds in gained.items() for one in of_seeds.values()]
-        if not singles:
+        every = [(gain, mu) for mu, cell in gained.items() for gain in cell.values()]
+        if not every:
             continue
-        shown = pairs or [max(singles)]
-        gain, ci = float(np.mean([one for one, _ in shown])), [None, None]
+        by_seed, mu = zip(*(pairs or [max(every)]))
+        gain, ci = float(np.mean(by_seed)), [None, None]
         if noise:
-            most = most_by_chance(noise, len(shown)) * np.mean(list(unlooped.values()))
+            most = most_by_chance(noise, len(by_seed)) * np.mean(list(unlooped.values()))
             ci = [float(gain - most), float(gain + most)]
-        result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in shown}),
-                       "gain": gain, "ci": ci, "by_seed": [one for one, _ in shown],
-                       "single": not pairs})
+        result.append({"flops": budget.flops, "mu_rec": sorted({*mu}), "gain": gain, "ci": ci,
+                       "by_seed": list(by_seed), "single": not pairs})
     return result
 
 
-def pairs_of(budget):
-    """({mu_rec: {seed: gain over mu_rec = 1}}, {seed: loss at mu_rec = 1})."""
-    losses = {mu: {seed: math.exp(loss) for seed, loss in seeds.items()}
-              for mu, seeds in budget.cells.items()}
-    unlooped = losses.pop(1, {})
-    gained = {mu: {seed: unlooped[seed] - loss for seed, loss in seeds.items() if seed in unlooped}
-              for mu, seeds in losses.items()}
-    return gained, unlooped
+def best_by_others(gained, seed):
+    """Return the recurrence of this seed that its other seeds gain most by; None without one.
+
+    gained: {mu_rec: {seed: gain}}."""
+    of_others = {mu: [gain for other, gain in cell.items() if other != seed]
+                 for mu, cell in gained.items() if seed in cell and len(cell) > 1}
+    return max(of_others, key=lambda mu: np.mean(of_others[mu]), default=None)
 
 
 def without_a_pair(budgets):
@@ -151,15 +154,6 @@ def without_a_pair(budgets):
         alone += sum(seed not in unlooped for seed in looped)
         alone += len(unlooped.keys() - set(looped))
     return alone
-
-
-def best_by_others(gained, seed):
-    """The recurrence of this seed that its other seeds gain most by; None where there is none.
-
-    gained: {mu_rec: {seed: gain}}."""
-    of_others = {mu: [one for other, one in pairs.items() if other != seed]
-                 for mu, pairs in gained.items() if seed in pairs and len(pairs) > 1}
-    return max(of_others, key=lambda mu: np.mean(of_others[mu]), default=None)
 
 # ----------------------------------------------------------------------------- runs that diverged
 

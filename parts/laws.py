@@ -284,16 +284,16 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     # of 200, and move no interval.
     samples = torch.empty(0, len(best), dtype=torch.float64)
     if resamples:
-        weights = resample(rows, resamples, seed)
-        samples = refit(law, runs, log_loss, best.repeat(resamples, 1), weights)
+        again = best.repeat(resamples, 1)
+        samples = refit(law, runs, log_loss, again, resample(rows, resamples, seed))
     return Fit(law, units, ranges, best, samples, objective.min().item())
 
 
 def fits_of_noisy(fit, rows, log_loss):
     """Return theta (sweeps, parameters) of fits of the same law to other log losses (sweeps,
     rows)."""
-    theta = fit.theta.repeat(len(log_loss), 1)
-    return refit(fit.law, runs_of(rows, fit.units), log_loss, theta)
+    runs, theta = runs_of(rows, fit.units), fit.theta.repeat(len(log_loss), 1)
+    return refit(fit.law, runs, log_loss, theta)
 
 
 def refit(law, runs, log_loss, theta, weights=None):

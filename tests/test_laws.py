@@ -25,15 +25,15 @@ def test_laws_are_recovered():
     law = fit_law("training", sweep(parametric, 1e-4), resamples=0).summary()
     assert (law["x"], law["y"]) == pytest.approx((0.4, 0.6), rel=0.1)
     assert (law["X"], law["Y"]) == pytest.approx((40, 3e3), rel=0.5)
-    law = fit_law("unified", evaluated(sweep(parametric, 1e-4)), resamples=0).summary()
+    law = fit_law("unified", evaluated(sweep(parametric, 1e-4), (1, 4, 16)), resamples=0).summary()
     assert (law["x"], law["y"], law["z"]) == pytest.approx((0.4, 0.6, 2), rel=0.1)
     assert law["E"] == pytest.approx(0.8, abs=0.05)
 
 
 def test_phi_of_the_published_minima():
     # arXiv 2604.21106: 0.459 of 116 runs; of these 24 minima 0.469 (see results/others).
-    fit = fit_law("worth", read_csv(ROOT / "results" / "others" / "loop-worth-24.csv"))
-    law = fit.summary()
+    rows = read_csv(ROOT / "results" / "others" / "loop-worth-24.csv")
+    law = fit_law("worth", rows, resamples=60).summary()
     assert law["phi"] == pytest.approx(0.469, abs=0.002)
     assert law["ci"]["phi"][0] > 0.25 and law["ci"]["phi"][1] < 0.6
     # What these minima do not determine is said to be so.
@@ -43,7 +43,7 @@ def test_phi_of_the_published_minima():
 def test_exponents_of_the_published_over_training_runs():
     # arXiv 2403.08540
     rows = read_csv(ROOT / "results" / "others" / "overtrain-c4.csv")
-    law = fit_law("training", rows).summary()
+    law = fit_law("training", rows, resamples=60).summary()
     assert (law["x"], law["y"]) == pytest.approx((0.253, 0.262), abs=0.002)
     assert law["undetermined"] == []
 
@@ -90,7 +90,8 @@ def test_every_fit_has_converged(law):
 def test_what_the_data_do_not_determine_is_said_to_be_so():
     # Our own sweep, of one size: X and x can stand in for each other.
     rows = trained_depth(read_csv(ROOT / "results" / "sweep-stdlib-16.csv"))
-    law = fit_law("training", [row for row in rows if row["accounting"] == "exact"]).summary()
+    rows = [row for row in rows if row["accounting"] == "exact"]
+    law = fit_law("training", rows, resamples=60).summary()
     assert {"X", "x"} <= set(law["undetermined"]) <= {"E", "X", "x"}
     low, high = law["ci"]["x"]
     assert high > 5 * low

@@ -132,7 +132,7 @@ def test_models_of_two_sizes_have_no_optimum_and_others_are_counted(capsys):
 
 def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
     rows, accounting = read_tables([ROOT / "results" / "others" / "overtrain-c4.csv"])
-    out, table = scaling.fit_table(rows, accounting)
+    out, table = scaling.fit_table(rows, accounting, resamples=60)
     law = out["training_law"]
     assert (law["x"], law["y"]) == pytest.approx((0.253, 0.262), abs=0.002)
     best = law["far_exponents"]
