@@ -259,7 +259,7 @@ BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
 
 def try_lock(path):
     """Return the open file at path, locked; None where another process holds it or just removed
-    it. Raises UserError where the file system has no locks."""
+    it. Raises UserError, as on a file system without locks."""
     file = open(path, "a+")
     try:
         if fcntl:
@@ -270,12 +270,9 @@ def try_lock(path):
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
     except OSError as error:
-        if error.errno in NOT_OFFERED:
-            path.unlink(missing_ok=True)
-            raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}): "
-                            "choose a directory on a local disk with --out (for a table --table)"
-                            ) from None
         if error.errno not in BUSY:
-            raise
+            path.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be locked ({error.strerror}): choose a directory on a "
+                            "local disk with --out (for a table --table)") from None
     file.close()
     return None

@@ -5,7 +5,6 @@ your own is a function like these and an entry in SOURCES, from which `python da
 choices.
 """
 
-import codecs
 import hashlib
 import http.client
 import os
@@ -58,17 +57,12 @@ def stdlib_docs():
 def read_text(path):
     """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
     byte order mark). Raises UserError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open(path, "rb") as file:
-        part = True
-        while part:
-            part = file.read(1 << 20)
-            try:
-                yield decoder.decode(part, final=not part)
-            except UnicodeDecodeError as error:
-                # the object: what was not decoded yet
-                at = file.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {at}") from None
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            while part := file.read(1 << 20):
+                yield part
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
 
 
 class TextFile:

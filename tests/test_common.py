@@ -218,7 +218,7 @@ def test_a_file_system_without_locks_is_named(code, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(getattr(errno, code), "Function not implemented")
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    said = r"^\S+ is on a file system without locks \(Function not .* local disk with --out"
+    said = r"^\S+ cannot be locked \(Function not .* local disk with --out"
     with pytest.raises(UserError, match=said), lock(tmp_path, patience=60):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -262,7 +262,7 @@ def test_failure_leaves_nothing_behind(tmp_path):
     bad = tmp_path / "latin.txt"
     bad.write_bytes("café".encode("latin-1") * 10)
     for files, error, message in (
-            ([bad], UserError, "latin.txt is not UTF-8.*byte 3"),
+            ([bad], UserError, "latin.txt is not UTF-8"),
             ([tmp_path / "none.txt"], FileNotFoundError, "No such file.*none.txt")):
         with pytest.raises(error, match=message):
             prepare("text", tmp_path / "out", "bytes", files)
@@ -276,10 +276,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     tokens = [*open_shard(out / "train_000000.bin"), *open_shard(out / "val_000000.bin")[1:]]
     assert tokens == [256, *b"hello ", *mark, *b"world, this is a text"]  # only at the start
     (tmp_path / "t.txt").write_bytes(mark + b"hello\xff")
-    with pytest.raises(UserError, match="byte 8$"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         "".join(read_text(tmp_path / "t.txt"))
     (tmp_path / "t.txt").write_bytes("hello".encode("utf-16"))  # another mark
-    with pytest.raises(UserError, match="is not UTF-8 text: .* at byte 0$"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         "".join(read_text(tmp_path / "t.txt"))
 
 # ------------------------------------------------------------------ loader

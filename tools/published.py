@@ -13,7 +13,7 @@ format cannot say: a field, a rule or a tensor of your own.
 """
 
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,10 @@ FIXED = {
     "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm",
     "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "mup_model_scaling_factor": 1,
     "rope_settings.use_rope": True}
+# Fields that must repeat one of ours, or be switched off: the loop is as wide as the rest.
+REPEATED = {
+    "num_key_value_heads": "n_head", "recurrent_embedding_dimension": "n_embd",
+    "recurrent_intermediation_embedding_dimension": "mlp_width"}
 # Fields on which the function that the model computes does not depend. Any field not named here
 # must be switched off: false, null, 0 or empty.
 FREE = {
@@ -63,85 +67,66 @@ FREE = {
 # every forward pass: takase, takase-scaled and scaled-and-logit-scale among them.
 STARTS = {"scaled-zero", "scaled", "scaled-stuck", "scaled-large-embed", "small", "normal", "bert",
           "kaiming", "llama", "llama-by-dim", "megatron", "megatron2", "mitchell", "wang"}
-# Values with another name here; the others are called the same. Our exports once said "concat".
-OUR_INJECTION = {"linear": "concat"}
-OUR_STATE = {"zero": "zero", "normal": "normal", "like-init": "normal"}
+STATES = {"zero": "zero", "normal": "normal", "like-init": "normal"}  # theirs: ours
+STACKS = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
 
 
 def config_from(settings):
-    """The ParcaeConfig of a published config.json, a dict. Raises UserError for what is not
+    """Return the ParcaeConfig of a published config.json, a dict. Raises UserError for what is not
     implemented here, KeyError for what is missing."""
     if isinstance(settings.get("model"), dict):
         raise UserError("this is a run directory of this project: nothing to import")
     settings = dict(settings)
     for name, value in settings.pop("rope_settings").items():
         settings[f"rope_settings.{name}"] = value
-
-    # A GPT has one stack of layers, and nothing that concerns a loop.
-    if "n_layer" in settings:
-        settings["n_layers_in_prelude"] = settings.pop("n_layer")
-        settings["n_layers_in_recurrent_block"] = settings["n_layers_in_coda"] = 0
+    if "n_layer" in settings:  # a GPT: one stack of layers, and nothing that concerns a loop
+        settings |= zip(STACKS, (settings.pop("n_layer"), 0, 0))
     if settings.get("n_layers_in_recurrent_block") == 0:
         for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth"):
             settings.setdefault(name, getattr(ParcaeConfig(), FIELDS[name]))
+    ours = {our_field: settings.pop(field) for field, our_field in FIELDS.items()}
+    if ours["injection"] == "linear":  # our exports once said "concat"
+        ours["injection"] = "concat"
 
-    # Some have one value that depends on others: the loop is as wide as the rest.
-    fixed = FIXED | {
-        "num_key_value_heads": settings["num_attention_heads"],
-        "recurrent_num_attention_heads": settings["num_attention_heads"],
-        "recurrent_embedding_dimension": settings["n_embd"],
-        "recurrent_intermediation_embedding_dimension": settings["intermediate_size"],
-        "rope_settings.rope_condense_ratio": 1}
+    one_of("init_strategy", settings.pop("init_strategy", None) or "scaled-zero", STARTS,
+           "it scales embeddings, logits or residuals; ")
+    state = settings.pop("state_init", "normal")
+    one_of("state_init", state, STATES)
+    required = FIXED | {name: ours[our_field] for name, our_field in REPEATED.items()}
+    required |= {"recurrent_num_attention_heads": ours["n_head"],
+                 "rope_settings.rope_condense_ratio": 1}
     for name, value in settings.items():
-        known = name in FIELDS or name in FREE or name in ("state_init", "init_strategy")
-        as_required = name in fixed and value == fixed[name]
+        as_required = name in required and value == required[name]
         switched_off = not value and name not in FIXED
-        if not (known or as_required or switched_off):
-            only = f", only {fixed[name]!r}" if name in fixed else ""
+        if not (name in FREE or as_required or switched_off):
+            only = f", only {required[name]!r}" if name in required else ""
             raise UserError(f"{name} is {value!r}, which is not implemented here{only}")
-    start = settings.get("init_strategy") or "scaled-zero"
-    if start not in STARTS:
-        raise UserError(f"init_strategy is {start!r}, it scales embeddings, logits or residuals; "
-                        f"must be one of {', '.join(sorted(STARTS))}")
-    state = settings.get("state_init", "normal")
-    if state not in OUR_STATE:
-        raise UserError(f"state_init is {state!r}, must be one of {', '.join(OUR_STATE)}")
+    return ParcaeConfig(**ours, state_init=STATES[state])
 
-    ours = {our_field: settings[field] for field, our_field in FIELDS.items()}
-    ours["injection"] = OUR_INJECTION.get(ours["injection"], ours["injection"])
-    return ParcaeConfig(**ours, state_init=OUR_STATE[state])
+
+def one_of(name, value, allowed, why=""):
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}, {why}must be one of {', '.join(sorted(allowed))}")
 
 
 def settings_of(config):
-    """The published config.json, a dict, of a ParcaeConfig."""
-    settings = dict(FIXED)
-    for field, our_field in FIELDS.items():
-        settings[field] = getattr(config, our_field)
-    for theirs, ours in OUR_INJECTION.items():
-        if config.injection == ours:
-            settings["injection_type"] = theirs
+    """Return the published config.json, a dict, of a ParcaeConfig."""
+    settings = FIXED | {field: getattr(config, ours) for field, ours in FIELDS.items()}
+    if config.injection == "concat":
+        settings["injection_type"] = "linear"
     settings |= {
         "model_class_name": "Parcae" if config.n_recurrent else "GPT",
-        "vocab_size": config.vocab_size,
-        "num_key_value_heads": config.n_head,
-        "recurrent_embedding_dimension": config.n_embd,
-        "recurrent_intermediation_embedding_dimension": config.mlp_width,
-        "state_init": "zero" if config.state_init == "zero" else "like-init"}
+        "vocab_size": config.vocab_size}
+    settings |= {field: getattr(config, ours) for field, ours in REPEATED.items()}
+    settings["state_init"] = "zero" if config.state_init == "zero" else "like-init"
     if not config.n_recurrent:  # a GPT has one stack
-        for part in ("prelude", "recurrent_block", "coda"):
-            del settings[f"n_layers_in_{part}"]
+        for name in STACKS:
+            del settings[name]
         settings["n_layer"] = config.n_layer
     settings["rope_settings"] = {"use_rope": settings.pop("rope_settings.use_rope"),
                                  "rope_condense_ratio": 1,
                                  "rope_base": settings.pop("rope_settings.rope_base")}
     return settings
-
-
-def read_settings(file):
-    """The ParcaeConfig of a published config.json. Raises UserError that names the file."""
-    if not file.exists():
-        raise UserError(f"{file.parent} holds no model: {file} does not exist")
-    return parse_config(file, config_from)
 
 # ----------------------------------------------------------------------------- the weights
 
@@ -163,7 +148,7 @@ RENAMED = (
 
 
 def our_name(name):
-    """Our name for a tensor of the published format.
+    """Return our name for a tensor of the published format.
 
     >>> our_name("transformer.core_block.0.norm_1.weight")
     'recurrent.0.norm_1.weight'
@@ -175,7 +160,7 @@ def our_name(name):
 
 
 def their_name(name, config):
-    """The published format's name for a tensor of ours: see our_name."""
+    """Return the published format's name for a tensor of ours: see our_name."""
     part, number, *rest = name.split(".")
     if not config.n_recurrent and part in ("prelude", "coda"):  # a GPT has one stack
         number = int(number) + (config.n_prelude if part == "coda" else 0)
@@ -191,48 +176,45 @@ INJECTED = {"diagonal": {"log_A": [1], "dt_bias": [1], "B": [1, 1]}, "concat": {
 
 
 def tensors_of(config):
-    """{our name: a tensor of the shape} of every tensor that the published format has for a
+    """Return {our name: a tensor of the shape} of every tensor that the published format has for a
     ParcaeConfig."""
     d, width, vocab = config.n_embd, config.mlp_width, config.vocab_size
-    layer = {"norm_1": (d,), "attn.c_q": (d, d), "attn.c_k": (d, d), "attn.c_v": (d, d),
-             "attn.c_proj": (d, d),
-             "norm_2": (d,), "mlp.fc": (width, d), "mlp.proj": (d, width)}
     weights = {"wte": (vocab, d), "norm_f": (d,), "lm_head": (vocab, d)}
+    layers = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
+              for i in range(getattr(config, f"n_{part}"))]
+    for i, layer in enumerate(layers):
+        weights |= {f"{layer}.attn.{name}": (d, d) for name in ("c_q", "c_k", "c_v", "c_proj")}
+        weights |= {f"{layer}.norm_1": (d,), f"{layer}.norm_2": (d,),
+                    f"{layer}.mlp.fc": (width, d), f"{layer}.mlp.proj": (d, width)}
+        if config.value_embeds and (i % 2 == 1 or i == config.n_layer - 1):
+            weights[f"{layer}.attn.ve_gate"] = config.n_head, min(d, 32)
+            weights[f"value_embeds.{i}"] = vocab, d
+    shapes = {}
     if config.n_recurrent:
         weights["C_proj"] = (d, d)
         if config.prelude_norm:
             weights["norm_prelude"] = (d,)
-    parts = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
-             for i in range(getattr(config, f"n_{part}"))]
-    for i, part in enumerate(parts):
-        weights |= {f"{part}.{name}": shape for name, shape in layer.items()}
-        if config.value_embeds and (i % 2 == 1 or i == config.n_layer - 1):
-            weights[f"{part}.attn.ve_gate"] = config.n_head, min(d, 32)
-            weights[f"value_embeds.{i}"] = vocab, d
-
-    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
-    if config.n_recurrent:
         for name, sides in INJECTED.get(config.injection, {}).items():
             shapes[f"injection.{name}"] = [side * d for side in sides]
+    shapes |= {f"{name}.weight": shape for name, shape in weights.items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def check_can_be_said(config, weights):
     """Raise UserError that names what the published format cannot say of a model: a field of its
     config that would not come back, an injection or a tensor that the format does not have."""
-    again = config_from(settings_of(config))
-    again.value_embeds = config.value_embeds  # told by the weights
     alike = config
     if not config.n_recurrent:  # a GPT has one stack
         alike = replace(config, n_prelude=config.n_layer, n_coda=0)
-    known = {*FIELDS.values(), "value_embeds", "state_init"}
+    again = config_from(settings_of(config))
+    again.value_embeds = config.value_embeds  # told by the weights
     problems = []
-    for field in fields(alike):
-        value = getattr(alike, field.name)
+    for name, value in asdict(alike).items():
         # as in an import, a field that the other side does not know must be switched off
-        off_or_back = getattr(again, field.name) == value if field.name in known else not value
+        known = name in {*FIELDS.values(), "value_embeds", "state_init"}
+        off_or_back = getattr(again, name) == value if known else not value
         if not off_or_back:
-            problems.append(f"{field.name} is {value!r}")
+            problems.append(f"{name} is {value!r}")
     if config.n_recurrent and config.injection not in INJECTED:
         problems.append(f"injection is {config.injection!r}")
     problems += misfits(tensors_of(config), weights)
@@ -242,36 +224,35 @@ def check_can_be_said(config, weights):
 
 
 def to_float32(w):
-    """A tensor in float32, as the models here are; not one whose numbers are no fractions."""
+    """Return a tensor in float32, as the models here are, unless its numbers are not fractions."""
     return w.float() if w.is_floating_point() else w
 
 
 def read_weights(folder):
-    """The state dict in a directory of the published format. Raises UserError."""
+    """Return the state dict in a directory of the published format. Raises UserError."""
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)} exists")
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"{file} is read by another package: pip install safetensors") from None
-        try:
-            weights = load_file(file)
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise UserError(f"{file} is not a checkpoint that can be read: {error}") from None
-    else:
+    if file.suffix != ".safetensors":
         weights = load_checkpoint(file)
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{file} must hold a plain state dict, names and tensors")
-    return weights
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise UserError(f"{file} must hold a plain state dict, names and tensors")
+        return weights
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{file} is read by another package: pip install safetensors") from None
+    try:
+        return load_file(file)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{file} is not a checkpoint that can be read: {error}") from None
 
 # ----------------------------------------------------------------------------- whole models
 
 
 def local_files(source):
-    """A directory with a model: `source` itself, or what the Hugging Face hub has under the name
-    "owner/name". Raises UserError."""
+    """Return a directory with a model: `source` itself, or what the Hugging Face hub has under the
+    name "owner/name". Raises UserError."""
     if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return Path(source)
     for name in WEIGHTS:  # one file of weights is enough: they are large
@@ -279,17 +260,20 @@ def local_files(source):
         try:
             folder = from_hub("snapshot_download", str(source), allow_patterns=wanted)
         except UserError as error:
-            raise UserError(f"{source} is no directory here; {error}") from None
+            raise UserError(f"{source} is not a directory here; {error}") from None
         if (folder / name).exists():
             break
     return folder
 
 
 def import_model(source):
-    """(model in eval mode, tokenizer or None) from a directory in the published format or the name
-    of one on the Hugging Face hub. Raises UserError."""
+    """Return (model in eval mode, tokenizer or None) from a directory in the published format or
+    the name of one on the Hugging Face hub. Raises UserError."""
     folder = local_files(source)
-    config = read_settings(folder / "config.json")
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no model: {file} does not exist")
+    config = parse_config(file, config_from)
     weights = {}
     for name, w in read_weights(folder).items():
         if name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
@@ -334,7 +318,7 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerat
 
 
 def to_bytes(token):
-    """The bytes of a token as it is written there.
+    """Return the bytes of a token as it is written there.
 
     >>> to_bytes("Ġthe")  # U+0120 stands for the space
     b' the'
@@ -343,7 +327,7 @@ def to_bytes(token):
 
 
 def read_tokenizer(source):
-    """The tiktoken.Encoding of a tokenizer.json, Hugging Face's or ours; source: it or its
+    """Return the tiktoken.Encoding of a tokenizer.json, Hugging Face's or ours; source: it or its
     directory. Raises UserError."""
     file = Path(source)
     if file.is_dir():
@@ -361,16 +345,16 @@ def read_tokenizer(source):
 
 
 def need(ok, what):
+    """Raise UserError that says what a tokenizer has, if not ok."""
     if not ok:
         raise UserError(f"{what}: not byte-level BPE as it is implemented here")
 
 
 def from_hugging_face(saved):
-    """A tiktoken.Encoding with the same ids from the JSON of a Hugging Face tokenizer, a dict.
-    Raises UserError for what is not plain byte-level BPE."""
-    model = saved["model"]
+    """Return a tiktoken.Encoding with the same ids, from the JSON of a Hugging Face tokenizer, a
+    dict. Raises UserError for what is not plain byte-level BPE."""
+    model, normalizer = saved["model"], saved.get("normalizer") or {}
     need(model.get("type", "BPE") == "BPE", f"model is {model.get('type')}")
-    normalizer = saved.get("normalizer") or {}
     need(not normalizer, f"normalizer is {normalizer.get('type')}")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         need(not model.get(name), f"{name} is {model.get(name)!r}")
@@ -394,11 +378,9 @@ def from_hugging_face(saved):
 
 
 def split_pattern(pre_tokenizer):
-    """The one regular expression by which a pre_tokenizer, a dict, cuts text. Raises UserError."""
-    steps = [pre_tokenizer]
-    if pre_tokenizer.get("type") == "Sequence":
-        steps = pre_tokenizer["pretokenizers"]
-    *splits, last = steps
+    """Return the one regular expression by which a pre_tokenizer, a dict, cuts text. Raises
+    UserError."""
+    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     need(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
          f"pre_tokenizer ends with {last.get('type')}, "
          f"add_prefix_space {last.get('add_prefix_space')}")
@@ -417,32 +399,28 @@ def check_merges(ranks, order, ignore_merges):
 
     tiktoken merges the neighbours whose union has the lowest id, Hugging Face the pair that comes
     first in a list. Both agree where the merges that can happen come in the order of the ids that
-    they make. A token that no merge makes tiktoken takes where it is a whole word; so do they
-    where merges are ignored."""
-    last = -1
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        parts = last_parts(token, ranks)
-        if len(parts) != 2:
-            need(ignore_merges, f"token {rank} ({token!r}) is made by no merge")
+    they make. tiktoken takes a token that no merge makes where it is a whole word; so do they where
+    merges are ignored."""
+    before = -1
+    for token in sorted(filter(lambda token: len(token) > 1, ranks), key=ranks.get):
+        parts, name = last_parts(token, ranks), f"token {ranks[token]} ({token!r})"
+        if len(parts) > 2:
+            need(ignore_merges, f"{name} is made by no merge")
             continue
         place = order.get(tuple(parts), -1)
-        need(place > last, f"token {rank} ({token!r}) does not follow the order of the merges")
-        last = place
+        need(place > before, f"{name} does not follow the order of the merges")
+        before = place
 
 
 def last_parts(token, ranks):
-    """What tiktoken merges the bytes of a token to, before the token itself: two parts, or more
-    where it gets stuck."""
-    rank = ranks[token]
+    """Return what tiktoken merges the bytes of a token to, before the token itself: two parts, or
+    more where it gets stuck."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
-        unions = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-        lowest = min(unions)
-        if lowest >= rank:
+        unions = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
+        i = unions.index(min(unions))
+        if unions[i] >= ranks[token]:
             break
-        i = unions.index(lowest)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
@@ -457,23 +435,22 @@ def check_empty(directory):
 
 
 def write_run(source, folder):
-    """Make a run directory of a published model; returns what it made, in words."""
+    """Make a run directory of a published model. Return what it made, in words."""
     model, tokenizer = import_model(source)
     if tokenizer and tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer in {source} has {tokenizer.n_vocab} tokens, "
                         f"its model {model.config.vocab_size}")
     with whole_file(folder / "ckpt.pt", "wb") as file:
         torch.save({"model": model.state_dict()}, file)
-    record = {"model": asdict(model.config), "source": str(source)}
-    write_json(folder / "config.json", record)
-    if tokenizer:
-        save_tokenizer(tokenizer, folder / "tokenizer.json")
-    size = describe(model)
-    return size if tokenizer else f"{size}; no tokenizer.json, which sample.py needs"
+    write_json(folder / "config.json", {"model": asdict(model.config), "source": str(source)})
+    if not tokenizer:
+        return f"{describe(model)}; no tokenizer.json, which sample.py needs"
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    return describe(model)
 
 
 def write_published(source, folder):
-    """Write the model of a run directory in the published format; returns it in words."""
+    """Write the model of a run directory in the published format. Return it in words."""
     model = Parcae.from_pretrained(source)
     export_model(model, folder)
     if (Path(source) / "tokenizer.json").exists():
@@ -482,20 +459,19 @@ def write_published(source, folder):
 
 
 def write_tokenizer(source, folder):
-    """Write a tokenizer in our format; returns it in words."""
+    """Write a tokenizer in our format. Return it in words."""
     tokenizer = read_tokenizer(source)
     save_tokenizer(tokenizer, folder / "tokenizer.json")
     return f"a tokenizer of {tokenizer.n_vocab:,} tokens"
 
 
 def describe(model):
-    """A model's layers and parameters, in words."""
+    """Return a model's layers and parameters, in words."""
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    layers = f"{config.n_prelude} + {config.n_recurrent} looped + {config.n_coda} layers"
-    if not config.n_recurrent:
-        layers = f"{config.n_layer} layers"
-    return f"{layers}, {parameters:,} parameters"
+    layers = f"{config.n_layer} layers"
+    if config.n_recurrent:
+        layers = f"{config.n_prelude} + {config.n_recurrent} looped + {config.n_coda} layers"
+    return f"{layers}, {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 # of each ACTION: the function, and how to go on
