@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-python -c "import common, figures; common.run_script(figures.pyplot)"
+python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 
 channels=${CHANNELS:-64}
 models=${MODELS:-looped plain deep wide longer}

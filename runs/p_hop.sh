@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-python -c "import common, figures; common.run_script(figures.pyplot)"
+python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 [ -d data/p-hop ] || python data.py p-hop
 for seed in ${SEEDS:-0}; do
     layer="--n-prelude 0 --n-recurrent 1 --n-coda 0"

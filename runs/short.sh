@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-python -c "import common, figures; common.run_script(figures.pyplot)"
+python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 [ -d data/short ] || python -m runs.short text data/short
 
 run() {  # model passes rate seed flags; a pass has 64 steps

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-python -c "import common, figures; common.run_script(figures.pyplot)"
+python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 for rate in ${RATES:-1e-2 3e-2 1e-1 3e-1 1}; do
     for rule in add concat diagonal; do
         echo --injection $rule --muon-lr $rate --adamw-lr $rate --out out/stability/$rule-$rate

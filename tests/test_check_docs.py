@@ -51,7 +51,7 @@ def test_our_documents_have_no_fault():
 
 def test_a_good_document_has_no_fault_and_all_its_commands_are_read(faults):
     assert faults(GOOD) == []
-    texts = [command.text for command in check_docs.read_commands("made-up.md", GOOD)]
+    texts = [command.text for command in check_docs.read_commands(GOOD)]
     assert len(texts) == 8 and texts[1].endswith("don't run this") and texts[4].endswith("done")
 
 
@@ -106,6 +106,9 @@ def test_a_fence_in_a_list_is_read(faults):
     ("    python scaling.py fit --budgets 1", "--budgets"),
     ("    python -m tools.sweep --budgets 1e12 --recurrences 1 --n-emd 3", "--n-emd"),
     ("    python -c \"from model import Parcel\"", "no Parcel"),
+    ("    python -c \"from parts.cli import Parcer\"", "parts/cli.py has no Parcer"),
+    ("    python -c \"import common\"", "no module common"),
+    ("    for T in 1 x; do\n        python sample.py --recurrence $T\n    done", "--recurrence"),
     ("    python train.py --out \"out/x", "to its end"),
     ("Then `bash runs/nothing.sh` and", "runs/nothing.sh does not exist"),
     ("Then `python scaling.py fit\n--resample 3` and", "--resample"),
