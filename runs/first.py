@@ -33,15 +33,15 @@ def row_of(path):
 
 def gains(rows):
     """Yield (layers, mean recurrence, rate, {seed: gain}) of each looped model."""
-    def key(row, loops):
-        return row["layers"], loops, row["rate"], row["seed"]
-    once = {key(row, 1): row["val_loss_1"] for row in rows if row["mean_recurrence"] == 1}
-    looped = [row for row in rows if row["mean_recurrence"] > 1]
-    for name in sorted({key(row, row["mean_recurrence"])[:3] for row in looped}):
-        mine = {row["seed"]: once[key(row, 1)] - row[f"val_loss_{name[1]}"] for row in looped
-                if key(row, name[1])[:3] == name and key(row, 1) in once}
-        if mine:
-            yield *name, mine
+    def model_of(row):
+        return row["layers"], row["mean_recurrence"], row["rate"]
+    once = {(*model_of(row), row["seed"]): row["val_loss_1"] for row in rows}
+    for layers, loops, rate in sorted({model_of(row) for row in rows}):
+        by_seed = {row["seed"]: once[layers, 1, rate, row["seed"]] - row[f"val_loss_{loops}"]
+                   for row in rows if model_of(row) == (layers, loops, rate)
+                   and (layers, 1, rate, row["seed"]) in once}
+        if loops > 1 and by_seed:
+            yield layers, loops, rate, by_seed
 
 
 def main():
