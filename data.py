@@ -188,33 +188,6 @@ def fingerprint(directory, source, files):
             "sha256": digest.hexdigest()}
 
 
-def text_of(directory):
-    """Return the fingerprint of a data directory's text; None where it is not known."""
-    file = Path(directory) / "tokenizer.json"
-    return read_json(file).get("text") if file.exists() else None
-
-
-def identity(text):
-    """Return what tells a fingerprint from those of other texts; None if it says nothing."""
-    return text.get("sha256", text.get("source")) if isinstance(text, dict) else None
-
-
-def texts_differ(text, other):
-    """Return whether two fingerprints are known to be those of different texts."""
-    known = identity(text), identity(other)
-    return None not in known and known[0] != known[1]
-
-
-def changed_text(run, directory):
-    """Return a sentence that says so where a data directory holds another text than a run was
-    trained on; or ""."""
-    trained_on = read_json(Path(run) / "config.json").get("text")
-    if not texts_differ(trained_on, text_of(directory)):
-        return ""
-    return (f"{directory} holds another text than {run} was trained on: the run may have seen part "
-            "of it in training")
-
-
 def check_replaceable(directory):
     """Raise UserError where a directory holds anything that data.py did not make: it is replaced
     as a whole."""

@@ -35,11 +35,11 @@ from data import (
     EVAL_SEED,
     EVAL_TOKENS,
     Loader,
-    changed_text,
     prepare,
 )
 from model import Parcae
 from parts.cli import UserError, progress_bar, run_script
+from parts.comparable import changed_text
 from parts.files import fit_weights, json_text, read_json
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at

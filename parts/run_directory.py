@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import identity, text_of, texts_differ
 from parts.cli import UserError, flag_of
+from parts.comparable import text_of, texts_differ
 from parts.files import (
     fit_weights,
     json_text,
@@ -155,30 +155,6 @@ def describe(args, model, before):
             "git": git_revision(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
-
-
-def say_differences(folders):
-    """Print, and return, a sentence that names what makes the numbers of several runs hard to
-    compare, as far as the runs say; or return ""."""
-    found = [facts(Path(folder)) for folder in folders]
-    what = [name for name in (found[0] if found else ())
-            if len({repr(one[name]) for one in found if one[name] is not None}) > 1]
-    if not what:
-        return ""
-    text = f"these runs have different {' and '.join(what)}: compare nothing that depends on them"
-    print(text)
-    return text
-
-
-def facts(folder):
-    """Return what the losses and FLOPs of a run are of, None for what it does not say."""
-    config, tokenizer = (read_json(file) if file.exists() else {}
-                         for file in (folder / "config.json", folder / "tokenizer.json"))
-    settings = config.get("settings")
-    names = ("tokens", "special", "pattern") if "tokens" in tokenizer else ("name",)
-    return {"tokenizers": [tokenizer.get(name) for name in names] if tokenizer else None,
-            "texts": identity(config.get("text")),
-            "FLOP accountings": settings.get("accounting") if isinstance(settings, dict) else None}
 
 
 def inexact(before, record):

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import UserError
+from parts.comparable import say_differences
 from parts.files import lock, log_line, read_json, whole_file
-from parts.run_directory import say_differences
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import Parser, UserError, run_script
-from parts.run_directory import say_differences
+from parts.comparable import say_differences
 from parts.tables import write_csv
 from runs.half import finished
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import Parser, UserError, run_script
+from parts.comparable import say_differences
 from parts.files import read_json
-from parts.run_directory import say_differences
 from parts.tables import write_csv
 from runs.half import finished
 

@@ -18,8 +18,8 @@ from bench import kv_bytes
 from model import Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
+from parts.comparable import say_differences
 from parts.files import read_json
-from parts.run_directory import say_differences
 from parts.tables import last_line, write_csv
 
 NAMES = {

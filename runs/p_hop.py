@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import changed_text, open_shard
+from data import open_shard
 from model import Parcae
 from parts import figures
 from parts.cli import UserError, progress_bar, run_script
+from parts.comparable import changed_text, say_differences
 from parts.generation import check_predicts
-from parts.run_directory import say_differences
 from parts.tables import write_csv
 from runs.half import finished, parse_args, read_table
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from parts import figures
 from parts.cli import Parser, UserError, run_script
+from parts.comparable import say_differences
 from parts.files import read_json_lines
-from parts.run_directory import say_differences
 from parts.tables import write_csv
 
 

@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT, script
 
 import data
-from data import Loader, UserError, open_shard, prepare, texts_differ, tokens_of, write_shards
+from data import Loader, UserError, open_shard, prepare, tokens_of, write_shards
 from parts import sources
 from parts import tokenizer as tokenizing
+from parts.comparable import texts_differ
 from parts.sources import read_text
 from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 

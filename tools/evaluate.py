@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import EVAL_SEED, EVAL_TOKENS, Loader, changed_text, text_of
+from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
 from parts.cli import (
     COUNT,
@@ -35,6 +35,7 @@ from parts.cli import (
     run_script,
     some_path,
 )
+from parts.comparable import changed_text, text_of
 from parts.files import read_json, write_json
 from parts.generation import EXIT_RULES, check_predicts, settle
 from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 
-from data import texts_differ
 from parts.cli import (
     COUNT,
     LOOPS,
@@ -39,6 +38,7 @@ from parts.cli import (
     run_script,
     some_path,
 )
+from parts.comparable import texts_differ
 from parts.files import lock, read_json
 from parts.settings import parse_args
 from parts.tables import (

@@ -1,0 +1,56 @@
+"""What tells the texts of data directories and runs apart, and which runs can be compared."""
+
+from pathlib import Path
+
+from parts.files import read_json
+
+
+def text_of(directory):
+    """Return the fingerprint of a data directory's text; None where it is not known."""
+    file = Path(directory) / "tokenizer.json"
+    return read_json(file).get("text") if file.exists() else None
+
+
+def identity(text):
+    """Return what tells a fingerprint from those of other texts; None if it says nothing."""
+    return text.get("sha256", text.get("source")) if isinstance(text, dict) else None
+
+
+def texts_differ(text, other):
+    """Return whether two fingerprints are known to be those of different texts."""
+    known = identity(text), identity(other)
+    return None not in known and known[0] != known[1]
+
+
+def changed_text(run, directory):
+    """Return a sentence that says so where a data directory holds another text than a run was
+    trained on; or ""."""
+    trained_on = read_json(Path(run) / "config.json").get("text")
+    if not texts_differ(trained_on, text_of(directory)):
+        return ""
+    return (f"{directory} holds another text than {run} was trained on: the run may have seen part "
+            "of it in training")
+
+
+def say_differences(folders):
+    """Print, and return, a sentence that names what makes the numbers of several runs hard to
+    compare, as far as the runs say; or return ""."""
+    found = [facts(Path(folder)) for folder in folders]
+    what = [name for name in (found[0] if found else ())
+            if len({repr(one[name]) for one in found if one[name] is not None}) > 1]
+    if not what:
+        return ""
+    text = f"these runs have different {' and '.join(what)}: compare nothing that depends on them"
+    print(text)
+    return text
+
+
+def facts(folder):
+    """Return what the losses and FLOPs of a run are of, None for what it does not say."""
+    config, tokenizer = (read_json(file) if file.exists() else {}
+                         for file in (folder / "config.json", folder / "tokenizer.json"))
+    settings = config.get("settings")
+    names = ("tokens", "special", "pattern") if "tokens" in tokenizer else ("name",)
+    return {"tokenizers": [tokenizer.get(name) for name in names] if tokenizer else None,
+            "texts": identity(config.get("text")),
+            "FLOP accountings": settings.get("accounting") if isinstance(settings, dict) else None}
