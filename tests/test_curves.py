@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -83,11 +82,10 @@ def test_runs_of_different_things_are_said_to_be(tmp_path, drawn, tokens, change
         (run / "config.json").write_text(json.dumps(config))
         (run / "tokenizer.json").write_text(json.dumps({"name": "x", "tokens": of_it}))
     said = f"these runs have different {named}: compare nothing that depends on them"
-    for flags in ([], ["--watch"]):
-        done = script("tools/curves.py", *runs, *flags, "--out", tmp_path / "c.png")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("these runs") == done.stdout.count(said) == (named is not None)
-        assert drawn.pop().get_suptitle() == (said if named else "")
+    done = script("tools/curves.py", *runs, "--out", tmp_path / "c.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("these runs") == done.stdout.count(said) == (named is not None)
+    assert drawn.pop().get_suptitle() == (said if named else "")
 
 
 def test_one_run_alone_shows_what_steers_it(tmp_path, drawn):
@@ -174,58 +172,17 @@ def test_a_config_of_something_else_gets_one_line(tmp_path, config):
     assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_watching_draws_until_every_run_has_ended(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "a", {60: {"4": 3.0}})
-    ended = make_run(tmp_path / "b", {60: {"4": 3.0}})
-    file = run / "log.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    parts = [lines[:20], lines[:60] + ['{"kind": "do'], lines]  # what is there after each wait
-    file.write_text("")
-    waits, pictures = [], []
-
-    def wait(seconds):
-        waits.append(seconds)
-        picture = tmp_path / "curves.png"
-        pictures.append(picture.read_bytes() if picture.exists() else None)
-        file.write_text("".join(parts[len(waits) - 1]))
-
-    monkeypatch.setattr(time, "sleep", wait)
-    done = script("tools/curves.py", run, "--out", tmp_path / "curves.png", "--watch", "7")
-    assert done.returncode == 0 and waits == [7, 7, 7], done.stderr
-    assert pictures[0] is None and len({*pictures, (tmp_path / "curves.png").read_bytes()}) == 4
-    said = done.stdout.splitlines()
-    assert "no training step yet" in said[0] and f"a {5 / 20 ** 0.2:.3f}" in said[1]
-    assert len(said) == 4
-    # those that have ended are drawn once
-    done = script("tools/curves.py", run, ended, "--out", tmp_path / "curves.png", "--watch")
-    assert done.returncode == 0 and len(waits) == 3 and done.stdout.count("\n") == 1
-
-
-def test_a_run_that_replaces_another_is_the_one_watched(tmp_path):
+def test_a_run_that_replaces_another_is_the_one_drawn(tmp_path):
     run = make_run(tmp_path / "a", {60: {"4": 3.0}})
     make_run(run / ".new", {}, steps=5)
-    assert curves.read_run(run)["done"]  # a dead process left that
+    assert len(curves.read_run(run)["loss"]) == 60  # a dead process left that
     (run / ".lock").touch()
     new = curves.read_run(run)
-    assert new["label"] == "a" and len(new["loss"]) == 5 and not new["done"]
+    assert new["label"] == "a" and len(new["loss"]) == 5
 
 
-def test_watching_ends_with_control_c(tmp_path, monkeypatch):
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(time, "sleep", interrupt)
+def test_no_matplotlib_gets_one_line(tmp_path, monkeypatch):
     run = make_run(tmp_path / "a", {})
-    done = script("tools/curves.py", run, "--out", tmp_path / "curves.png", "--watch")
-    assert done.returncode == 130 and not done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "curves.png"]
-
-
-def test_a_wait_that_is_no_number_and_no_matplotlib_get_one_line(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "a", {})
-    for seconds in ("0", "-1", "x", "1e300"):
-        done = script("tools/curves.py", run, "--watch", seconds)
-        assert done.returncode == 2 and "--watch" in done.stderr and done.stderr.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = script("tools/curves.py", run)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr

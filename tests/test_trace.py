@@ -27,11 +27,14 @@ def draw(directory, *words):
 def test_a_trace_shows_the_prediction_after_each_loop(run_directory, tmp_path):
     model = Parcae.from_pretrained(run_directory)
     idx = torch.arange(12)[None]
-    probs, moved = trace(model, idx, 5, 12)
-    assert probs.shape == (5, 12, 320)
+    probs, ids, moved = trace(model, idx, 5, 12, 320)
+    assert probs.shape == ids.shape == (5, 12, 320)
+    probs = torch.zeros_like(probs).scatter(-1, ids, probs)
     assert torch.allclose(probs[3], model(idx, recurrence=4)[0][0].softmax(-1))
     assert torch.allclose(moved[0], torch.ones(12)) and (moved[4] < moved[1]).all()
-    for of_all, of_last in zip((probs, moved), trace(model, idx, 5, 3)):  # which see all the same
+    last, ids, last_moved = trace(model, idx, 5, 3, 320)
+    last = torch.zeros_like(last).scatter(-1, ids, last)
+    for of_all, of_last in ((probs, last), (moved, last_moved)):  # which see all the same
         assert torch.allclose(of_all[:, -3:], of_last, atol=1e-6)
     prompt = "x = [1, 2]\n" * 5  # longer than a picture, and than the context
     done = draw(run_directory, tmp_path / "t.png", "--prompt", prompt, "--recurrence", "4")

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from parts.cli import COUNT, LOOPS, Parser, UserError, progress_bar, run_script, some_path
+from parts.cli import COUNT, Parser, UserError, progress_bar, run_script, some_path
 from parts.files import write_json
 from parts.generation import check_predicts
 from parts.tokenizer import begin_token
-from tools.evaluate import open_run
+from tools.evaluate import add_run_flags, open_run
 
 ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
@@ -314,17 +314,11 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("folder", type=some_path, metavar="FOLDER", help="eval_data of the public bundle")
-    add("--run", type=some_path, default="out/default", metavar="DIR",
-        help="run directory of train.py (default: %(default)s)")
-    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="loops (default: 1 2 4 8 16)")
+    add_run_flags(add)
     add("--max-per-task", type=COUNT, metavar="N",
         help="items of a task, the first N after shuffling (default: all)")
     add("--batch-size", type=COUNT, default=32, metavar="N",
         help="options at a time (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of the activations; int8: see tools/evaluate.py (default: auto)")
     return parser.parse_args()
 
 

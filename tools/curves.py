@@ -1,26 +1,21 @@
-"""Training curves: what an experiment tracker shows, from the logs of runs, into one picture.
+"""Draw training curves from the logs of runs, what an experiment tracker shows, into one picture.
 
     python -m tools.curves out/default                            one run: loss, and what steers it
     python -m tools.curves out/looped out/plain --out both.png    several: which makes more of what?
-    python -m tools.curves out/default --watch                    again and again while it trains
 
 Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
-train loss, a mean over a fiftieth of the run. Points are the val loss, at T loops: the mean of the
+train loss, a mean over a fiftieth of the run. Points are the val loss at T loops, the mean of the
 run's training. One run alone has a second row: learning rate, norm of the gradient, size of the
 state. A run may still be training. Runs with different tokenizers, texts or FLOP accountings are
 drawn, and the picture's title says so. Needs matplotlib.
-
-With --watch, look at the picture in a viewer that follows its file (an editor's image tab, eog,
-feh --reload 5) or load it again in a browser. It ends when every run has ended, or with Ctrl-C.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
 
 from parts import figures
-from parts.cli import Parser, UserError, new_file, number, run_script, some_path
+from parts.cli import Parser, UserError, new_file, run_script, some_path
 from parts.comparable import say_differences
 from parts.files import read_json, read_json_lines
 
@@ -31,12 +26,10 @@ KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
 
 
 def read_run(path):
-    """What the log of a run directory says, a dict. Raises UserError.
+    """Return what the log of a run directory says, a dict. Raises UserError.
 
-    "label"; "folder", where its files are; "T", its mean recurrence; "done", whether it has ended;
-    of each step an array (steps,) for each of KEYS; "evaluations", a list of dicts: AXES,
-    "val_loss" and "state_rms" {T: number}.
-    """
+    "label"; "folder", where its files are; "T", its mean recurrence; an array (steps,) for each
+    of KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}."""
     path = Path(path)
     folder = path
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
@@ -52,7 +45,6 @@ def read_run(path):
         steps = [line for line in lines if line["kind"] == "train"]
         run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
         run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
-        run["done"] = bool(lines) and lines[-1]["kind"] == "done"
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(no_log) from None
     config = read_json(folder / "config.json")
@@ -65,7 +57,7 @@ def read_run(path):
 
 
 def evaluation(line):
-    """What is drawn of a line of the log that holds an evaluation."""
+    """Return what is drawn of a line of the log that holds an evaluation."""
     values = {key: float(line[key]) for key in AXES}
     for name in ("val_loss", "state_rms"):  # a plain transformer has no state
         values[name] = {int(T): float(value) for T, value in line.get(name, {}).items()}
@@ -73,7 +65,7 @@ def evaluation(line):
 
 
 def read_runs(paths):
-    """Runs as read_run gives them; names that are not different become whole paths."""
+    """Return runs as read_run gives them; names that are not different become whole paths."""
     runs = [read_run(path) for path in paths]
     labels = [run["label"] for run in runs]
     for run, path in zip(runs, paths):
@@ -85,9 +77,8 @@ def read_runs(paths):
 
 
 def smooth(values):
-    """The mean around each of the values (n,), over a fiftieth of them; NaN where none is finite.
-
-    At the ends the mean is over what is there: a last step counts no more than the others."""
+    """Return the mean around each of the values (n,), over a fiftieth of them, and over what is
+    there at the ends; NaN where none is finite."""
     n, half = len(values), len(values) // 100
     finite = np.isfinite(values)
     sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
@@ -99,7 +90,7 @@ def smooth(values):
 
 
 def curve(run):
-    """What `picture` draws of a run."""
+    """Return what `picture` draws of a run, see there."""
     points = [e for e in run["evaluations"] if run["T"] in e["val_loss"]]
     val = {key: [e[key] for e in points] for key in AXES}
     val["loss"] = [e["val_loss"][run["T"]] for e in points]
@@ -111,16 +102,11 @@ def curve(run):
             "smooth_loss": smooth(run["loss"]), "smooth_norm": smooth(run["grad_norm"]),
             "val": val, "sizes": dict(sorted(sizes.items()))}
 
-
-def draw(path, runs, title=""):
-    """Write the picture of runs as read_runs gives them."""
-    picture(path, [curve(run) for run in runs], title)
-
 # ----------------------------------------------------------------------------- the picture
 
 
 def picture(path, runs, title):
-    """Training curves; of one run alone also what steers it, a second row.
+    """Write training curves; of one run alone also what steers it, a second row.
 
     runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
     "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
@@ -153,7 +139,7 @@ def picture(path, runs, title):
 
 
 def loss_limits(runs):
-    """Where the axis of the loss begins and ends: the first steps would take all the height."""
+    """Return where the axis of the loss begins and ends; the first steps would take all of it."""
     low, high = [], []
     for run in runs:
         line, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
@@ -169,7 +155,7 @@ def loss_limits(runs):
 
 
 def steering(axes, run):
-    """Learning rate, norm of the gradient and size of the state of a run, against its tokens."""
+    """Draw learning rate, norm of the gradient and size of the state of a run over its tokens."""
     lone = "." if len(run["tokens"]) == 1 else ""
     axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
     axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
@@ -196,44 +182,20 @@ def steering(axes, run):
 # ----------------------------------------------------------------------------- command line
 
 
-def watch(args):
-    """Draw again and again, until every run has ended."""
-    title = None
-    while True:
-        runs = read_runs(args.runs)
-        if title is None:
-            title = say_differences(run["folder"] for run in runs)
-        begun = [run for run in runs if len(run["loss"])]
-        text = "no training step yet"
-        if begun:
-            draw(args.out, begun, title)
-            losses = [f"{run['label']} {run['loss'][-1]:.3f}" for run in begun]
-            text = f"wrote {args.out}; loss of the last step: {', '.join(losses)}"
-        print(time.strftime("%H:%M:%S"), text, flush=True)
-        if all(run["done"] for run in runs):
-            return
-        time.sleep(args.watch)
-
-
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=some_path, metavar="DIR", help="run directories of train.py")
     add("--out", type=new_file, default="out/curves.png", metavar="FILE",
         help="the picture to write (default: %(default)s)")
-    add("--watch", type=number(float, 0, 86400, above=True), nargs="?", const=30, metavar="SECONDS",
-        help="draw it again every so many seconds (30, if you name none) until every run has "
-        "ended; comes after the run directories")
     args = parser.parse_args()
     figures.pyplot()  # where matplotlib is missing, say so now
-    if args.watch:
-        watch(args)
-        return
     runs = read_runs(args.runs)
     for run, path in zip(runs, args.runs):
         if not len(run["loss"]):
             raise UserError(f"{Path(path) / 'log.jsonl'} has no training step yet")
-    draw(args.out, runs, say_differences(run["folder"] for run in runs))
+    title = say_differences(run["folder"] for run in runs)
+    picture(args.out, [curve(run) for run in runs], title)
     print("wrote", args.out)
 
 

@@ -1,22 +1,19 @@
-"""Bits per byte and perplexity of a model, at chosen numbers of loops.
+"""Measure bits per byte and perplexity of a model, at chosen numbers of loops.
 
     python -m tools.evaluate --run out/default --recurrence 1 2 4 8 16
     python -m tools.evaluate --run out/default --text book.txt
     python -m tools.evaluate --run out/default --kv-cache shared     the price of the smaller cache
     python -m tools.evaluate --run out/default --exit-threshold 0.1 0.01 0.001 --sequences 32
 
-A loss that is not finite, as where a state has grown without bound, is refused and nothing is
-written: the message names T, to be left out.
-
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
-In brackets: the standard error over the sequences read. Writes eval.json in the run directory,
-which names the step of the weights and the text that was read.
+Brackets hold the standard error over the sequences read. The results go to eval.json in the run
+directory, with the step of the weights and the text that was read. A loss that is not finite, as
+where a state has grown without bound, is refused, and nothing is written: leave out that T.
 """
 
 import hashlib
-import itertools
 import math
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import torch
@@ -43,48 +40,13 @@ from parts.quantize import prepare_weights
 from parts.sources import read_text
 from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
-# ------------------------------------------------------------------------------- text
-
-
-def text_windows(file, tokenizer, block_size, most):
-    """[(idx, targets)] of a text file, one after the other, each (1, T), the last one shorter.
-
-    No more than `most`, and no more of the file is read than they need. Raises UserError."""
-    tokens = [begin_token(tokenizer)]
-    for part in encode(tokenizer, read_text(file)):
-        tokens += part.tolist()
-        if len(tokens) > most * block_size:
-            break
-    tokens = torch.tensor([tokens[:most * block_size + 1]])
-    if tokens.shape[1] < 2:
-        raise UserError(f"--text {file} is empty")
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return list(zip(inputs.split(block_size, dim=1), targets.split(block_size, dim=1)))
-
-
-def batches_of(windows, batch_size):
-    """Yield (idx, targets), (B, T) each, of windows (1, T) that are equally long."""
-    for _, alike in itertools.groupby(windows, key=lambda window: window[0].shape):
-        alike = list(alike)
-        for start in range(0, len(alike), batch_size):
-            idx, targets = zip(*alike[start:start + batch_size])
-            yield torch.cat(idx), torch.cat(targets)
-
-
-def data_windows(loader, sequences, batch_size):
-    """Yield (idx, targets), (B, T) each, of the first sequences of a Loader, with progress."""
-    samples = range(min(sequences, len(loader)))
-    starts = range(0, len(samples), batch_size)
-    for start in progress_bar(starts, desc="evaluating", unit="batch"):
-        yield loader.batch(samples[start:start + batch_size])
-
 # ------------------------------------------------------------------------------- losses
 
 
 @torch.no_grad()
 def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """{loops: loss in nats (B, T) of each target} for a list of loops. Raises UserError where a
-    loss is not finite.
+    """Return {loops: loss in nats (B, T) of each target} for a list of loops. Raises UserError
+    where a loss is not finite.
 
     kv_cache "none": all tokens at once, and all loops in one pass. "per-loop", "shared": token by
     token through a cache of that kind, as in generation."""
@@ -92,19 +54,19 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     if kv_cache == "none":
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                losses[loops] = loss_of(model, model.readout(h, inputs), targets, loops)
+                logits = model.lm_head(model.readout(h, inputs)).float()
+                losses[loops] = loss_of(logits, targets, loops)
         return losses
     for loops in recurrence:
         cache = model.new_cache(*idx.shape, loops, kv_cache)
         x = [model.hidden(token, loops, cache) for token in idx.split(1, dim=1)]
-        losses[loops] = loss_of(model, torch.cat(x, dim=1), targets, loops)
+        losses[loops] = loss_of(model.lm_head(torch.cat(x, dim=1)).float(), targets, loops)
     return losses
 
 
-def loss_of(model, x, targets, loops):
-    """Loss in nats (B, T) of each target, of what the head reads, x (B, T, C), after so many
-    loops."""
-    logits = model.lm_head(x).float()
+def loss_of(logits, targets, loops):
+    """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size) after so many
+    loops. Raises UserError where one is not finite."""
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
     return loss
@@ -112,20 +74,34 @@ def loss_of(model, x, targets, loops):
 
 @torch.no_grad()
 def early_exit_losses(model, idx, targets, most, threshold, rule):
-    """Loss in nats (1, T) of each target where each token's loop ends as soon as its prediction
-    settles, see sample.settle; and how many loops each took, a list of T numbers."""
+    """Return the loss in nats (1, T) of each target where each token's loop ends as soon as its
+    prediction settles (generation.settle), and a list of the loops that the T tokens took."""
     cache = model.new_cache(*idx.shape, most, "shared")
     losses, loops_used = [], []
     for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
         logits, loops = settle(model, token, most, cache, threshold, rule)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
-        check_predicts(losses[-1], loops)
+        losses.append(loss_of(logits, target, loops))
         loops_used.append(loops)
     return torch.cat(losses, dim=1), loops_used
 
 
+def read_all(model, batches, tokenizer, losses_of):
+    """Return ({name: nats of each sequence}, tokens of each sequence, bytes of all).
+
+    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(idx, targets): {name: loss
+    in nats (B, T)}."""
+    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
+    nats, tokens, n_bytes = defaultdict(list), [], 0
+    for idx, targets in batches:
+        tokens += [targets.shape[1]] * len(targets)
+        n_bytes += int(bytes_of[targets].sum())
+        for name, loss in losses_of(idx.to(device), targets.to(device)).items():
+            nats[name] += loss.cpu().double().sum(1).tolist()  # mps has no float64
+    return nats, tokens, n_bytes
+
+
 def bytes_of_tokens(tokenizer):
-    """Bytes that each token stands for, (n_vocab,) int64; those that separate texts are none."""
+    """Return the bytes that each token stands for, (n_vocab,) int64; 0 for a separator of texts."""
     sizes = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)
     for token, i in tokenizer._mergeable_ranks.items():
         sizes[i] = len(token)
@@ -133,9 +109,8 @@ def bytes_of_tokens(tokenizer):
 
 
 def standard_error(nats, tokens):
-    """Of a mean loss, from the sums over independent sequences: nats, tokens (sequences,).
-
-    None of a single sequence."""
+    """Return the standard error of a mean loss, None for a single sequence. nats, tokens: their
+    sums over each of independent sequences, (sequences,)."""
     n = len(nats)
     if n < 2:
         return None
@@ -144,7 +119,7 @@ def standard_error(nats, tokens):
 
 
 def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
-    """A row of the table: nats and tokens of each sequence (sequences,), bytes of all.
+    """Return a row of the table. nats, tokens: of each sequence, lists; n_bytes: of all.
 
     baseline: the nats of the first row. What the row gains on it has a much smaller error than
     either, since both read the same sequences."""
@@ -162,95 +137,45 @@ def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
 
 
 def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
-    """Rows for each number of loops, and the tokens and bytes read.
+    """Return rows for each number of loops, and the tokens and bytes read. batches: see read_all"""
+    def losses_of(idx, targets):
+        return token_losses(model, idx, targets, recurrence, kv_cache)
 
-    batches: an iterable of (idx, targets), (B, T) int64 each."""
-    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, n_bytes = {loops: [] for loops in recurrence}, [], 0  # lists over sequences
-    for idx, targets in batches:
-        tokens += [targets.shape[1]] * len(targets)
-        n_bytes += int(bytes_of[targets].sum())
-        losses = token_losses(model, idx.to(device), targets.to(device), recurrence, kv_cache)
-        for loops, loss in losses.items():
-            nats[loops] += loss.cpu().double().sum(1).tolist()  # mps has no float64
+    nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
     baseline = nats[recurrence[0]]
     rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
     return rows, sum(tokens), n_bytes
 
 
 def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
-    """The row of a threshold; its "recurrence" is the mean of the loops used. baseline: see row_of.
+    """Return the row of a threshold; its "recurrence" is the mean of the loops used.
 
-    batches: of one sequence each."""
-    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, n_bytes, loops_used = [], [], 0, []
-    for idx, targets in batches:
-        idx, targets = idx.to(device), targets.to(device)
+    batches: of one sequence each, see read_all; baseline: see row_of."""
+    loops_used = []
+
+    def losses_of(idx, targets):
         loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
-        nats.append(loss.cpu().double().sum().item())
-        tokens.append(targets.numel())
-        n_bytes += int(bytes_of[targets.cpu()].sum())
-        loops_used += loops
-    row = row_of(sum(loops_used) / len(loops_used), nats, tokens, n_bytes, baseline)
+        loops_used.extend(loops)
+        return {"loss": loss}
+
+    nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
+    row = row_of(sum(loops_used) / len(loops_used), nats["loss"], tokens, n_bytes, baseline)
     return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
 
-# ------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------- text
+
+# What an evaluation reads. name: of a file or a data directory; fingerprint: a dict, or None where
+# it is not known; sequences: how many; batches: a function of a batch size that yields them.
+Text = namedtuple("Text", "name fingerprint sequences batches")
 
 
 def add_text_flags(add, sequences):
-    """The flags that `open_text` reads; sequences: a default."""
+    """Add the flags that open_text reads. sequences: a default."""
     add("--data", type=some_path, metavar="DIR",
         help="data directory whose val tokens are read (default: the run's)")
     add("--text", type=some_path, metavar="FILE", help="read this text instead")
     add("--sequences", type=COUNT, default=sequences, metavar="N",
         help="sequences of block_size tokens to read (default: %(default)s)")
-
-
-def parse_args():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--run", type=some_path, default="out/default", metavar="DIR",
-        help="run directory of train.py (default: %(default)s)")
-    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="loops (default: 1 2 4 8 16)")
-    add_text_flags(add, 512)
-    add("--batch-size", type=COUNT, metavar="N",
-        help=f"sequences at a time (default: as many as are {EVAL_TOKENS:,} tokens)")
-    add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
-        help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
-        "last loop's keys and values only")
-    add("--exit-threshold", type=number(float, 0), nargs="+", metavar="EPS",
-        help="also with a depth of its own for each token: its loop ends, at the largest "
-        "--recurrence at the latest, when --exit-rule falls below EPS (shared cache, token by "
-        "token)")
-    add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of the activations; int8: they are bfloat16 and the weights have 8 bits, see "
-        "parts/quantize.py (default: auto)")
-    args = parser.parse_args()
-    check_needs(args, exit_rule="exit_threshold")
-    return args
-
-
-def open_run(args):
-    """(model, tokenizer, loops to evaluate at) of the run that args name. Raises UserError."""
-    keep_freed_memory()
-    device = pick_device(args.device)
-    model = Parcae.from_pretrained(args.run).to(device)
-    use_threads(model.config.n_embd)
-    dtype = pick_dtype(device, args.dtype)
-    if dtype == torch.int8:
-        prepare_weights(model, device, dtype)
-    else:
-        model.compute_dtype = dtype
-    recurrence = args.recurrence if model.config.n_recurrent else [1]
-    return model, load_tokenizer(args.run), recurrence
-
-
-# What an evaluation reads. name: of a file or a data directory; fingerprint: a dict, or None where
-# it is not known; sequences: how many; batches: a function of a batch size that yields them.
-Text = namedtuple("Text", "name fingerprint sequences batches")
 
 
 def open_text(args, model, tokenizer):
@@ -259,14 +184,41 @@ def open_text(args, model, tokenizer):
     if args.text and args.data:
         raise UserError("--text is read in place of --data: leave out one of them")
     if args.text:
-        windows = text_windows(args.text, tokenizer, block_size, args.sequences)
-        read = b"".join(tokenizer.decode_bytes(targets[0].tolist()) for _, targets in windows)
-        fingerprint = {"source": args.text, "sha256": hashlib.sha256(read).hexdigest()}
-        return Text(args.text, fingerprint, len(windows),
-                    lambda batch_size: batches_of(windows, batch_size))
+        return text_file(args.text, tokenizer, block_size, args.sequences)
     data, loader = open_data(args, tokenizer, block_size)
-    return Text(data, text_of(data), min(args.sequences, len(loader)),
-                lambda batch_size: data_windows(loader, args.sequences, batch_size))
+    samples = range(min(args.sequences, len(loader)))
+
+    def batches(batch_size):
+        for start in progress_bar(samples[::batch_size], desc="evaluating", unit="batch"):
+            yield loader.batch(samples[start:start + batch_size])
+
+    return Text(data, text_of(data), len(samples), batches)
+
+
+def text_file(file, tokenizer, block_size, sequences):
+    """Return the Text of the beginning of a file, cut into sequences; the last one is shorter where
+    the file ends. No more of the file is read than they need. Raises UserError."""
+    tokens = [begin_token(tokenizer)]
+    for part in encode(tokenizer, read_text(file)):
+        tokens += part.tolist()
+        if len(tokens) > sequences * block_size:
+            break
+    tokens = tokens[:sequences * block_size + 1]
+    if len(tokens) < 2:
+        raise UserError(f"--text {file} is empty")
+    read = tokenizer.decode_bytes(tokens[1:])
+    idx, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
+
+    def batches(batch_size):
+        for some in zip(idx.split(batch_size * block_size), targets.split(batch_size * block_size)):
+            whole = len(some[0]) // block_size * block_size
+            if whole:
+                yield [part[:whole].view(-1, block_size) for part in some]
+            if whole < len(some[0]):
+                yield [part[None, whole:] for part in some]
+
+    fingerprint = {"source": file, "sha256": hashlib.sha256(read).hexdigest()}
+    return Text(file, fingerprint, math.ceil(len(idx) / block_size), batches)
 
 
 def open_data(args, tokenizer, block_size):
@@ -287,19 +239,68 @@ def open_data(args, tokenizer, block_size):
         print(difference)
     return data, loader
 
+# ------------------------------------------------------------------------------- command line
+
+
+def add_run_flags(add):
+    """Add the flags that open_run reads."""
+    add("--run", type=some_path, default="out/default", metavar="DIR",
+        help="run directory of train.py (default: %(default)s)")
+    add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
+        help="loops (default: 1 2 4 8 16)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
+        help="of the activations; int8: they are bfloat16 and the weights have 8 bits, see "
+        "parts/quantize.py (default: auto)")
+
+
+def open_run(args):
+    """Return (model, tokenizer, loops to evaluate at) of the run that args name. Raises
+    UserError."""
+    keep_freed_memory()
+    device = pick_device(args.device)
+    model = Parcae.from_pretrained(args.run).to(device)
+    use_threads(model.config.n_embd)
+    dtype = pick_dtype(device, args.dtype)
+    if dtype == torch.int8:
+        prepare_weights(model, device, dtype)
+    else:
+        model.compute_dtype = dtype
+    recurrence = args.recurrence if model.config.n_recurrent else [1]
+    return model, load_tokenizer(args.run), recurrence
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add_run_flags(add)
+    add_text_flags(add, 512)
+    add("--batch-size", type=COUNT, metavar="N",
+        help=f"sequences at a time (default: {EVAL_TOKENS:,} tokens / block_size)")
+    add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
+        help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
+        "last loop's keys and values only")
+    add("--exit-threshold", type=number(float, 0), nargs="+", metavar="EPS",
+        help="also with a depth of its own for each token: its loop ends, at the largest "
+        "--recurrence at the latest, when --exit-rule falls below EPS (shared cache, token by "
+        "token)")
+    add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
+    args = parser.parse_args()
+    check_needs(args, exit_rule="exit_threshold")
+    return args
+
 
 def line_of(row):
-    """A row as text; in brackets the standard error, of which sequences it happened to read."""
+    """Return a row as text; in brackets the standard error."""
+    def error_text(error):
+        return "-" if error is None else f"{error:.4f}"
+
     gain = ""
     if row.get("gain"):  # the first row has none on itself
         gain = f"   {row['gain']:+.4f} ({error_text(row['gain_standard_error'])})"
     return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} "
             f"({error_text(row['standard_error'])})  {row['perplexity']:10.3f}   "
             f"{row['bits_per_byte']:13.4f}{gain}")
-
-
-def error_text(error):
-    return "-" if error is None else f"{error:.4f}"
 
 
 def main():

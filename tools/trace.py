@@ -116,26 +116,26 @@ def write_page(path, tokens, tops):
 
     tokens: the T texts that are read. tops: for each loop and token the likeliest next tokens,
     lists (loops, T, k) of (text, probability), the likeliest first."""
-    loops = [[[(text, round(probability, 5)) for text, probability in top] for top in row]
-             for row in tops]
     # ASCII, and no "<": nothing in a text can end the script element that holds it
-    data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
+    data = json_text({"tokens": tokens, "loops": tops}, separators=(",", ":"))
     write_text(path, PAGE.replace("__DATA__", data.replace("<", "\\u003c")))
 
 
 @torch.no_grad()
-def trace(model, idx, recurrence, last):
-    """What the model would predict after each loop at the last tokens of idx (1, T), probabilities
-    (loops, last, vocab_size), and how far the loop moved the state, |h_t - h_{t-1}| / |h_t|,
-    (loops, last). Raises UserError where a prediction is not finite."""
-    probs, moved, before = [], [], 0
+def trace(model, idx, recurrence, last, k):
+    """Return what the model would predict after each loop at the last tokens of idx (1, T): the
+    probabilities and numbers of the k likeliest tokens, (loops, last, k) each; and how far the loop
+    moved the state, |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is
+    not finite."""
+    tops, moved, before = [], [], 0
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
-        logits = model.lm_head(model.readout(h, inputs)[0, -last:]).float()
+        logits = model.lm_head(model.readout(h, inputs)[0, -last:]).float()  # (last, vocab_size)
         check_predicts(logits, loops)
-        probs.append(logits.softmax(-1))
+        tops.append(logits.softmax(-1).topk(k))
         moved.append(((h - before).norm(dim=-1) / h.norm(dim=-1))[0, -last:])
         before = h
-    return torch.stack(probs), torch.stack(moved)
+    probs, tokens = map(torch.stack, zip(*tops))
+    return probs, tokens, torch.stack(moved)
 
 
 def draw_trace(model, tokenizer, idx, recurrence, path):
@@ -144,14 +144,18 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
         raise UserError("--trace needs a model that loops and a prompt")
     idx = idx[:, -model.config.block_size:]
     if is_page(path):
-        draw_page(model, tokenizer, idx, recurrence, path)
-        return
-    probs, moved = trace(model, idx, recurrence, TRACED)
-    idx = idx[:, -TRACED:]
-    likeliest, tops = probs.max(-1)
-    figures.trace(path, [label(tokenizer, i) for i in idx[0].tolist()],
-                  [[label(tokenizer, i) for i in row] for row in tops.tolist()],
-                  likeliest.cpu().numpy(), moved.cpu().numpy())
+        probs, tokens, _ = trace(model, idx, recurrence, idx.shape[1], 5)
+        tops = []
+        for token_rows, prob_rows in zip(tokens.tolist(), probs.tolist()):
+            tops.append([[(text_of(tokenizer, i), round(p, 5)) for i, p in zip(*top)]
+                         for top in zip(token_rows, prob_rows)])
+        write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)
+    else:
+        probs, tokens, moved = trace(model, idx, recurrence, TRACED, 1)
+        idx = idx[:, -TRACED:]
+        figures.trace(path, [label(tokenizer, i) for i in idx[0].tolist()],
+                      [[label(tokenizer, i) for i in row] for row in tokens[..., 0].tolist()],
+                      probs[..., 0].cpu().numpy(), moved.cpu().numpy())
     print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops")
 
 
@@ -159,23 +163,8 @@ def is_page(path):
     return Path(path).suffix.lower() == ".html"
 
 
-@torch.no_grad()
-def draw_page(model, tokenizer, idx, recurrence, path):
-    """Write the page of a trace of idx (1, T): the five likeliest tokens at each loop. Each loop's
-    are taken as it comes: `trace` would keep all probabilities."""
-    tops = []
-    for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
-        logits = model.lm_head(model.readout(h, inputs))[0].float()              # (T, vocab_size)
-        check_predicts(logits, loops)
-        top = logits.softmax(-1).topk(5)
-        tops.append([[(text_of(tokenizer, i), p) for i, p in zip(*row)]
-                     for row in zip(top.indices.tolist(), top.values.tolist())])
-    write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)
-    print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops, for a browser")
-
-
 def text_of(tokenizer, i):
-    """Token i as text; bytes that are none alone, half a letter, as \\xc3."""
+    """Return token i as text; a byte that is not text alone, half a letter, as \\xc3."""
     try:
         return tokenizer.decode_single_token_bytes(i).decode("utf-8", errors="backslashreplace")
     except KeyError:
@@ -183,7 +172,7 @@ def text_of(tokenizer, i):
 
 
 def label(tokenizer, i):
-    """Token i in up to five visible characters."""
+    """Return token i in up to five visible characters."""
     if i >= tokenizer.n_vocab:
         return "?"  # vocabularies are rounded up
     text = "".join(decode_stream(tokenizer, [i]))
