@@ -5,10 +5,10 @@ your own is a function like these and an entry in SOURCES, from which `python da
 choices.
 """
 
+import codecs
 import hashlib
 import http.client
 import os
-import shutil
 import sysconfig
 import urllib.request
 import zlib
@@ -57,12 +57,17 @@ def stdlib_docs():
 def read_text(path):
     """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
     byte order mark). Raises UserError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            while part := file.read(1 << 20):
-                yield part
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open(path, "rb") as file:
+        part = True
+        while part:
+            part = file.read(1 << 20)
+            try:
+                yield decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                # the object: what was not decoded yet
+                at = file.tell() - len(error.object) + error.start
+                raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {at}") from None
 
 
 class TextFile:
@@ -208,13 +213,17 @@ def shakespeare_docs():
     file = Path("data") / "shakespeare.txt"
     if not file.exists():
         try:
-            with whole_file(file, "wb") as copy, urllib.request.urlopen(url, timeout=60) as reply:
-                shutil.copyfileobj(reply, copy)
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                content = reply.read()
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{url} sent another text than Shakespeare's: a login page of this "
+                            "network?")
+        with whole_file(file, "wb") as copy:
+            copy.write(content)
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{file} is not Shakespeare's text but, perhaps, a login page of this "
-                        "network: remove the file, and it is fetched again")
+        raise UserError(f"{file} is not Shakespeare's text: move it away, and it is fetched again")
     return cut([whole_text(file)])
 
 
