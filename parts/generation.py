@@ -49,18 +49,27 @@ def check_predicts(values, loops="so many"):
                         "have grown without bound (docs/guide.md, section 2)")
 
 
-# When has a token looped enough? When what a rule measures falls below a threshold. It looks at the
+# When has a token looped enough? When a number falls below a threshold, which a rule makes of the
 # state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
 Look = namedtuple("Look", "h log_probs")
-EXIT_RULES = {
-    # how far the prediction moved, KL divergence in nats (recurrent-depth models, arXiv 2502.05171)
-    "kl": lambda now, last: F.kl_div(last.log_probs, now.log_probs, reduction="sum",
-                                     log_target=True),
-    # how unsure the prediction is, in nats
-    "entropy": lambda now, last: -(now.log_probs.exp() * now.log_probs).sum(),
-    # how far the state moved, as a share of its size
-    "state": lambda now, last: (now.h - last.h).norm() / now.h.norm(),
-}
+
+
+def kl(now, last):
+    """Return how far the prediction moved, the KL divergence in nats (arXiv 2502.05171)."""
+    return F.kl_div(last.log_probs, now.log_probs, reduction="sum", log_target=True)
+
+
+def entropy(now, last):
+    """Return how unsure the prediction is, in nats."""
+    return -(now.log_probs.exp() * now.log_probs).sum()
+
+
+def state(now, last):
+    """Return how far the state moved, as a share of its size."""
+    return (now.h - last.h).norm() / now.h.norm()
+
+
+EXIT_RULES = {"kl": kl, "entropy": entropy, "state": state}
 
 
 def settle(model, idx, most, cache, threshold, rule="kl"):

@@ -1,4 +1,4 @@
-"""CORE, 22 in-context tasks, at chosen numbers of loops.
+"""Measure CORE, 22 in-context tasks, at chosen numbers of loops.
 
     python -m tools.core eval_data --run out/default --recurrence 1 4 8 --max-per-task 100
 
@@ -68,7 +68,7 @@ TASKS = {
 
 
 def read_task(file, kind):
-    """Items of a task, shuffled. Raises UserError that names the file and the line."""
+    """Return the items of a task, shuffled. Raises UserError that names the file and the line."""
     items = []
     for line_number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -87,17 +87,17 @@ def read_task(file, kind):
 
 
 def check_item(item, kind):
-    """Raise TypeError or ValueError where an option is no text, or gold the number of none."""
+    """Raise TypeError or ValueError where an option is not text, or gold not the number of one."""
     pairs, gold = options(item, kind, "")
     for pair in pairs:
         if not all(isinstance(text, str) for text in pair):
-            raise TypeError("an option is no text")
+            raise TypeError("an option is not text")
     if type(gold) is not int or not 0 <= gold < len(pairs):
         raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} options")
 
 
 def options(item, kind, delimiter):
-    """[(context, continuation)] of an item's options, and the number of the right one."""
+    """Return [(context, continuation)] of an item's options, and the number of the right one."""
     if kind == "choice":
         return [(item["query"] + delimiter, choice) for choice in item["choices"]], item["gold"]
     if kind == "schema":
@@ -117,12 +117,12 @@ class Question:
 
     @cached_property
     def prefix(self):
-        """How many tokens all rows share before any scored part."""
+        """Return how many tokens all rows share before any scored part."""
         return min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
 
 def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
-    """The Question of item number i, after other items for examples."""
+    """Return the Question of item number i, after other items for examples."""
     def encoded(text):
         return [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
 
@@ -145,8 +145,8 @@ def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
 
 
 def examples(i, items, kind, shots, delimiter):
-    """The text before item number i: other items with their right options, a blank line after
-    each."""
+    """Return the text before item number i: other items, each with its right option and a blank
+    line after it."""
     others = [j for j in range(len(items)) if j != i]
     text = ""
     for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
@@ -156,7 +156,7 @@ def examples(i, items, kind, shots, delimiter):
 
 
 def common_prefix(rows):
-    """Length of the common prefix of lists.
+    """Return the length of the common prefix of lists.
 
     >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]])
     2
@@ -171,13 +171,12 @@ def common_prefix(rows):
 
 @torch.no_grad()
 def score(model, questions, recurrence):
-    """For each question, for each option: (mean loss of the scored part in nats per token, whether
-    greedy decoding gives it). Raises UserError where a prediction is not finite.
+    """Return for each question, for each option: (mean loss of the scored part in nats per token,
+    whether greedy decoding gives it). Raises UserError where a prediction is not finite.
 
-    The prefix that a question's options share, up to 10 examples long, is run once for each
-    question, into a KV cache; the rest of every option then reads from it: several times as fast as
-    running every option whole. Options are padded at their ends, which nothing before the padding
-    sees."""
+    The prefix that a question's options share, up to 10 examples long, runs once for each question,
+    into a KV cache, from which every option then reads: several times as fast as running every
+    option whole. Options are padded at their ends, which nothing before the padding sees."""
     device = model.wte.weight.device
     rows, owner, starts = [], [], []  # of all options: tokens, number of the question, scored part
     for number, question in enumerate(questions):
@@ -237,7 +236,7 @@ def batches_of(questions, batch_size):
 
 
 def accuracy(model, questions, kind, recurrence, batch_size=32, bar=None):
-    """Share of the questions that the model gets right; a tie counts in part, see credit."""
+    """Return the share of questions that the model gets right; a tie counts in part, see credit."""
     right = 0
     for batch in batches_of(questions, batch_size):
         for question, scores in zip(batch, score(model, batch, recurrence)):
@@ -266,9 +265,8 @@ def fingerprint(folder):
 
 
 def core(model, tokenizer, folder, recurrence, batch_size, limit):
-    """{task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}} of the
-    tasks that are in the folder; "cut" counts the items longer than the context. Raises
-    UserError."""
+    """Return {task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}}
+    of the tasks in the folder; "cut" counts the items longer than the context. Raises UserError."""
     tasks = {name: read_task(file, TASKS[name][1]) for name, file in files_of(folder).items()}
     results = {}
     total = sum(len(items[:limit]) for items in tasks.values()) * len(recurrence)
@@ -289,7 +287,7 @@ def core(model, tokenizer, folder, recurrence, batch_size, limit):
 
 
 def show(results, recurrence):
-    """Print the tasks and their mean; returns its name and {T: mean}."""
+    """Print the tasks and their mean. Return its name and {T: mean}."""
     heads = "".join(f"{f'T = {T}':>18s}" for T in recurrence)
     print(f"accuracy (centred) by loops{'':10s}  items{heads}")
     for name, task in results.items():
