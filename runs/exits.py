@@ -2,9 +2,9 @@
 
     python -m runs.exits --run out/default --most 8      some minutes; out/exits.csv, exits.png
 
-Each token's loop ends when the number of a rule (parts/generation.py, EXIT_RULES) falls below a threshold.
-Beside them: the same number of loops for every token. All read the same sequences, so that what a
-rule loses against all `--most` loops has a small standard error.
+Each token's loop ends when the number of a rule (EXIT_RULES in parts/generation.py) falls below a
+threshold. Beside them: the same number of loops for every token. All read the same sequences, so
+that what a rule loses against all `--most` loops has a small standard error.
 """
 
 from pathlib import Path
