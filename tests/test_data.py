@@ -466,7 +466,7 @@ def test_shakespeare_is_checked(tmp_path, monkeypatch):
     (tmp_path / "input.txt").unlink()
     prepare("shakespeare", tokenizer="bytes")  # from the copy
     (tmp_path / "data" / "shakespeare.txt").write_text("<html>log in</html>")
-    with pytest.raises(UserError, match="sent another text than Shakespeare"):
+    with pytest.raises(UserError, match="is not Shakespeare's text"):
         prepare("shakespeare")
 
 # ------------------------------------------------------------------ command line
