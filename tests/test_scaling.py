@@ -237,7 +237,7 @@ def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
     (["predict", "--flops", "1e13", "nowhere.csv"], "nowhere.csv cannot be read"),
     (["predict", "--flops", "1e13", ROOT / "results" / "others" / "overtrain-c4.csv"],
      "do not determine a training law of loops"),
-    (["fit", "--json", ROOT], "which is no file"),
+    (["fit", "--json", ROOT], "which is not a file"),
     (["fit", "--nonsense"], "unrecognized arguments: --nonsense"),
 ])
 def test_bad_input_gets_one_line(args, said, tmp_path):
