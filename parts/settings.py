@@ -32,6 +32,7 @@ from parts.tokenizer import load_tokenizer, same_tokens
 DEFAULT_DATA = "data/stdlib"
 DEFAULT_STEPS = 1200
 DEFAULT_PRESET = "parcae-one"
+DEFAULT_RATE, PAPER_RATE = 2e-2, 8e-3
 BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
 
 
@@ -72,11 +73,11 @@ def make_parser(about):
         "--mean-recurrence")
     add("--loop-from", type=number(float, 0, 1), default=0, metavar="F",
         help="loop once only until this share of the budget is spent (default: %(default)s)")
-    add("--muon-lr", type=POSITIVE, default=2e-2, metavar="LR",
-        help="peak learning rate of Muon; the paper's, for larger models, is 8e-3 (default: "
-        "%(default)s, measured for the default model)")
-    add("--adamw-lr", type=POSITIVE, default=2e-2, metavar="LR",
-        help="peak learning rate of AdamW; see --muon-lr (default: %(default)s)")
+    add("--muon-lr", type=POSITIVE, metavar="LR",
+        help=f"peak learning rate of Muon (default: the paper's {PAPER_RATE}; {DEFAULT_RATE} for "
+        f"{DEFAULT_PRESET}, for which it was measured)")
+    add("--adamw-lr", type=POSITIVE, metavar="LR",
+        help="peak learning rate of AdamW (default: as for Muon)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.2,
@@ -151,6 +152,10 @@ def parse_args(about, words=None):
         check_idle(parser, args, ["preset"], "--init-from takes the place of --preset")
     if not (args.max_steps or args.max_tokens or args.max_flops):
         args.max_steps = DEFAULT_STEPS
+    small = args.preset == DEFAULT_PRESET and not args.init_from
+    for name in ("muon_lr", "adamw_lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULT_RATE if small else PAPER_RATE)
     return args
 
 

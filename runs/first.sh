@@ -19,5 +19,6 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         for seed in 0 1 2 3 4; do run $seed 2e-2 $loops $one; done  # the default
     done
     run 0 8e-3 8 $one
+    run 0 1.28e-1 4 $one
 } | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --eval-every 100000
 python -m runs.first out/first "${RESULTS:-out}"

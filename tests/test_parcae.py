@@ -10,7 +10,7 @@ from conftest import ROOT
 import parcae
 import train
 from model import PRESETS, Parcae, ParcaeConfig
-from parts.settings import DEFAULT_PRESET, make_parser
+from parts.settings import DEFAULT_PRESET, parse_args
 
 # parcae.py's name of a weight: model.py's
 NAMES = {"embedding.": "wte.", "block.": "recurrent.", "norm_coda": "norm_f", "C.weight":
@@ -86,7 +86,7 @@ def test_flops_are_those_of_model_py(both, depths):
 def test_ten_steps_end_where_those_of_train_py_do(both):
     mine, theirs, weights = both
     theirs.train()
-    args = make_parser("").parse_args(["--max-steps", "10"])
+    args = parse_args("", ["--max-steps", "10"])
     optimizers = train.make_optimizers(theirs, args)
     ours = mine.optimizers()
     generator = torch.Generator().manual_seed(3)
@@ -107,7 +107,7 @@ def test_ten_steps_end_where_those_of_train_py_do(both):
 
 
 def test_its_constants_are_the_defaults_of_train_py():
-    args, config = make_parser("").parse_args([]), ParcaeConfig(**PRESETS[DEFAULT_PRESET])
+    args, config = parse_args("", []), ParcaeConfig(**PRESETS[DEFAULT_PRESET])
     assert (parcae.D, parcae.H, parcae.CONTEXT) == (config.n_embd, config.n_head, config.block_size)
     assert (parcae.PRELUDE, parcae.LOOP, parcae.CODA) == (
         config.n_prelude, config.n_recurrent, config.n_coda)
@@ -134,7 +134,7 @@ def test_it_trains_evaluates_and_writes_a_sample(monkeypatch, capsys, tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.py").write_bytes(b"x = 1\n" * 20)
     (tmp_path / "test" / "left-out.py").write_bytes(b"\xff" * 2000)
-    monkeypatch.setattr(parcae.sysconfig, "get_paths", lambda: {"stdlib": tmp_path})
+    monkeypatch.setattr(parcae.sysconfig, "get_paths", lambda *_, **__: {"stdlib": tmp_path})
     texts = [*parcae.read_stdlib()]
     assert [int((text == 256).sum()) for text in texts] == [len(texts[0]) // 121,
                                                             len(texts[1]) // 121]
@@ -147,3 +147,11 @@ def test_it_trains_evaluates_and_writes_a_sample(monkeypatch, capsys, tmp_path):
     losses = [float(line.split()[1]) for line in said.splitlines() if line.startswith("     ")]
     assert len(losses) == 5 and all(loss < 1 for loss in losses)
     assert "a sample:\n" in said and "x = 1\nx = 1\n" in said
+
+
+def test_the_rate_of_the_default_run_is_not_that_of_other_models():
+    for flags, rate in (([], 2e-2), (["--preset", "parcae-140m"], 8e-3),
+                        (["--init-from", "x"], 8e-3)):
+        args = parse_args("", flags)
+        assert args.muon_lr == args.adamw_lr == rate
+    assert parse_args("", ["--preset", "parcae-140m", "--muon-lr", "1e-2"]).muon_lr == 1e-2
