@@ -13,8 +13,8 @@ from parts.machine import keep_freed_memory, pick_device, pick_dtype
 
 
 def ranks():
-    """(the number of this process, how many train together), as torchrun tells; (0, 1) where nobody
-    does. Raises UserError where the environment does not say how several find each other."""
+    """Return (the number of this process, how many train together), as torchrun tells; (0, 1) where
+    nobody does. Raises UserError where the environment does not say how several find each other."""
     found = {name: os.environ.get(name, "")
              for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     rank, world = found["RANK"] or "0", found["WORLD_SIZE"] or "1"
@@ -30,12 +30,12 @@ def ranks():
 
 
 def rank():
-    """The number of this process, 0 for the only or the first one."""
+    """Return the number of this process, 0 for the only or the first one."""
     return ranks()[0]
 
 
 def world():
-    """How many processes train together."""
+    """Return how many processes train together."""
     return ranks()[1]
 
 
@@ -46,7 +46,7 @@ def say(text):
 
 
 def setup_device(args):
-    """The device of this rank."""
+    """Return the device of this rank, and have the ranks find each other."""
     device = pick_device(args.device, args.compile)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -63,7 +63,7 @@ def setup_device(args):
 
 
 def common_dtype(device, dtype):
-    """The dtype of activations that rank 0 picks: "auto" measures, and ranks might disagree."""
+    """Return the dtype of activations that rank 0 picks: "auto" measures, so ranks might differ."""
     picked = [pick_dtype(device, dtype) if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(picked)
@@ -71,7 +71,7 @@ def common_dtype(device, dtype):
 
 
 def asked_to_stop(received, device):
-    """Whether any rank has received a signal: the same answer on all of them."""
+    """Return whether any rank has received a signal: the same answer on all of them."""
     if world() == 1:
         return bool(received)
     count = torch.tensor(len(received), device=device)

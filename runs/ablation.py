@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import Parser, UserError, run_script
-from parts.comparable import say_differences
 from parts.tables import write_csv
-from runs.half import finished
+from runs.half import finished, finished_rows
 
 
 def read_row(path):
@@ -52,13 +51,9 @@ def main():
     parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
-    paths = sorted(args.folder.iterdir()) if args.folder.is_dir() else []
-    rows = [row for row in map(read_row, paths) if row]
-    if not rows:
-        raise UserError(f"{args.folder} holds no finished run")
+    rows = finished_rows(args.folder, read_row)
     if any(row.keys() != rows[0].keys() for row in rows):
         raise UserError("these runs were not all evaluated at the same numbers of loops")
-    say_differences(paths)
     write_csv(args.out / "ablation.csv", rows, rows[0])
     print_table(rows)
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.cli import Parser, UserError, run_script
-from parts.comparable import say_differences
+from parts.cli import Parser, run_script
 from parts.files import read_json
 from parts.tables import write_csv
-from runs.half import finished
+from runs.half import finished, finished_rows
 
 
 def row_of(path):
@@ -49,11 +48,7 @@ def main():
     parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
-    paths = sorted(args.folder.iterdir()) if args.folder.is_dir() else []
-    rows = [row for row in map(row_of, paths) if row]
-    if not rows:
-        raise UserError(f"{args.folder} holds no finished run")
-    say_differences(paths)
+    rows = finished_rows(args.folder, row_of)
     rows.sort(key=lambda row: [row[name] for name in ("layers", "mean_recurrence", "rate", "seed")])
     write_csv(args.out / "first.csv", rows, rows[0])
     print("| layers | mean recurrence | rates | gain, mean | standard error | by seed |")

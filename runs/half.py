@@ -67,6 +67,17 @@ def finished(path):
     return None
 
 
+def finished_rows(folder, row_of):
+    """Return the rows, made by row_of, of a directory's finished runs; say what makes them hard to
+    compare. Raises UserError where there is none."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    rows = [row for row in map(row_of, paths) if row]
+    if not rows:
+        raise UserError(f"{folder} holds no finished run")
+    say_differences(paths)
+    return rows
+
+
 def read_row(path):
     """The row of a finished run; None where it is not finished. Raises UserError."""
     try:
@@ -205,16 +216,13 @@ def parse_args(about):
 def collect(args, name, read_row, columns):
     """The rows of an experiment: from its runs by read_row(path), and then a table of this name, or
     from its table. Raises UserError."""
-    if not args.source.is_dir():
-        rows = read_table(args.source, columns)
-    else:
-        paths = sorted(args.source.iterdir())
-        rows = [row for path in paths if (row := read_row(path))]
-        say_differences(paths)
+    if args.source.is_dir():
+        rows = finished_rows(args.source, read_row)
+        write_csv(args.out / name, rows, columns)
+        return rows
+    rows = read_table(args.source, columns)
     if not rows:
         raise UserError(f"{args.source} holds no finished run")
-    if args.source.is_dir():
-        write_csv(args.out / name, rows, columns)
     return rows
 
 
