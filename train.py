@@ -386,14 +386,15 @@ def report(s):
     for loops, loss in values["val_loss"].items():
         print(f"{loops:12d}   {loss:.4f}")
     run, mean = shlex.quote(args.out), s.model.config.mean_recurrence
-    loops = f" --recurrence 1 {mean} {2 * mean}" if mean > 1 else ""
+    looped = s.model.config.n_recurrent and mean > 1
+    loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
     print(f"\na sample (more with: python sample.py --run {run}):")
     for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
     print(f"\n{what_it_says(s.model.config, values['val_loss'])}\nnext:\n"
           f'  python sample.py --run {run} --prompt "def "{loops}\n'
           f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
-    if mean > 1:
+    if looped:
         once = command_line(s.record["settings"], mean_recurrence=1, backprop_depth=None,
                             out=f"{args.out}-once")
         print(f"is the loop worth its time? The same layers, run once:\n  {once}")
@@ -430,7 +431,7 @@ def introduce(s):
     """Print what is trained, on what, and what a loss is to be held against."""
     config, record, settings = s.model.config, s.record, s.record["settings"]
     loop = f"a loop of {config.n_recurrent}" if config.n_recurrent else "no loop"
-    if config.mean_recurrence > 1:
+    if config.n_recurrent and config.mean_recurrence > 1:
         loop += (f" (runs {config.mean_recurrence} times on average, {settings['depth_sampling']}; "
                  f"the last {config.backprop_depth} with gradient)")
     tokens = np.asarray(s.loader.shards[0][:1_000_000])

@@ -440,9 +440,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_so(train):
 
 def test_a_plain_transformer_loops_once_in_the_log(train):
     for depths in ("fixed", "per-batch", "per-sequence"):
-        train("p", "--preset", "gpt-nano", "--max-steps", 1, "--depth-sampling", depths,
-              "--overwrite")
+        said = train("p", "--preset", "gpt-nano", "--max-steps", 1, "--depth-sampling", depths,
+                     "--overwrite").stdout
         assert log(train.out / "p")[0]["mean_depth"] == 1
+    assert "no loop, then" in said and "recurrence 1 " not in said and "run once" not in said
 
 
 def test_a_last_step_that_is_not_finite_costs_no_other(train, monkeypatch):
