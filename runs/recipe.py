@@ -1,0 +1,143 @@
+"""What does each part of the published recipe do? Training with one of them undone.
+
+    python -m runs.recipe decay --seed 1 --out out/recipe/decay-1     then flags of train.py
+    python -m runs.recipe table out/recipe out        of finished runs PART-SEED: OUT/recipe.csv
+
+A part is undone from outside, by giving a name in train.py's modules its meaning of before.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from model import Parcae
+from parts import muon
+from parts.cli import Parser, UserError, run_script
+from parts.tables import write_csv
+from runs.half import finished, finished_rows
+
+
+def set_start(ending, fill):
+    """Let the weights whose names end so start otherwise: fill(p, std of the embedding)."""
+    published = Parcae.reset_parameters
+
+    def reset_parameters(self):
+        published(self)
+        for name, p in self.named_parameters():
+            if ending in name:
+                fill(p.data, self.init_std)
+    Parcae.reset_parameters = reset_parameters
+
+
+def small_tables():
+    set_start("value_embeds.", lambda p, std: p.normal_(std=std))
+
+
+def small_gates():
+    set_start("ve_gate.weight",
+              lambda p, std: torch.nn.init.orthogonal_(p, gain=std * max(p.shape) ** 0.5))
+
+
+def gates_by_adamw():
+    all_matrices = Parcae.matrices
+
+    def matrices(self):
+        gates = {id(p) for name, p in self.named_parameters() if name.endswith("ve_gate.weight")}
+        return [p for p in all_matrices(self) if id(p) not in gates]
+    Parcae.matrices = matrices
+
+
+def constant_momentum():
+    train.momentum_at = lambda step: 0.95
+
+
+def newton_schulz():
+    muon.POLAR_EXPRESS = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+def uneven():
+    muon.even_out = lambda X, v, beta2: X
+
+
+def decay_everywhere():
+    muon.decays = lambda X, W: True
+
+
+UNDONE = {
+    "published": [],
+    "tables": [small_tables],
+    "gates": [small_gates],
+    "adamw": [gates_by_adamw],
+    "momentum": [constant_momentum],
+    "newton-schulz": [newton_schulz],
+    "uneven": [uneven],
+    "decay": [decay_everywhere],
+}
+UNDONE["all"] = [undo for part in UNDONE.values() for undo in part]
+ABOUT = {
+    "published": "nothing is undone",
+    "tables": "value tables start at the embedding's size, not at 1",
+    "gates": "their gates start at the embedding's size",
+    "adamw": "their gates are trained by AdamW",
+    "momentum": "Muon's momentum is 0.95 from the first step",
+    "newton-schulz": "Newton-Schulz with one set of coefficients",
+    "uneven": "rows and columns are not evened out",
+    "decay": "all weights decay, also where the update grows them",
+    "all": "all seven undone",
+}
+
+
+def row_of(path):
+    """Return the row of a run named PART-SEED; None where it is not finished."""
+    part, _, seed = path.name.rpartition("-")
+    if part not in UNDONE or not seed.isdecimal():
+        raise UserError(f"{path} is not named PART-SEED, with a PART of {', '.join(UNDONE)}")
+    done = finished(path)
+    return done and {"undone": part, "seed": int(seed), "tokens": done["tokens"],
+                     "flops": f"{done['flops']:.4g}"} | {
+        f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
+
+
+def print_table(rows, loops):
+    """Print how much higher the loss is, after `loops` loops, with a part undone; of the seeds that
+    both have."""
+    losses = {}
+    for row in rows:
+        losses.setdefault(row["undone"], {})[row["seed"]] = row[f"val_loss_{loops}"]
+    published = losses["published"]
+    print(f"| undone | val loss at T = {loops} | higher by | standard error | by seed |")
+    print("|---|---|---|---|---|")
+    for part in losses:
+        seeds = sorted(losses[part].keys() & published.keys())
+        each = np.array([losses[part][seed] - published[seed] for seed in seeds])
+        error = f"{each.std(ddof=1) / len(each) ** 0.5:.4f}" if len(each) > 1 else "-"
+        print(f"| {ABOUT[part]} | {np.mean([*losses[part].values()]):.4f} | {each.mean():+.4f} | "
+              f"{error} | {', '.join(f'{one:+.4f}' for one in each)} |")
+
+
+def main():
+    part, *rest = sys.argv[1:] or ["--help"]
+    if part in UNDONE:
+        for undo in UNDONE[part]:
+            undo()
+        sys.argv[1:] = rest
+        train.main()
+        return
+    parser = Parser(description=__doc__)
+    parser.add_argument("part", metavar="PART|table", help=f"one of {', '.join(UNDONE)}, or table")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of finished runs")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for recipe.csv")
+    args = parser.parse_args()
+    if args.part != "table":
+        raise UserError(f"PART is {args.part}, must be table or one of {', '.join(UNDONE)}")
+    rows = finished_rows(args.folder, row_of)
+    rows.sort(key=lambda row: ([*UNDONE].index(row["undone"]), row["seed"]))
+    write_csv(args.out / "recipe.csv", rows, rows[0])
+    print_table(rows, 4)
+
+
+if __name__ == "__main__":
+    run_script(main)
