@@ -53,6 +53,27 @@ def measure(model, windows, tokenizer, most):
     return rows
 
 
+def picture(path, rows):
+    """Draw what leaving the loop early costs, by rule.
+
+    rows: dicts: "rule"; "loops", their mean over tokens; "above", nats more than with all loops;
+    "above_error", its standard error. The rule "fixed" gives every token the same loops."""
+    figure, [axes] = figures.panels(1, 6, 4)
+    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
+        mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
+        x, y, error = ([row[key] for row in mine] for key in ("loops", "above", "above_error"))
+        label, color = ("all tokens alike", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
+        axes.errorbar(x, y, error, marker=figures.marker(i), ms=5, lw=1, capsize=2, label=label,
+                      color=color)
+    # A first loop that is far off would take all the height.
+    high = max(row["above"] for row in rows if row["loops"] >= 2)
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.set(xlabel="loops a token, mean", ylabel="loss above all loops (nats)",
+             ylim=(-0.1 * high, 1.2 * high), title="What does stopping early cost?")
+    axes.legend(fontsize=8)
+    figures.save(figure, path)
+
+
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -84,7 +105,7 @@ def main():
     for row in rows:
         print("  ".join(f"{value:>{max(7, len(column))}}" for column, value in row.items()))
     write_csv(args.out / "exits.csv", rows, COLUMNS)
-    figures.exits(args.out / "exits.png", rows)
+    picture(args.out / "exits.png", rows)
     print("wrote", args.out / "exits.csv", "and", args.out / "exits.png")
 
 

@@ -201,6 +201,25 @@ def closed(loss, name):
     return (plain - looped).mean() / (plain - larger).mean(), (plain - looped) / (plain - larger)
 
 
+def picture(path, models):
+    """Draw loss against size and against cost.
+
+    models: dicts: "label"; "parameters"; "flops" of training; "losses" of the seeds; "looped"."""
+    figure, both = figures.panels(2, 9, 3.8)
+    for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
+        for model in models:
+            color, shape = (figures.RED, "o") if model["looped"] else ("0.4", "s")
+            x, losses = model[key] / unit, model["losses"]
+            axes.plot([x] * len(losses), losses, shape, color=color, alpha=0.7)
+            axes.annotate(model["label"], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
+                          textcoords="offset points", fontsize=8, color=color)
+        axes.margins(0.4, 0.12)  # room for the names
+    both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
+                title="What it is worth: parameters")
+    both[1].set(xlabel="training FLOPs (1e12)", title="What it costs: FLOPs")
+    figures.save(figure, path)
+
+
 def parse_args(about):
     """The command line of an experiment whose table and picture can be made again; asks for
     matplotlib before any work."""
@@ -243,7 +262,7 @@ def main():
             "losses": [row["val_loss"] for row in mine],
         })
     if models:
-        figures.half(args.out / f"{name}.png", models)
+        picture(args.out / f"{name}.png", models)
 
 
 if __name__ == "__main__":

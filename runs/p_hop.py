@@ -109,6 +109,60 @@ def means(rows, name, T):
     return [np.mean(by_seed(rows, name, T, p)) for p in HOPS]
 
 
+LOOKUP = """Find the last time that this symbol
+was there (red); go to what came next.
+
+From the a at the end, no lookup gives a,
+1 lookup c, 2 lookups b: each says only
+where to look next, so p take p steps."""
+
+
+def lookup(axes):
+    """Draw two lookups in a string: what each finds is red, where it gets to is black."""
+    for i, symbol in enumerate("cbdacda"):
+        color = {6: "k", 3: figures.RED, 4: "k", 0: figures.RED, 1: "k"}.get(i, "0.6")
+        axes.text(i, 0, symbol, ha="center", va="center", fontsize=16, color=color)
+    arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.6", "color": figures.RED, "lw": 1.5}
+    for number, start, end in (("1", 6, 4), ("2", 4, 1)):
+        axes.annotate("", (end, 0.35), (start, 0.35), arrowprops=arrow)
+        axes.text((start + end) / 2, 1.4, number, color=figures.RED, ha="center")
+    axes.text(3, -0.8, LOOKUP, ha="center", va="top", fontsize=10)
+    axes.set(xlim=(-1, 7), ylim=(-4, 3), title="A lookup")
+    axes.axis("off")
+
+
+def picture(path, hops, loops, looped, once, layers, trained):
+    """Draw how many lookups in a row take how many loops.
+
+    hops: numbers of lookups, p. loops: T at test time. looped: accuracy (p, T). once and layers:
+    accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: mean loops
+    of training."""
+    models = {"trained to\nrun once": once, "looped": looped, "eight\nlayers": layers}
+    tables = {name: np.reshape(a, (len(hops), -1)) for name, a in models.items() if a is not None}
+    figure = figures.pyplot().figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+    lookup(left.subplots())
+    widths = [table.shape[1] for table in tables.values()]
+    every = right.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
+    for axes, (name, table) in zip(every, tables.items()):
+        figures.cells(axes, table, [[f"{100 * share:.0f}" for share in row] for row in table], 0.25)
+        axes.invert_yaxis()
+        axes.set_xticks([0], [name])
+        axes.set_yticks([])
+        if name == "looped":
+            axes.set_xticks(range(len(loops)), loops)
+            axes.set_xlabel("one layer, looped T times at test time")
+            end, top = sum(T <= trained for T in loops) - 0.5, len(hops) - 0.45
+            axes.axvline(end, color=figures.RED, lw=2)
+            axes.text(end, top, f"mean of training: {trained:g} loops", color=figures.RED,
+                      ha="center")
+    every[0].set_yticks(range(len(hops)), hops)
+    every[0].set_ylabel(f"p lookups in a row (trained: {min(hops)} to {max(hops)})")
+    right.suptitle("Each further loop brings one more lookup within reach\n"
+                   "(right answers in %; guessing gives 25)", fontsize=11)
+    figures.save(figure, path)
+
+
 def main():
     args = parse_args(__doc__)
     if args.source.is_dir():
@@ -124,7 +178,7 @@ def main():
     if not loops:
         raise UserError(f"{args.source} holds no looped model: no picture")
     looped = np.transpose([means(rows, "looped", T) for T in loops])  # (p, T)
-    figures.p_hop(args.out / "p-hop.png", list(HOPS), loops, looped, means(rows, "once", 1),
+    picture(args.out / "p-hop.png", list(HOPS), loops, looped, means(rows, "once", 1),
                   means(rows, "layers", 1), trained)
 
 

@@ -130,7 +130,7 @@ def study(name):
 
 
 def panel_of(name, rows):
-    """What figures.paper draws of a model: of all phi together the range, the line of phi = 1."""
+    """What picture draws of a model: of all phi together the range, the line of phi = 1."""
     mine = [row for row in rows if row["model"] == name]
     flops = list(TABLE_6[name])
     mu = np.array(list(TABLE_6[name].values()))
@@ -143,6 +143,27 @@ def panel_of(name, rows):
     return panel
 
 
+def picture(path, models):
+    """Draw the recurrences that the paper found best and those at equal FLOPs.
+
+    models: dicts: "model"; "flops" and "mu" of table 6; "rounding", (low, high) of mu; "published"
+    and "exact", each (line, low, high), of laws that pick the table's recurrences."""
+    figure, every = figures.panels(len(models), 4.5 * len(models), 4)
+    counts = {"published": ("0.5", "the paper's FLOPs"), "exact": (figures.RED, "exact FLOPs")}
+    for axes, model in zip(every, models):
+        for key, (color, label) in counts.items():
+            line, low, high = model[key]
+            axes.fill_between(model["flops"], low, high, color=color, alpha=0.2, lw=0)
+            axes.plot(model["flops"], line, color=color, label=f"laws at equal FLOPs: {label}")
+        low, high = model["rounding"]
+        axes.errorbar(model["flops"], model["mu"], [model["mu"] - low, high - model["mu"]],
+                      fmt="ko", capsize=3, label="table 6, and its grid's rounding")
+        axes.set(xscale="log", xlabel="training FLOPs", title=model["model"].upper())
+        figures.loops_axis(axes, "best mean recurrence mu*", "y")
+    every[0].legend(fontsize=8)
+    figures.save(figure, path)
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default="out", metavar="DIR",
@@ -151,7 +172,7 @@ def main():
     figures.pyplot()  # said before the work where matplotlib is missing
     rows = [row for name in TABLE_6 for row in study(name)]
     write_csv(args.out / "paper.csv", rows, COLUMNS)
-    figures.paper(args.out / "paper.png", [panel_of(name, rows) for name in TABLE_6])
+    picture(args.out / "paper.png", [panel_of(name, rows) for name in TABLE_6])
     print("wrote", args.out / "paper.csv", "and", args.out / "paper.png")
 
 

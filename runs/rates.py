@@ -24,6 +24,26 @@ def by_rate(rows, model):
     return {rate: [loss[rate][seed] for seed in sorted(seeds)] for rate in rates}
 
 
+def picture(path, groups, looped):
+    """Draw loss against learning rate, above each model's lowest.
+
+    groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
+    figure, every = figures.panels(len(groups), 3.2 * len(groups), 3.4)
+    for axes, (title, models) in zip(every, groups.items()):
+        for i, (name, losses) in enumerate(models.items()):
+            means = np.array([np.mean(some) for some in losses.values()])
+            color = figures.RED if name == looped else None
+            axes.semilogx([*losses], means - means.min(initial=np.inf), f"{figures.marker(i)}-",
+                          label=name, color=color)
+        ticks = sorted(set().union(*models.values()))
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="both learning rates", title=title)
+    every[0].set_ylabel("val loss above the model's lowest (nats)")
+    every[0].legend(fontsize=8)
+    figures.save(figure, path)
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("results", type=Path, metavar="DIR", help="directory of the tables")
@@ -38,7 +58,7 @@ def main():
         for name, losses in models.items():
             print(f"  {name}: " + ", ".join(f"{rate:g}: {np.mean(some):.4f} ({len(some)})"
                                             for rate, some in losses.items()))
-    figures.rates(args.results / "rates.png", panels, NAMES["looped"])
+    picture(args.results / "rates.png", panels, NAMES["looped"])
 
 
 if __name__ == "__main__":

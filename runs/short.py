@@ -111,6 +111,26 @@ def print_table(chosen):
               f"{gain_text(gained)}")
 
 
+def picture(path, models):
+    """Draw loss against passes over a short text, and against training FLOPs.
+
+    models: dicts: "label"; "color"; "passes"; "flops" and "losses" of the seeds, for each of
+    them."""
+    figure, both = figures.panels(2, 9, 3.8)
+    for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
+        for model in models:
+            x, color = np.divide(model[key], unit), model["color"]
+            means = [np.mean(losses) for losses in model["losses"]]
+            axes.plot(x, means, color=color, label=model["label"])
+            for at, losses in zip(x, model["losses"]):
+                axes.plot([at] * len(losses), losses, ".", color=color, alpha=0.7)
+    both[0].set(xlabel="passes over the text", ylabel="val loss (nats per byte)",
+                title="At equal passes")
+    both[1].set(xlabel="training FLOPs (1e12)", title="At equal FLOPs")
+    both[0].legend(fontsize=8)
+    figures.save(figure, path)
+
+
 def main():
     args = parse_args(__doc__)
     if str(args.source) == "text":
@@ -118,7 +138,7 @@ def main():
         return
     chosen = at_best_rate(collect(args, "short.csv", read_row, COLUMNS))
     print_table(chosen)
-    figures.short(args.out / "short.png", [
+    picture(args.out / "short.png", [
         {"label": NAMES[name], "color": COLORS[name], "passes": [*runs],
          "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
          "losses": [[row["val_loss"] for row in mine] for mine in runs.values()]}

@@ -75,7 +75,7 @@ def print_table(rows):
 
 
 def curves(row, lines):
-    """What the picture shows of a run, see figures.stability."""
+    """What the picture shows of a run, see picture."""
     evaluations = [line for line in lines if "spectral_radius" in line]
     sizes = lines[-1]["state_rms"] if row["finished"] else {}
     return {
@@ -85,6 +85,38 @@ def curves(row, lines):
         "step": [line["step"] for line in evaluations],
         "radius": [line["spectral_radius"] for line in evaluations],
     }
+
+
+def picture(path, runs):
+    """Draw which injection rule survives which learning rate.
+
+    runs: dicts by rising "rate": "rule"; "loss", NaN where it broke off; "loops" and "size", the
+    root mean square of the state after so many; "step" and "radius", the spectral radius."""
+    rules = list(dict.fromkeys(run["rule"] for run in runs))
+    rates = list(dict.fromkeys(run["rate"] for run in runs))
+    figure = figures.pyplot().figure(figsize=(4 + 2.5 * len(rules), 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[4, 2.5 * len(rules)])
+    loss = left.subplots()
+    grid = right.subplots(2, len(rules), sharex="row", sharey="row", squeeze=False)
+    for i, (rule, (sizes, radii)) in enumerate(zip(rules, grid.T)):
+        mine = [run for run in runs if run["rule"] == rule]
+        points = zip(*[(run["rate"], run["loss"]) for run in mine])
+        loss.semilogx(*points, f"{figures.marker(i)}-", label=rule)
+        for run in mine:
+            color = figures.shade(rates.index(run["rate"]), len(rates))
+            sizes.semilogy(run["loops"], run["size"], color=color)
+            radii.semilogy(run["step"], run["radius"], color=color, label=f"{run['rate']:g}")
+        figures.loops_axis(sizes, "loops T")
+        sizes.set_title(rule)
+        radii.axhline(1, color="0.8", zorder=0)
+        radii.set_xlabel("training step")
+    grid[0, 0].set_ylabel("state, root mean square")
+    grid[1, 0].set_ylabel("spectral radius")
+    grid[1, 0].legend(title="learning rate", fontsize=7, loc="upper right")
+    loss.set(xlabel="learning rate", ylabel="val loss at T = 8 (nats per byte)",
+             title="Final loss (no point: it broke off)")
+    loss.legend(title="injection")
+    figures.save(figure, path)
 
 
 def main():
@@ -100,7 +132,7 @@ def main():
     write_csv(args.out / "stability.csv", list(map(short, rows)), rows[0])
     print_table(rows)
     shown = [curves(row, lines) for row, lines in zip(rows, runs.values())]
-    figures.stability(args.out / "stability.png", shown)
+    picture(args.out / "stability.png", shown)
 
 
 if __name__ == "__main__":

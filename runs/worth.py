@@ -78,6 +78,30 @@ def ours(channels, path):
                  ours=True) | {"seeds": shares}
 
 
+def picture(path, points, f, laws):
+    """Draw how many times its parameters a looped model is worth.
+
+    points: dicts: "label"; "f", the share of the parameters that loop; "worth"; "ours". laws: {phi:
+    worth at each of f}."""
+    figure, [axes] = figures.panels(1, 6.5, 4.2)
+    for i, (phi, line) in enumerate(laws.items()):
+        axes.plot(f, line, color=figures.shade(i, len(laws)), lw=1, label=f"phi = {phi:g}")
+    for p in points:
+        color, shape = (figures.RED, "o") if p["ours"] else ("k", "s")
+        axes.plot(p["f"], p["worth"], shape, color=color)
+        # a name stands to the left where another point is to the right
+        crowded = any(0 < q["f"] - p["f"] < 0.2 and abs(q["worth"] - p["worth"]) < 0.1
+                      for q in points)
+        side, shift = ("right", -6) if crowded else ("left", 6)
+        axes.annotate(p["label"], (p["f"], p["worth"]), xytext=(shift, 0), ha=side, va="center",
+                      fontsize=8, textcoords="offset points", color=color)
+    high = max(p["worth"] for p in points)
+    axes.set(xlim=(0, 1), ylim=(0.95, 1.25 * high), xlabel="share of the parameters that loop, f",
+             ylabel="worth, times its parameters", title="What eight loops are worth")
+    axes.legend(fontsize=8, loc="upper left")
+    figures.save(figure, path)
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("results", type=Path, metavar="DIR", help="directory of the tables")
@@ -93,7 +117,7 @@ def main():
               f"{f' ({seeds})' if seeds else ''} | {p['worth']:.2f} | {p['phi']:.2f} |")
     f = np.linspace(0, 1, 101)
     laws = {phi: 1 - f + f * T ** phi for phi in (0, 0.2, 0.3, 0.46, 0.6)}
-    figures.worth(args.results / "worth.png", points, f, laws)
+    picture(args.results / "worth.png", points, f, laws)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from conftest import OUR_FILES
 from parts import figures
 from parts.cli import UserError
 from parts.tables import budgets_of
+from runs import guide, half, p_hop, paper, rates, short, stability, worth
 
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])
@@ -22,7 +23,7 @@ PICTURES = {
     "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
               [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
     "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
-    "one_dimension": ([(0.5, "settles", [0, 1, 1.5]), (1.1, "explodes", [0, 1, 2.1])],),
+    "one_dimension": (),
     "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
     "isoflop": (BUDGETS, [INSIDE | {"flops": BUDGETS[0].flops},
                           EDGE | {"flops": BUDGETS[1].flops}], "a title"),
@@ -50,11 +51,16 @@ PICTURES = {
                     "step": [20], "radius": [5.0]}],),
 }
 
+NAMED = {name: (guide, name) for name in ("one_dimension", "fixed_point")}
+NAMED |= {module.__name__.removeprefix("runs."): (module, "picture")
+          for module in (half, p_hop, paper, rates, short, stability, worth)}
+
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_each_picture_is_drawn_whole(name, tmp_path):
     file = tmp_path / "a.png"
-    getattr(figures, name)(file, *PICTURES[name])
+    module, function = NAMED.get(name, (figures, name))
+    getattr(module, function)(file, *PICTURES[name])
     assert file.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert not figures.pyplot().get_fignums()  # closed: a sweep of pictures keeps no memory
