@@ -50,8 +50,8 @@ KINDS = pytest.mark.parametrize(
 
 
 def items_of(kind, shots, block_size, items=None):
-    items = items or made_up(kind)
-    return [core.make_question(i, items, kind, shots, " ", TOKENIZER, block_size)
+    items = [core.options(item, kind, " ") for item in items or made_up(kind)]
+    return [core.make_question(i, items, kind, shots, TOKENIZER, block_size)
             for i in range(len(items))]
 
 

@@ -32,68 +32,60 @@ from tools.evaluate import add_run_flags, open_run
 
 ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
-# name: (file, kind, examples shown, what comes between context and continuation, baseline in %).
-# The baselines are those with which CORE has been reported: some are the largest class's share,
-# and DCLM corrected some later (its issue 114).
+# name: (the file's, kind, examples shown, what comes between context and continuation, baseline in
+# %). The baselines are those with which CORE has been reported: some are the largest class's
+# share, and DCLM corrected some later (its issue 114).
 TASKS = {
-    "hellaswag_zeroshot": ("language_understanding/hellaswag", "choice", 0, " ", 25),
-    "jeopardy": ("world_knowledge/jeopardy_all", "language", 10, "\nAnswer: ", 0),
-    "bigbench_qa_wikidata": ("world_knowledge/bigbench_qa_wikidata", "language", 10, " ", 0),
-    "arc_easy": ("world_knowledge/arc_easy", "choice", 10, "\nAnswer: ", 25),
-    "arc_challenge": ("world_knowledge/arc_challenge", "choice", 10, "\nAnswer: ", 25),
-    "copa": ("commonsense_reasoning/copa", "choice", 0, " ", 50),
-    "commonsense_qa": ("commonsense_reasoning/commonsense_qa", "choice", 10, " ", 20),
-    "piqa": ("commonsense_reasoning/piqa", "choice", 10, "\nAnswer: ", 50),
-    "openbook_qa": ("commonsense_reasoning/openbook_qa", "choice", 0, " ", 25),
-    "lambada_openai": ("language_understanding/lambada_openai", "language", 0, " ", 0),
-    "hellaswag": ("language_understanding/hellaswag", "choice", 10, " ", 25),
-    "winograd": ("language_understanding/winograd_wsc", "schema", 0, " ", 50),
-    "winogrande": ("language_understanding/winogrande", "schema", 0, " ", 50),
-    "bigbench_dyck_languages": (
-        "symbolic_problem_solving/bigbench_dyck_languages", "language", 10, " ", 0),
-    "agi_eval_lsat_ar": ("symbolic_problem_solving/agi_eval_lsat_ar", "choice", 3, " ", 20),
-    "bigbench_cs_algorithms": (
-        "symbolic_problem_solving/bigbench_cs_algorithms", "language", 10, " ", 0),
-    "bigbench_operators": ("symbolic_problem_solving/bigbench_operators", "language", 10, " ", 0),
-    "bigbench_repeat_copy_logic": (
-        "symbolic_problem_solving/bigbench_repeat_copy_logic", "language", 10, " ", 0),
-    "squad": ("reading_comprehension/squad", "language", 10, " ", 0),
-    "coqa": ("reading_comprehension/coqa", "language", 0, " ", 0),
-    "boolq": ("reading_comprehension/boolq", "choice", 10, "\nAnswer: ", 62),
+    "hellaswag_zeroshot": ("hellaswag", "choice", 0, " ", 25),
+    "jeopardy": ("jeopardy_all", "language", 10, "\nAnswer: ", 0),
+    "bigbench_qa_wikidata": ("bigbench_qa_wikidata", "language", 10, " ", 0),
+    "arc_easy": ("arc_easy", "choice", 10, "\nAnswer: ", 25),
+    "arc_challenge": ("arc_challenge", "choice", 10, "\nAnswer: ", 25),
+    "copa": ("copa", "choice", 0, " ", 50),
+    "commonsense_qa": ("commonsense_qa", "choice", 10, " ", 20),
+    "piqa": ("piqa", "choice", 10, "\nAnswer: ", 50),
+    "openbook_qa": ("openbook_qa", "choice", 0, " ", 25),
+    "lambada_openai": ("lambada_openai", "language", 0, " ", 0),
+    "hellaswag": ("hellaswag", "choice", 10, " ", 25),
+    "winograd": ("winograd_wsc", "schema", 0, " ", 50),
+    "winogrande": ("winogrande", "schema", 0, " ", 50),
+    "bigbench_dyck_languages": ("bigbench_dyck_languages", "language", 10, " ", 0),
+    "agi_eval_lsat_ar": ("agi_eval_lsat_ar", "choice", 3, " ", 20),
+    "bigbench_cs_algorithms": ("bigbench_cs_algorithms", "language", 10, " ", 0),
+    "bigbench_operators": ("bigbench_operators", "language", 10, " ", 0),
+    "bigbench_repeat_copy_logic": ("bigbench_repeat_copy_logic", "language", 10, " ", 0),
+    "squad": ("squad", "language", 10, " ", 0),
+    "coqa": ("coqa", "language", 0, " ", 0),
+    "boolq": ("boolq", "choice", 10, "\nAnswer: ", 62),
     "bigbench_language_identification": (
-        "language_understanding/bigbench_language_identification", "choice", 10, " ", 9.1),
+        "bigbench_language_identification", "choice", 10, " ", 9.1),
 }
 
 # ------------------------------------------------------------------------------- prompts
 
 
-def read_task(file, kind):
-    """Return the items of a task, shuffled. Raises UserError that names the file and the line."""
+def read_task(file, kind, delimiter):
+    """Return the items of a task as of `options`, shuffled. Raises UserError that names the file
+    and the line."""
     items = []
     for line_number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            check_item(item, kind)
+            pairs, gold = options(json.loads(line), kind, delimiter)
+            if not all(isinstance(text, str) for pair in pairs for text in pair):
+                raise TypeError("an option is not text")
+            if type(gold) is not int or not 0 <= gold < len(pairs):
+                raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} "
+                                 "options")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} has an item that is not of kind {kind} in line "
                             f"{line_number}: {error}") from None
-        items.append(item)
+        items.append((pairs, gold))
     if not items:
         raise UserError(f"{file} has no items")
     random.Random(1337).shuffle(items)
     return items
-
-
-def check_item(item, kind):
-    """Raise TypeError or ValueError where an option is not text, or gold not the number of one."""
-    pairs, gold = options(item, kind, "")
-    for pair in pairs:
-        if not all(isinstance(text, str) for text in pair):
-            raise TypeError("an option is not text")
-    if type(gold) is not int or not 0 <= gold < len(pairs):
-        raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} options")
 
 
 def options(item, kind, delimiter):
@@ -121,13 +113,18 @@ class Question:
         return min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
 
-def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
-    """Return the Question of item number i, after other items for examples."""
+def make_question(i, items, kind, shots, tokenizer, block_size):
+    """Return the Question of item number i, after examples: other items, each with its right
+    option and a blank line after it."""
     def encoded(text):
         return [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
 
-    before = examples(i, items, kind, shots, delimiter)
-    pairs, gold = options(items[i], kind, delimiter)
+    before = ""
+    others = [j for j in range(len(items)) if j != i]
+    for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
+        pairs, gold = items[j]
+        before += "".join(pairs[gold]) + "\n\n"
+    pairs, gold = items[i]
     rows = [encoded(before + context + continuation) for context, continuation in pairs]
     if kind == "choice":  # what differs comes last
         starts = [common_prefix(rows)] * len(rows)
@@ -135,24 +132,12 @@ def make_question(i, items, kind, shots, delimiter, tokenizer, block_size):
         tail = common_prefix([row[::-1] for row in rows])
         starts = [len(row) - tail for row in rows]
     else:
-        context = encoded((before + pairs[0][0]).strip())
-        starts = [common_prefix([context, rows[0]])]
+        starts = [common_prefix([encoded((before + pairs[0][0]).strip()), *rows])]
 
     # a row that is too long loses its beginning; one token at least counts
     cuts = [max(0, len(row) - block_size - 1) for row in rows]
     starts = [max(1, min(start, len(row) - 1) - cut) for start, row, cut in zip(starts, rows, cuts)]
     return Question([row[cut:] for row, cut in zip(rows, cuts)], starts, gold, any(cuts))
-
-
-def examples(i, items, kind, shots, delimiter):
-    """Return the text before item number i: other items, each with its right option and a blank
-    line after it."""
-    others = [j for j in range(len(items)) if j != i]
-    text = ""
-    for j in random.Random(1234 + i).sample(others, min(shots, len(others))):
-        pairs, gold = options(items[j], kind, delimiter)
-        text += "".join(pairs[gold]) + "\n\n"
-    return text
 
 
 def common_prefix(rows):
@@ -178,11 +163,9 @@ def score(model, questions, recurrence):
     into a KV cache, from which every option then reads: several times as fast as running every
     option whole. Options are padded at their ends, which nothing before the padding sees."""
     device = model.wte.weight.device
-    rows, owner, starts = [], [], []  # of all options: tokens, number of the question, scored part
-    for number, question in enumerate(questions):
-        rows += question.rows
-        owner += [number] * len(question.rows)
-        starts += question.starts
+    # of all options: the number of the question, the tokens, where the scored part starts
+    owner, rows, starts = zip(*((number, *option) for number, question in enumerate(questions)
+                                for option in zip(question.rows, question.starts)))
 
     # the prefixes, one row a question; n: tokens that every question's options share
     n = min(question.prefix for question in questions)
@@ -222,65 +205,45 @@ def credit(question, scores):
     return tied[question.gold] / sum(tied)
 
 
-def batches_of(questions, batch_size):
-    """Yield lists of questions of about batch_size rows, questions of like length side by side."""
-    batch = []
-    for question in sorted(questions, key=lambda one: (one.prefix, max(map(len, one.rows)))):
-        rows = sum(len(other.rows) for other in batch)
-        if batch and rows + len(question.rows) > batch_size:
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
+def accuracy(model, questions, kind, recurrence, batch_size=32, name=""):
+    """Return the share of questions that the model gets right; a tie counts in part, see credit.
 
-
-def accuracy(model, questions, kind, recurrence, batch_size=32, bar=None):
-    """Return the share of questions that the model gets right; a tie counts in part, see credit."""
+    batch_size: options at a time. name: of the task, for the progress bar."""
+    # questions of like length stand side by side
+    questions = sorted(questions, key=lambda one: (one.prefix, max(map(len, one.rows))))
+    size = max(1, batch_size // max(len(one.rows) for one in questions))
     right = 0
-    for batch in batches_of(questions, batch_size):
+    for i in progress_bar(range(0, len(questions), size), desc=f"{name}, T = {recurrence}"):
+        batch = questions[i:i + size]
         for question, scores in zip(batch, score(model, batch, recurrence)):
             right += scores[0][1] if kind == "language" else credit(question, scores)
-        if bar:
-            bar.update(len(batch))
     return right / len(questions)
 
 
 def files_of(folder):
     """Return {task: its file} of the tasks that are in the folder. Raises UserError."""
-    files = {name: Path(folder) / f"{task[0]}.jsonl" for name, task in TASKS.items()}
-    there = {name: file for name, file in files.items() if file.exists()}
+    files = {name: [*Path(folder).glob(f"*/{task[0]}.jsonl")] for name, task in TASKS.items()}
+    there = {name: found[0] for name, found in files.items() if found}
     if not there:
-        example = next(iter(files.values())).relative_to(folder)
-        raise UserError(f"{folder} holds none of the tasks, such as {example}")
+        raise UserError(f"{folder} holds none of the tasks, such as "
+                        "language_understanding/hellaswag.jsonl")
     return there
 
 
-def fingerprint(folder):
-    """Return what tells whether two folders hold the same tasks: {"source", "sha256"}."""
-    digest = hashlib.sha256()
-    for file in files_of(folder).values():
-        digest.update(file.read_bytes())
-    return {"source": str(folder), "sha256": digest.hexdigest()}
-
-
-def core(model, tokenizer, folder, recurrence, batch_size, limit):
+def core(model, tokenizer, files, recurrence, batch_size, limit):
     """Return {task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}}
-    of the tasks in the folder; "cut" counts the items longer than the context. Raises UserError."""
-    tasks = {name: read_task(file, TASKS[name][1]) for name, file in files_of(folder).items()}
+    of the tasks in files_of; "cut" counts the items longer than the context. Raises UserError."""
+    tasks = {name: read_task(file, TASKS[name][1], TASKS[name][3]) for name, file in files.items()}
     results = {}
-    total = sum(len(items[:limit]) for items in tasks.values()) * len(recurrence)
-    with progress_bar(total=total, unit="item") as bar:
-        for name, raw in tasks.items():
-            bar.set_description(name)
-            _, kind, shots, delimiter, percent = TASKS[name]
-            baseline = percent / 100
-            questions = [make_question(i, raw, kind, shots, delimiter, tokenizer,
-                                       model.config.block_size) for i in range(len(raw))[:limit]]
-            right = {T: accuracy(model, questions, kind, T, batch_size, bar) for T in recurrence}
-            centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
-            results[name] = {"items": len(questions), "cut": sum(one.cut for one in questions),
-                             "baseline": baseline, "accuracy": right, "centered": centered}
+    for name, items in tasks.items():
+        _, kind, shots, _, percent = TASKS[name]
+        baseline = percent / 100
+        questions = [make_question(i, items, kind, shots, tokenizer, model.config.block_size)
+                     for i in range(len(items))[:limit]]
+        right = {T: accuracy(model, questions, kind, T, batch_size, name) for T in recurrence}
+        centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
+        results[name] = {"items": len(questions), "cut": sum(one.cut for one in questions),
+                         "baseline": baseline, "accuracy": right, "centered": centered}
     return results
 
 # ------------------------------------------------------------------------------- command line
@@ -308,7 +271,7 @@ def show(results, recurrence):
     return label, mean
 
 
-def parse_args():
+def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("folder", type=some_path, metavar="FOLDER", help="eval_data of the public bundle")
@@ -317,15 +280,13 @@ def parse_args():
         help="items of a task, the first N after shuffling (default: all)")
     add("--batch-size", type=COUNT, default=32, metavar="N",
         help="options at a time (default: %(default)s)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     model, tokenizer, recurrence = open_run(args)
-    tasks = core(model, tokenizer, args.folder, recurrence, args.batch_size, args.max_per_task)
+    files = files_of(args.folder)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files.values())).hexdigest()
+    tasks = core(model, tokenizer, files, recurrence, args.batch_size, args.max_per_task)
     label, mean = show(tasks, recurrence)
-    record = {"step": model.step, "text": fingerprint(args.folder),
+    record = {"step": model.step, "text": {"source": str(args.folder), "sha256": digest},
               "sequences": sum(task["items"] for task in tasks.values()),
               "label": label, "mean": mean, "max_per_task": args.max_per_task,
               "dtype": str(model.dtype), "tasks": tasks}
