@@ -51,7 +51,7 @@ FIELDS = {
 FIXED = {
     "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm",
     "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "mup_model_scaling_factor": 1,
-    "rope_settings.use_rope": True}
+    "rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}
 # Fields that must repeat one of ours, or be switched off: the loop is as wide as the rest.
 REPEATED = {
     "num_key_value_heads": "n_head", "recurrent_embedding_dimension": "n_embd",
@@ -88,13 +88,12 @@ def config_from(settings):
     if ours["injection"] == "linear":  # our exports once said "concat"
         ours["injection"] = "concat"
 
-    one_of("init_strategy", settings.pop("init_strategy", None) or "scaled-zero", STARTS,
-           "it scales embeddings, logits or residuals; ")
+    start = settings.pop("init_strategy", None) or "scaled-zero"
+    one_of("init_strategy", start, STARTS, "it scales embeddings, logits or residuals; ")
     state = settings.pop("state_init", "normal")
     one_of("state_init", state, STATES)
     required = FIXED | {name: ours[our_field] for name, our_field in REPEATED.items()}
-    required |= {"recurrent_num_attention_heads": ours["n_head"],
-                 "rope_settings.rope_condense_ratio": 1}
+    required["recurrent_num_attention_heads"] = ours["n_head"]
     for name, value in settings.items():
         as_required = name in required and value == required[name]
         switched_off = not value and name not in FIXED
@@ -111,21 +110,19 @@ def one_of(name, value, allowed, why=""):
 
 def settings_of(config):
     """Return the published config.json, a dict, of a ParcaeConfig."""
-    settings = FIXED | {field: getattr(config, ours) for field, ours in FIELDS.items()}
+    named = FIELDS | REPEATED | {"vocab_size": "vocab_size"}
+    settings = FIXED | {field: getattr(config, ours) for field, ours in named.items()}
+    settings["model_class_name"] = "Parcae" if config.n_recurrent else "GPT"
+    settings["state_init"] = "zero" if config.state_init == "zero" else "like-init"
     if config.injection == "concat":
         settings["injection_type"] = "linear"
-    settings |= {
-        "model_class_name": "Parcae" if config.n_recurrent else "GPT",
-        "vocab_size": config.vocab_size}
-    settings |= {field: getattr(config, ours) for field, ours in REPEATED.items()}
-    settings["state_init"] = "zero" if config.state_init == "zero" else "like-init"
     if not config.n_recurrent:  # a GPT has one stack
         for name in STACKS:
             del settings[name]
         settings["n_layer"] = config.n_layer
-    settings["rope_settings"] = {"use_rope": settings.pop("rope_settings.use_rope"),
-                                 "rope_condense_ratio": 1,
-                                 "rope_base": settings.pop("rope_settings.rope_base")}
+    settings["rope_settings"] = {
+        name.removeprefix("rope_settings."): settings.pop(name)
+        for name in list(settings) if name.startswith("rope_settings.")}
     return settings
 
 # ----------------------------------------------------------------------------- the weights
@@ -148,11 +145,7 @@ RENAMED = (
 
 
 def our_name(name):
-    """Return our name for a tensor of the published format.
-
-    >>> our_name("transformer.core_block.0.norm_1.weight")
-    'recurrent.0.norm_1.weight'
-    """
+    """Return our name for a tensor of the published format."""
     for theirs, ours in RENAMED:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -209,11 +202,10 @@ def check_can_be_said(config, weights):
     again = config_from(settings_of(config))
     again.value_embeds = config.value_embeds  # told by the weights
     problems = []
+    known = {*FIELDS.values(), "value_embeds", "state_init"}
     for name, value in asdict(alike).items():
         # as in an import, a field that the other side does not know must be switched off
-        known = name in {*FIELDS.values(), "value_embeds", "state_init"}
-        off_or_back = getattr(again, name) == value if known else not value
-        if not off_or_back:
+        if value != getattr(again, name) if name in known else value:
             problems.append(f"{name} is {value!r}")
     if config.n_recurrent and config.injection not in INJECTED:
         problems.append(f"injection is {config.injection!r}")
@@ -275,12 +267,12 @@ def import_model(source):
         raise UserError(f"{folder} holds no model: {file} does not exist")
     config = parse_config(file, config_from)
     weights = {}
-    for name, w in read_weights(folder).items():
-        if name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
-            continue
-        if our_name(name) in weights:
-            raise UserError(f"the weights in {folder} hold {our_name(name)} under two names")
-        weights[our_name(name)] = to_float32(w)
+    for theirs, w in read_weights(folder).items():
+        name = our_name(theirs)
+        if name in weights:
+            raise UserError(f"the weights in {folder} hold {name} under two names")
+        if not name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
+            weights[name] = to_float32(w)
 
     # Two facts that their config does not tell. A tied matrix may lie there under either name.
     config.value_embeds = any(name.startswith("value_embeds") for name in weights)
@@ -318,11 +310,7 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerat
 
 
 def to_bytes(token):
-    """Return the bytes of a token as it is written there.
-
-    >>> to_bytes("Ġthe")  # U+0120 stands for the space
-    b' the'
-    """
+    """Return the bytes of a token as it is written there: "Ġthe" is b" the"."""
     return bytes(BYTE_OF[c] for c in token)
 
 
@@ -381,9 +369,9 @@ def split_pattern(pre_tokenizer):
     """Return the one regular expression by which a pre_tokenizer, a dict, cuts text. Raises
     UserError."""
     *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    need(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
-         f"pre_tokenizer ends with {last.get('type')}, "
-         f"add_prefix_space {last.get('add_prefix_space')}")
+    kind, prefix = last.get("type"), last.get("add_prefix_space")
+    need(kind == "ByteLevel" and not prefix,
+         f"pre_tokenizer ends with {kind}, add_prefix_space {prefix}")
     patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
     for step in splits:
         plain = step["type"] == "Split" and step["behavior"] == "Isolated"
@@ -429,9 +417,8 @@ def last_parts(token, ranks):
 
 def check_empty(directory):
     """Raise UserError where a directory holds anything: nothing of the user's is replaced."""
-    there = sorted(directory.glob("*"))
-    if there:
-        raise UserError(f"--out {directory} holds {there[0].name}: choose a new directory")
+    for file in directory.glob("*"):
+        raise UserError(f"--out {directory} holds {file.name}: choose a new directory")
 
 
 def write_run(source, folder):
@@ -443,10 +430,9 @@ def write_run(source, folder):
     with whole_file(folder / "ckpt.pt", "wb") as file:
         torch.save({"model": model.state_dict()}, file)
     write_json(folder / "config.json", {"model": asdict(model.config), "source": str(source)})
-    if not tokenizer:
-        return f"{describe(model)}; no tokenizer.json, which sample.py needs"
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    return describe(model)
+    if tokenizer:
+        save_tokenizer(tokenizer, folder / "tokenizer.json")
+    return describe(model) + ("" if tokenizer else "; no tokenizer.json, which sample.py needs")
 
 
 def write_published(source, folder):
@@ -467,11 +453,9 @@ def write_tokenizer(source, folder):
 
 def describe(model):
     """Return a model's layers and parameters, in words."""
-    config = model.config
-    layers = f"{config.n_layer} layers"
-    if config.n_recurrent:
-        layers = f"{config.n_prelude} + {config.n_recurrent} looped + {config.n_coda} layers"
-    return f"{layers}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    c = model.config
+    return (f"{c.n_prelude} + {c.n_recurrent} looped + {c.n_coda} layers, "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 # of each ACTION: the function, and how to go on
@@ -485,9 +469,9 @@ ACTIONS = {
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
-    parser.add_argument("source", type=some_path, metavar="SOURCE",
-                        help="import: a directory or a name on the Hugging Face hub; export: a "
-                             "run directory; tokenizer: a tokenizer.json or its directory")
+    parser.add_argument("source", type=some_path, metavar="SOURCE", help="import: a directory or a "
+                        "name on the Hugging Face hub; export: a run directory; tokenizer: a "
+                        "tokenizer.json or its directory")
     parser.add_argument("--out", type=some_path, required=True, metavar="DIR",
                         help="directory to make; it must not hold anything yet")
     args = parser.parse_args()
