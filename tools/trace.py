@@ -4,8 +4,8 @@
     python -m tools.trace --prompt "for i in range(10):" trace.html    a web page
 
 The page is one file and needs no network. A slider goes through the loops. Each token is coloured
-by the probability of the likeliest next token; the five likeliest stand under the token that is
-pointed at. FILE.html#loop=3 begins there.
+by the probability of the likeliest next token; the five likeliest after the token that is pointed
+at stand above the text.
 """
 
 from itertools import chain
@@ -20,7 +20,7 @@ from parts.files import json_text, write_text
 from parts.generation import check_predicts
 from parts.machine import pick_device, use_threads
 from parts.quantize import prepare_weights
-from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
+from parts.tokenizer import begin_token, encode, load_tokenizer
 from sample import add_prompt_flags, read_prompt
 
 TRACED = 40  # tokens of a prompt that a picture shows
@@ -33,79 +33,56 @@ PAGE = r"""<!doctype html>
 <style>
   :root { color-scheme: light dark; --blue: 59 130 246 }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }
-  header { position: sticky; top: 0; z-index: 2; padding: .6rem 0; background: Canvas }
+  header { position: sticky; top: 0; padding: .6rem 0; background: Canvas }
   input { width: min(100%, 30rem); vertical-align: middle }
-  #scale { display: inline-block; width: 8rem; height: .8rem; border: 1px solid GrayText;
-           background: linear-gradient(to right, transparent, rgb(var(--blue) / .75)) }
-  #text, #tip { font-family: ui-monospace, monospace; white-space: pre-wrap }
-  #text { position: relative; line-height: 2; padding-bottom: 12rem; overflow-wrap: anywhere }
-  #text > span { padding: .15rem 0; border-radius: 2px; box-shadow: inset 1px 0 Canvas }
-  #text > .at { outline: 2px solid CanvasText }
-  #tip { position: absolute; z-index: 1; padding: .3rem .6rem; width: 17rem; line-height: 1.5;
-         background: Canvas; border: 1px solid GrayText; pointer-events: none }
-  #tip div { display: flex; justify-content: space-between;
-             background: linear-gradient(rgb(var(--blue) / .5) 0 0) no-repeat }
-  #tip .right { font-weight: bold }
-  #tip :first-child { overflow: hidden; white-space: pre }
+  #text, #tops { font-family: ui-monospace, monospace; white-space: pre-wrap }
+  #text { line-height: 2; overflow-wrap: anywhere }
+  #text span { padding: .15rem 0; box-shadow: inset 1px 0 Canvas }
+  #text .at { outline: 2px solid CanvasText }
+  #tops div { width: 20rem; background: linear-gradient(rgb(var(--blue) / .5) 0 0) no-repeat }
+  #tops .right { font-weight: bold }
 </style>
 <header>
-  <label>after loop <output id="loop"></output> of <span id="loops"></span>
-  <input id="slider" type="range" min="1" step="1" autofocus></label>
-  <div>Probability of the likeliest next token: 0 <span id="scale"></span> 1. Point at a token, or
-  go to it with Tab: the five likeliest after it (bold: what the text goes on with). Arrow keys
-  left and right move the slider.</div>
+  <label>after loop <output id="loop"></output>
+  <input id="slider" type="range" min="1" value="1" autofocus></label>
+  <div>Blue: probability of the likeliest next token. Point at a token, or go to it with Tab, for
+  the five likeliest after it (bold: what the text goes on with).</div>
+  <div id="tops" role="status"></div>
 </header>
-<div id="text"><div id="tip" role="status"></div></div>
+<div id="text"></div>
 <script id="data" type="application/json">__DATA__</script>
 <script>
   const data = JSON.parse(document.getElementById("data").textContent);
-  const [slider, box, tip] = ["slider", "text", "tip"].map(id => document.getElementById(id));
-  const visible = text => text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5");
+  const [loop, slider, tops, text] =
+    ["loop", "slider", "tops", "text"].map(id => document.getElementById(id));
+  const visible = token => token.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5")
+                                .replaceAll(" ", "\u2423");
   let at = data.tokens.length - 1;  // the token pointed at
   const spans = data.tokens.map((token, i) => {
-    const span = document.createElement("span");
+    const span = text.appendChild(document.createElement("span"));
     span.textContent = token.replaceAll("\n", "\u21b5\n");  // ends of lines are tokens, too
     span.tabIndex = 0;
     span.onfocus = span.onpointerover = () => { at = i; draw(); };
-    return box.insertBefore(span, tip);
+    return span;
   });
   function draw() {
-    const tops = data.loops[slider.value - 1];
-    document.getElementById("loop").textContent = slider.value;
+    const likeliest = data.loops[slider.value - 1];
+    loop.textContent = `${slider.value} of ${data.loops.length}`;
     spans.forEach((span, i) => {
-      span.style.background = `rgb(var(--blue) / ${0.75 * tops[i][0][1]})`;
+      span.style.background = `rgb(var(--blue) / ${0.75 * likeliest[i][0][1]})`;
       span.className = i === at ? "at" : "";
     });
-    tip.replaceChildren(...tops[at].map(([token, probability]) => {
+    tops.replaceChildren(...likeliest[at].map(([token, probability]) => {
       const row = document.createElement("div");
+      row.textContent = `${probability.toFixed(3)}  ${visible(token)}`;
       row.style.backgroundSize = `${100 * probability}% 100%`;
       row.className = token === data.tokens[at + 1] ? "right" : "";
-      for (const text of [visible(token).replaceAll(" ", "\u2423"), probability.toFixed(3)])
-        row.appendChild(document.createElement("span")).textContent = text;
       return row;
     }));
-    const first = spans[at].getClientRects()[0], outer = box.getBoundingClientRect();
-    tip.style.top = `${first.bottom - outer.top + 6}px`;
-    tip.style.left = `${Math.max(0, Math.min(first.left - outer.left,
-                                             outer.width - tip.offsetWidth))}px`;
   }
-  function go(loop) {
-    slider.value = loop;  // the slider keeps it within its ends
-    history.replaceState(null, "", `#loop=${slider.value}`);
-    draw();
-  }
-  const asked = () => go(Number(new URLSearchParams(location.hash.slice(1)).get("loop")) || 1);
-  document.getElementById("loops").textContent = slider.max = data.loops.length;
-  slider.oninput = () => go(slider.value);
-  onhashchange = asked;
-  onresize = draw;
-  onkeydown = event => {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
-    event.preventDefault();
-    go(Number(slider.value) + step);
-  };
-  asked();
+  slider.max = data.loops.length;
+  slider.oninput = draw;
+  draw();
 </script>
 </html>
 """
@@ -146,9 +123,9 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
     if is_page(path):
         probs, tokens, _ = trace(model, idx, recurrence, idx.shape[1], 5)
         tops = []
-        for token_rows, prob_rows in zip(tokens.tolist(), probs.tolist()):
+        for rows in zip(tokens.tolist(), probs.tolist()):
             tops.append([[(text_of(tokenizer, i), round(p, 5)) for i, p in zip(*top)]
-                         for top in zip(token_rows, prob_rows)])
+                         for top in zip(*rows)])
         write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)
     else:
         probs, tokens, moved = trace(model, idx, recurrence, TRACED, 1)
@@ -173,10 +150,8 @@ def text_of(tokenizer, i):
 
 def label(tokenizer, i):
     """Return token i in up to five visible characters."""
-    if i >= tokenizer.n_vocab:
-        return "?"  # vocabularies are rounded up
-    text = "".join(decode_stream(tokenizer, [i]))
-    return repr(text)[1:-1].replace(" ", "\u2423")[:5]
+    text = repr(text_of(tokenizer, i))[1:-1]
+    return text.replace("\\\\", "\\").replace(" ", "\u2423")[:5]
 
 
 def main():
