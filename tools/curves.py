@@ -38,15 +38,16 @@ def read_run(path):
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
     lines, bad = read_json_lines(file)
-    no_log = f"{file} is not the log of a run of train.py"
-    if bad > 1 and not lines:  # a single bad line may be just being written
-        raise UserError(no_log)
     try:
+        if bad > 1 and not lines:  # a single bad line may be just being written
+            raise ValueError
         steps = [line for line in lines if line["kind"] == "train"]
         run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
         run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(no_log) from None
+        raise UserError(f"{file} is not the log of a run of train.py") from None
+    if not steps:
+        raise UserError(f"{file} has no training step yet")
     config = read_json(folder / "config.json")
     try:
         run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
@@ -90,27 +91,24 @@ def smooth(values):
 
 
 def curve(run):
-    """Return what `picture` draws of a run, see there."""
+    """Return a run of read_run with what is drawn of it: "smooth_loss", "smooth_norm" (steps,);
+    "val", a dict of AXES and "loss"; "sizes" of the state, {T: [(tokens, size)]}."""
     points = [e for e in run["evaluations"] if run["T"] in e["val_loss"]]
     val = {key: [e[key] for e in points] for key in AXES}
     val["loss"] = [e["val_loss"][run["T"]] for e in points]
-    sizes = {}  # of the state after T loops: tokens and sizes
+    sizes = {}
     for e in run["evaluations"]:
         for T, size in e["state_rms"].items():
             sizes.setdefault(T, []).append((e["tokens"], size))
-    return {"label": f"{run['label']}, T = {run['T']}", **{key: run[key] for key in KEYS},
-            "smooth_loss": smooth(run["loss"]), "smooth_norm": smooth(run["grad_norm"]),
-            "val": val, "sizes": dict(sorted(sizes.items()))}
+    return run | {"label": f"{run['label']}, T = {run['T']}", "smooth_loss": smooth(run["loss"]),
+                  "smooth_norm": smooth(run["grad_norm"]), "val": val,
+                  "sizes": dict(sorted(sizes.items()))}
 
 # ----------------------------------------------------------------------------- the picture
 
 
 def picture(path, runs, title):
-    """Write training curves; of one run alone also what steers it, a second row.
-
-    runs: dicts of arrays (steps,): "tokens", "flops", "seconds", "loss", "smooth_loss", "lr",
-    "grad_norm", "smooth_norm"; "val", a dict: those three and "loss" of the evaluations; "sizes",
-    {T: [(tokens, size of the state)]}; "label"."""
+    """Write training curves, runs as of `curve`; of one alone also what steers it, a second row."""
     rows = 2 if len(runs) == 1 else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
                                              layout="constrained")
@@ -122,9 +120,7 @@ def picture(path, runs, title):
             color, val = f"C{i}", run["val"]
             if rows == 2:
                 axes.plot(run[key], run["loss"], lw=0.5, color=color, alpha=0.25)
-            lone = "." if len(run[key]) == 1 else ""  # a line of one step would not be seen
-            axes.plot(run[key], run["smooth_loss"], marker=lone, lw=1, color=color,
-                      label=run["label"])
+            axes.plot(run[key], run["smooth_loss"], lw=1, color=color, label=run["label"])
             axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
         axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
@@ -140,41 +136,32 @@ def picture(path, runs, title):
 
 def loss_limits(runs):
     """Return where the axis of the loss begins and ends; the first steps would take all of it."""
-    low, high = [], []
+    every, high = [], []
     for run in runs:
         line, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
-        low += [*line, *val, *(run["loss"] if len(runs) == 1 else [])]
-        if len(line):
-            high.append(np.quantile(line, 0.95))
-        high += val[-1:]
-    low, high = ([loss for loss in losses if np.isfinite(loss)] for losses in (low, high))
-    if not high:
+        every += [*line, *val, *run["loss"]]
+        high += [*val[-1:], *(np.quantile(line, [0.95]) if len(line) else [])]
+    low, high = np.array(every), np.array(high)
+    low, high = low[np.isfinite(low)], high[np.isfinite(high)]
+    if not len(high):
         return None, None  # no step has a finite loss
-    margin = 0.05 * (max(high) - min(low)) or 0.1
-    return min(low) - margin, max(high) + margin
+    margin = 0.05 * (high.max() - low.min()) or 0.1
+    return low.min() - margin, high.max() + margin
 
 
 def steering(axes, run):
     """Draw learning rate, norm of the gradient and size of the state of a run over its tokens."""
-    lone = "." if len(run["tokens"]) == 1 else ""
-    axes[0].plot(run["tokens"], run["lr"], marker=lone, lw=1)
+    axes[0].plot(run["tokens"], run["lr"], lw=1)
     axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
     axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
-    axes[1].plot(run["tokens"], run["smooth_norm"], marker=lone, lw=1, color="C0")
+    axes[1].plot(run["tokens"], run["smooth_norm"], lw=1, color="C0")
     axes[1].set(title="Norm of the gradient", yscale="log")
-    axes[1].yaxis.set_major_locator(figures.pyplot().LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1].yaxis.set_minor_locator(figures.pyplot().NullLocator())
     for i, (T, points) in enumerate(run["sizes"].items()):
         axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=figures.shade(i, len(run["sizes"])),
                      label=f"T = {T}")
     axes[2].set(title="State after T loops, root mean square")
-    if run["sizes"]:
+    if run["sizes"]:  # there is a loop, and an evaluation
         axes[2].legend(fontsize=8)
-    else:
-        axes[2].set_yticks([])
-        axes[2].text(0.5, 0.5, "no loop, or no evaluation yet", ha="center", color="0.5",
-                     transform=axes[2].transAxes)
     for panel in axes:
         panel.locator_params(axis="x", nbins=6)
         panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
@@ -191,9 +178,6 @@ def main():
     args = parser.parse_args()
     figures.pyplot()  # where matplotlib is missing, say so now
     runs = read_runs(args.runs)
-    for run, path in zip(runs, args.runs):
-        if not len(run["loss"]):
-            raise UserError(f"{Path(path) / 'log.jsonl'} has no training step yet")
     title = say_differences(run["folder"] for run in runs)
     picture(args.out, [curve(run) for run in runs], title)
     print("wrote", args.out)
