@@ -14,6 +14,7 @@ where a state has grown without bound, is refused, and nothing is written: leave
 import hashlib
 import math
 from collections import defaultdict, namedtuple
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -54,20 +55,20 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     if kv_cache == "none":
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                logits = model.lm_head(model.readout(h, inputs)).float()
+                logits = model.lm_head(model.readout(h, inputs))
                 losses[loops] = loss_of(logits, targets, loops)
         return losses
     for loops in recurrence:
         cache = model.new_cache(*idx.shape, loops, kv_cache)
         x = [model.hidden(token, loops, cache) for token in idx.split(1, dim=1)]
-        losses[loops] = loss_of(model.lm_head(torch.cat(x, dim=1)).float(), targets, loops)
+        losses[loops] = loss_of(model.lm_head(torch.cat(x, dim=1)), targets, loops)
     return losses
 
 
 def loss_of(logits, targets, loops):
     """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size) after so many
     loops. Raises UserError where one is not finite."""
-    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
     return loss
 
@@ -90,22 +91,14 @@ def read_all(model, batches, tokenizer, losses_of):
 
     batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(idx, targets): {name: loss
     in nats (B, T)}."""
-    device, bytes_of = model.wte.weight.device, bytes_of_tokens(tokenizer)
-    nats, tokens, n_bytes = defaultdict(list), [], 0
+    device, nats, tokens, n_bytes = model.wte.weight.device, defaultdict(list), [], 0
+    length = {i: len(token) for token, i in tokenizer._mergeable_ranks.items()}
     for idx, targets in batches:
         tokens += [targets.shape[1]] * len(targets)
-        n_bytes += int(bytes_of[targets].sum())
+        n_bytes += sum(length.get(i, 0) for i in targets.flatten().tolist())  # 0: between texts
         for name, loss in losses_of(idx.to(device), targets.to(device)).items():
             nats[name] += loss.cpu().double().sum(1).tolist()  # mps has no float64
     return nats, tokens, n_bytes
-
-
-def bytes_of_tokens(tokenizer):
-    """Return the bytes that each token stands for, (n_vocab,) int64; 0 for a separator of texts."""
-    sizes = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)
-    for token, i in tokenizer._mergeable_ranks.items():
-        sizes[i] = len(token)
-    return sizes
 
 
 def standard_error(nats, tokens):
@@ -164,8 +157,8 @@ def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
 
 # ------------------------------------------------------------------------------- text
 
-# What an evaluation reads. name: of a file or a data directory; fingerprint: a dict, or None where
-# it is not known; sequences: how many; batches: a function of a batch size that yields them.
+# name: of a file or a data directory; fingerprint: a dict, or None where it is not known;
+# sequences: how many; batches: a function of a batch size that yields them
 Text = namedtuple("Text", "name fingerprint sequences batches")
 
 
@@ -206,19 +199,16 @@ def text_file(file, tokenizer, block_size, sequences):
     tokens = tokens[:sequences * block_size + 1]
     if len(tokens) < 2:
         raise UserError(f"--text {file} is empty")
-    read = tokenizer.decode_bytes(tokens[1:])
-    idx, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
+    read = hashlib.sha256(tokenizer.decode_bytes(tokens[1:]))
+    windows = [torch.tensor(tokens[i:i + block_size + 1])
+               for i in range(0, len(tokens) - 1, block_size)]
 
     def batches(batch_size):
-        for some in zip(idx.split(batch_size * block_size), targets.split(batch_size * block_size)):
-            whole = len(some[0]) // block_size * block_size
-            if whole:
-                yield [part[:whole].view(-1, block_size) for part in some]
-            if whole < len(some[0]):
-                yield [part[None, whole:] for part in some]
+        for _, alike in groupby(windows, len):
+            for some in torch.stack(list(alike)).split(batch_size):
+                yield some[:, :-1], some[:, 1:]
 
-    fingerprint = {"source": file, "sha256": hashlib.sha256(read).hexdigest()}
-    return Text(file, fingerprint, math.ceil(len(idx) / block_size), batches)
+    return Text(file, {"source": file, "sha256": read.hexdigest()}, len(windows), batches)
 
 
 def open_data(args, tokenizer, block_size):
@@ -270,7 +260,16 @@ def open_run(args):
     return model, load_tokenizer(args.run), recurrence
 
 
-def parse_args():
+def line_of(row):
+    """Return a row as text; in brackets the standard error, - where there is none."""
+    error, of_gain = ("-" if row.get(name) is None else f"{row[name]:.4f}"
+                      for name in ("standard_error", "gain_standard_error"))
+    gain = f"   {row['gain']:+.4f} ({of_gain})" if row.get("gain") else ""  # none on itself
+    return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} ({error})  "
+            f"{row['perplexity']:10.3f}   {row['bits_per_byte']:13.4f}{gain}")
+
+
+def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_run_flags(add)
@@ -287,24 +286,6 @@ def parse_args():
     add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
     args = parser.parse_args()
     check_needs(args, exit_rule="exit_threshold")
-    return args
-
-
-def line_of(row):
-    """Return a row as text; in brackets the standard error."""
-    def error_text(error):
-        return "-" if error is None else f"{error:.4f}"
-
-    gain = ""
-    if row.get("gain"):  # the first row has none on itself
-        gain = f"   {row['gain']:+.4f} ({error_text(row['gain_standard_error'])})"
-    return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} "
-            f"({error_text(row['standard_error'])})  {row['perplexity']:10.3f}   "
-            f"{row['bits_per_byte']:13.4f}{gain}")
-
-
-def main():
-    args = parse_args()
     model, tokenizer, recurrence = open_run(args)
     if args.exit_threshold and not model.config.n_recurrent:
         raise UserError("--exit-threshold needs a model that loops: this is a plain transformer")
