@@ -66,38 +66,6 @@ def cells(axes, shares, texts, lowest):
                   color=color, parse_math=False)
     return image
 
-# ----------------------------------------------------------------------------- models
-
-
-def trace(path, tokens, tops, probabilities, moved):
-    """Draw what each loop would predict (tools/trace.py).
-
-    tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
-    token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
-    moved = np.asarray(moved)
-    loops, T = moved.shape
-    figure, (axes, below) = pyplot().subplots(
-        2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
-        height_ratios=[loops, 3])
-    image = cells(axes, np.asarray(probabilities), tops, lowest=0)
-    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
-    for i in range(T):
-        # the loop from which on the prediction stays
-        settled = max((t for t in range(1, loops) if tops[t][i] != tops[t - 1][i]), default=0)
-        axes.add_patch(pyplot().Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5))
-    axes.set_yticks(range(loops), range(1, loops + 1))
-    axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
-
-    # The first loop starts from nothing, so that it moves all of the state: no line for it.
-    for t in range(1, loops):
-        color = shade(t - 1, loops - 1)
-        below.semilogy(moved[t], lw=1, color=color)
-        below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
-    below.set(ylabel="$|h_t - h_{t-1}|$ / $|h_t|$",
-              xlabel="token read (lines: loops t = 2, 3, ...)")
-    below.set_xticks(range(T), tokens, fontsize=7, parse_math=False)
-    save(figure, path)
-
 
 def memory(path, curves, even):
     """Draw memory of inference against the tokens in the cache (bench.py).

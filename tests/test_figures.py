@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import OUR_FILES
 
+import tools.trace
 from parts import figures
 from parts.cli import UserError
 from parts.tables import budgets_of
@@ -52,6 +53,7 @@ PICTURES = {
 }
 
 NAMED = {name: (guide, name) for name in ("one_dimension", "fixed_point")}
+NAMED["trace"] = tools.trace, "picture"
 NAMED |= {module.__name__.removeprefix("runs."): (module, "picture")
           for module in (half, p_hop, paper, rates, short, stability, worth)}
 

@@ -1,105 +1,30 @@
 """Draw what a model would predict after each loop, at each token of a prompt.
 
-    python -m tools.trace --prompt "for i in range(10):" trace.png     a picture
-    python -m tools.trace --prompt "for i in range(10):" trace.html    a web page
+    python -m tools.trace --prompt "for i in range(10):" trace.png
 
-The page is one file and needs no network. A slider goes through the loops. Each token is coloured
-by the probability of the likeliest next token; the five likeliest after the token that is pointed
-at stand above the text.
+The picture shows the last TRACED tokens: after each loop the likeliest next token, its probability,
+and how far the loop moved the state. Needs matplotlib.
 """
 
 from itertools import chain
-from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import Parcae
 from parts import figures
 from parts.cli import LOOPS, Parser, UserError, new_file, run_script
-from parts.files import json_text, write_text
 from parts.generation import check_predicts
 from parts.machine import pick_device, use_threads
 from parts.quantize import prepare_weights
-from parts.tokenizer import begin_token, encode, load_tokenizer
+from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 from sample import add_prompt_flags, read_prompt
 
 TRACED = 40  # tokens of a prompt that a picture shows
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>What each loop predicts</title>
-<style>
-  :root { color-scheme: light dark; --blue: 59 130 246 }
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }
-  header { position: sticky; top: 0; padding: .6rem 0; background: Canvas }
-  input { width: min(100%, 30rem); vertical-align: middle }
-  #text, #tops { font-family: ui-monospace, monospace; white-space: pre-wrap }
-  #text { line-height: 2; overflow-wrap: anywhere }
-  #text span { padding: .15rem 0; box-shadow: inset 1px 0 Canvas }
-  #text .at { outline: 2px solid CanvasText }
-  #tops div { width: 20rem; background: linear-gradient(rgb(var(--blue) / .5) 0 0) no-repeat }
-  #tops .right { font-weight: bold }
-</style>
-<header>
-  <label>after loop <output id="loop"></output>
-  <input id="slider" type="range" min="1" value="1" autofocus></label>
-  <div>Blue: probability of the likeliest next token. Point at a token, or go to it with Tab, for
-  the five likeliest after it (bold: what the text goes on with).</div>
-  <div id="tops" role="status"></div>
-</header>
-<div id="text"></div>
-<script id="data" type="application/json">__DATA__</script>
-<script>
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const [loop, slider, tops, text] =
-    ["loop", "slider", "tops", "text"].map(id => document.getElementById(id));
-  const visible = token => token.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5")
-                                .replaceAll(" ", "\u2423");
-  let at = data.tokens.length - 1;  // the token pointed at
-  const spans = data.tokens.map((token, i) => {
-    const span = text.appendChild(document.createElement("span"));
-    span.textContent = token.replaceAll("\n", "\u21b5\n");  // ends of lines are tokens, too
-    span.tabIndex = 0;
-    span.onfocus = span.onpointerover = () => { at = i; draw(); };
-    return span;
-  });
-  function draw() {
-    const likeliest = data.loops[slider.value - 1];
-    loop.textContent = `${slider.value} of ${data.loops.length}`;
-    spans.forEach((span, i) => {
-      span.style.background = `rgb(var(--blue) / ${0.75 * likeliest[i][0][1]})`;
-      span.className = i === at ? "at" : "";
-    });
-    tops.replaceChildren(...likeliest[at].map(([token, probability]) => {
-      const row = document.createElement("div");
-      row.textContent = `${probability.toFixed(3)}  ${visible(token)}`;
-      row.style.backgroundSize = `${100 * probability}% 100%`;
-      row.className = token === data.tokens[at + 1] ? "right" : "";
-      return row;
-    }));
-  }
-  slider.max = data.loops.length;
-  slider.oninput = draw;
-  draw();
-</script>
-</html>
-"""
-
-
-def write_page(path, tokens, tops):
-    """Write the page.
-
-    tokens: the T texts that are read. tops: for each loop and token the likeliest next tokens,
-    lists (loops, T, k) of (text, probability), the likeliest first."""
-    # ASCII, and no "<": nothing in a text can end the script element that holds it
-    data = json_text({"tokens": tokens, "loops": tops}, separators=(",", ":"))
-    write_text(path, PAGE.replace("__DATA__", data.replace("<", "\\u003c")))
-
 
 @torch.no_grad()
-def trace(model, idx, recurrence, last, k):
+def trace(model, idx, recurrence, last, k=1):
     """Return what the model would predict after each loop at the last tokens of idx (1, T): the
     probabilities and numbers of the k likeliest tokens, (loops, last, k) each; and how far the loop
     moved the state, |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is
@@ -116,42 +41,54 @@ def trace(model, idx, recurrence, last, k):
 
 
 def draw_trace(model, tokenizer, idx, recurrence, path):
-    """Write the picture, or the page, of a trace of the last tokens of idx (1, T)."""
+    """Write the picture of a trace of the last tokens of idx (1, T)."""
     if not model.config.n_recurrent or idx.shape[1] < 2:
-        raise UserError("--trace needs a model that loops and a prompt")
+        raise UserError("a trace needs a model that loops and a prompt")
     idx = idx[:, -model.config.block_size:]
-    if is_page(path):
-        probs, tokens, _ = trace(model, idx, recurrence, idx.shape[1], 5)
-        tops = []
-        for rows in zip(tokens.tolist(), probs.tolist()):
-            tops.append([[(text_of(tokenizer, i), round(p, 5)) for i, p in zip(*top)]
-                         for top in zip(*rows)])
-        write_page(path, [text_of(tokenizer, i) for i in idx[0].tolist()], tops)
-    else:
-        probs, tokens, moved = trace(model, idx, recurrence, TRACED, 1)
-        idx = idx[:, -TRACED:]
-        figures.trace(path, [label(tokenizer, i) for i in idx[0].tolist()],
-                      [[label(tokenizer, i) for i in row] for row in tokens[..., 0].tolist()],
-                      probs[..., 0].cpu().numpy(), moved.cpu().numpy())
-    print(f"wrote {path}: {idx.shape[1]} tokens, {recurrence} loops")
-
-
-def is_page(path):
-    return Path(path).suffix.lower() == ".html"
-
-
-def text_of(tokenizer, i):
-    """Return token i as text; a byte that is not text alone, half a letter, as \\xc3."""
-    try:
-        return tokenizer.decode_single_token_bytes(i).decode("utf-8", errors="backslashreplace")
-    except KeyError:
-        return "?"  # vocabularies are rounded up
+    probs, tokens, moved = trace(model, idx, recurrence, TRACED)
+    read = [label(tokenizer, i) for i in idx[0, -TRACED:].tolist()]
+    tops = [[label(tokenizer, i) for i in row] for row in tokens[..., 0].tolist()]
+    picture(path, read, tops, probs[..., 0].cpu().numpy(), moved.cpu().numpy())
+    print(f"wrote {path}: {len(read)} tokens, {recurrence} loops")
 
 
 def label(tokenizer, i):
     """Return token i in up to five visible characters."""
-    text = repr(text_of(tokenizer, i))[1:-1]
-    return text.replace("\\\\", "\\").replace(" ", "\u2423")[:5]
+    if i >= tokenizer.n_vocab:
+        return "?"  # vocabularies are rounded up
+    text = "".join(decode_stream(tokenizer, [i]))
+    return repr(text)[1:-1].replace(" ", "\u2423")[:5]
+
+
+def picture(path, tokens, tops, probabilities, moved):
+    """Draw what each loop would predict.
+
+    tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
+    token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
+    moved = np.asarray(moved)
+    loops, T = moved.shape
+    figure, (axes, below) = figures.pyplot().subplots(
+        2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
+        height_ratios=[loops, 3])
+    image = figures.cells(axes, np.asarray(probabilities), tops, lowest=0)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+    for i in range(T):
+        # the loop from which on the prediction stays
+        settled = max((t for t in range(1, loops) if tops[t][i] != tops[t - 1][i]), default=0)
+        box = figures.pyplot().Rectangle((i - 0.5, settled - 0.5), 1, 1, fill=False, lw=1.5)
+        axes.add_patch(box)
+    axes.set_yticks(range(loops), range(1, loops + 1))
+    axes.set(ylabel="loops", title="What each loop would predict next (box: from here on it stays)")
+
+    # The first loop starts from nothing, so that it moves all of the state: no line for it.
+    for t in range(1, loops):
+        color = figures.shade(t - 1, loops - 1)
+        below.semilogy(moved[t], lw=1, color=color)
+        below.text(T - 0.5, moved[t, -1], f" {t + 1}", color=color, fontsize=7, va="center")
+    below.set(ylabel="$|h_t - h_{t-1}|$ / $|h_t|$",
+              xlabel="token read (lines: loops t = 2, 3, ...)")
+    below.set_xticks(range(T), tokens, fontsize=7, parse_math=False)
+    figures.save(figure, path)
 
 
 def main():
@@ -160,12 +97,9 @@ def main():
     parser.add_argument("--recurrence", type=LOOPS, metavar="T",
                         help="loops (default: twice the model's mean)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("file", type=new_file, metavar="FILE",
-                        help=f"FILE.html: a page with a slider over loops. Else a PNG, of the last "
-                        f"{TRACED} tokens; needs matplotlib")
+    parser.add_argument("file", type=new_file, metavar="FILE", help="the PNG to write")
     args = parser.parse_args()
-    if not is_page(args.file):
-        figures.pyplot()  # where matplotlib is missing, say so now
+    figures.pyplot()  # where matplotlib is missing, say so now
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run)
     use_threads(model.config.n_embd)
