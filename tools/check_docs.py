@@ -14,7 +14,6 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib.util
 import io
 import re
 import runpy
@@ -109,13 +108,6 @@ def read_commands(text):
             start = end
     return sorted(commands)
 
-
-def commands_of(path):
-    """Return the commands of a document, of a bash script one that runs it."""
-    if path.suffix == ".sh":
-        return [Command(1, f"bash {path.relative_to(ROOT)}", True)]
-    return read_commands(path.read_text(encoding="utf-8"))
-
 # ------------------------------------------------------------------------------- commands
 
 
@@ -174,14 +166,14 @@ def check_snippet(code):
         return [f"Python, line {error.lineno} of the snippet: {error.msg}"]
     faults = []
     for node in ast.walk(tree):
-        named = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
-        modules = [getattr(node, "module", name.name) for name in named]
-        for module, name in zip(modules, named):
-            if not importlib.util.find_spec(module.split(".")[0]):
-                faults.append(f"there is no module {module}")
-            elif isinstance(node, ast.ImportFrom) and not hasattr(
-                    importlib.import_module(module), name.name):
-                faults.append(f"{file_of(module)} has no {name.name}")
+        start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
+        for name in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            try:
+                exec(f"{start} {name.name}", {})
+            except ModuleNotFoundError as error:
+                faults.append(f"there is no module {error.name}")
+            except ImportError:
+                faults.append(f"{file_of(node.module)} has no {name.name}")
     return faults
 
 
@@ -304,8 +296,10 @@ def run_all(folder, paths):
     failed, once = 0, set()
     with open(folder / "docs-log.txt", "w", encoding="utf-8") as log:
         for path in paths:
-            setup = []
-            for line, text, block in commands_of(path):
+            setup, commands = [], [Command(1, f"bash {name_of(path)}", True)]
+            if path.suffix == ".md":
+                commands = read_commands(path.read_text(encoding="utf-8"))
+            for line, text, block in commands:
                 bare = re.sub(r" +#.*", "", text)
                 if not block or ("$" not in bare and bare in once):
                     continue

@@ -127,26 +127,20 @@ def settings_of(config):
 
 # ----------------------------------------------------------------------------- the weights
 
-# Beginnings of names, theirs and ours. The first that fits counts, in both directions.
-RENAMED = (
-    ("transformer.adapter.adapter.weight", "injection.W"),
-    ("transformer.adapter.A_log", "injection.log_A"),
-    ("transformer.adapter.", "injection."),
-    ("transformer.core_block.", "recurrent."),
-    ("transformer.C.", "C_proj."),
-    ("transformer.ln_f.", "norm_f."),
-    ("transformer.ln_prelude.", "norm_prelude."),
-    ("transformer.prelude.", "prelude."),
-    ("transformer.h.", "prelude."),  # a GPT
-    ("value_embeds.", "value_embeds."),
-    ("lm_head.", "lm_head."),
-    ("transformer.", ""),
-)
+# Beginnings of names, theirs and ours. The first that fits counts, in both directions; a GPT's h is
+# its only stack.
+RENAMED = {
+    "transformer.adapter.adapter.weight": "injection.W",
+    "transformer.adapter.A_log": "injection.log_A", "transformer.adapter.": "injection.",
+    "transformer.core_block.": "recurrent.", "transformer.C.": "C_proj.",
+    "transformer.ln_f.": "norm_f.", "transformer.ln_prelude.": "norm_prelude.",
+    "transformer.prelude.": "prelude.", "transformer.h.": "prelude.",
+    "value_embeds.": "value_embeds.", "lm_head.": "lm_head.", "transformer.": ""}
 
 
 def our_name(name):
     """Return our name for a tensor of the published format."""
-    for theirs, ours in RENAMED:
+    for theirs, ours in RENAMED.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return name
@@ -158,7 +152,7 @@ def their_name(name, config):
     if not config.n_recurrent and part in ("prelude", "coda"):  # a GPT has one stack
         number = int(number) + (config.n_prelude if part == "coda" else 0)
         return ".".join(["transformer.h", str(number), *rest])
-    for theirs, ours in RENAMED:
+    for theirs, ours in RENAMED.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
 
@@ -421,49 +415,34 @@ def check_empty(directory):
         raise UserError(f"--out {directory} holds {file.name}: choose a new directory")
 
 
-def write_run(source, folder):
-    """Make a run directory of a published model. Return what it made, in words."""
-    model, tokenizer = import_model(source)
-    if tokenizer and tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"the tokenizer in {source} has {tokenizer.n_vocab} tokens, "
-                        f"its model {model.config.vocab_size}")
-    with whole_file(folder / "ckpt.pt", "wb") as file:
-        torch.save({"model": model.state_dict()}, file)
-    write_json(folder / "config.json", {"model": asdict(model.config), "source": str(source)})
+def convert(action, source, folder):
+    """Write what an action makes of a source into a folder. Return (model, tokenizer), None for
+    what there is not. Raises UserError."""
+    model, tokenizer = None, None
+    if action == "import":
+        model, tokenizer = import_model(source)
+        if tokenizer and tokenizer.n_vocab > model.config.vocab_size:
+            raise UserError(f"the tokenizer in {source} has {tokenizer.n_vocab} tokens, "
+                            f"its model {model.config.vocab_size}")
+        with whole_file(folder / "ckpt.pt", "wb") as file:
+            torch.save({"model": model.state_dict()}, file)
+        write_json(folder / "config.json", {"model": asdict(model.config), "source": source})
+    elif action == "export":
+        model = Parcae.from_pretrained(source)
+        export_model(model, folder)
+        if (Path(source) / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(source)
+    else:
+        tokenizer = read_tokenizer(source)
     if tokenizer:
         save_tokenizer(tokenizer, folder / "tokenizer.json")
-    return describe(model) + ("" if tokenizer else "; no tokenizer.json, which sample.py needs")
+    return model, tokenizer
 
 
-def write_published(source, folder):
-    """Write the model of a run directory in the published format. Return it in words."""
-    model = Parcae.from_pretrained(source)
-    export_model(model, folder)
-    if (Path(source) / "tokenizer.json").exists():
-        save_tokenizer(load_tokenizer(source), folder / "tokenizer.json")
-    return describe(model)
-
-
-def write_tokenizer(source, folder):
-    """Write a tokenizer in our format. Return it in words."""
-    tokenizer = read_tokenizer(source)
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    return f"a tokenizer of {tokenizer.n_vocab:,} tokens"
-
-
-def describe(model):
-    """Return a model's layers and parameters, in words."""
-    c = model.config
-    return (f"{c.n_prelude} + {c.n_recurrent} looped + {c.n_coda} layers, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters")
-
-
-# of each ACTION: the function, and how to go on
-ACTIONS = {
-    "import": (write_run, "python sample.py --run {out}"),
-    "export": (write_published, "python -m tools.published import {out} --out DIR"),
-    "tokenizer": (write_tokenizer, "python data.py text FILE --tokenizer {out}"),
-}
+# of each action: how to go on
+ACTIONS = {"import": "python sample.py --run {out}",
+           "export": "python -m tools.published import {out} --out DIR",
+           "tokenizer": "python data.py text FILE --tokenizer {out}"}
 
 
 def main():
@@ -475,10 +454,15 @@ def main():
     parser.add_argument("--out", type=some_path, required=True, metavar="DIR",
                         help="directory to make; it must not hold anything yet")
     args = parser.parse_args()
-    write, next_command = ACTIONS[args.action]
     with whole_directory(args.out, check_empty) as folder:
-        made = write(args.source, folder)
-    print(f"{args.out}: {made}\ngo on with: {next_command.format(out=args.out)}")
+        model, tokenizer = convert(args.action, args.source, folder)
+    made = f"a tokenizer of {tokenizer.n_vocab:,} tokens" if tokenizer else \
+        "no tokenizer.json, which sample.py needs"
+    if model:
+        c, size = model.config, sum(p.numel() for p in model.parameters())
+        made = (f"{c.n_prelude} + {c.n_recurrent} looped + {c.n_coda} layers, {size:,} parameters; "
+                f"{made}")
+    print(f"{args.out}: {made}\ngo on with: {ACTIONS[args.action].format(out=args.out)}")
 
 
 if __name__ == "__main__":
