@@ -144,15 +144,13 @@ def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
     """Return the row of a threshold; its "recurrence" is the mean of the loops used.
 
     batches: of one sequence each, see read_all; baseline: see row_of."""
-    loops_used = []
-
     def losses_of(idx, targets):
         loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
-        loops_used.extend(loops)
-        return {"loss": loss}
+        return {"loss": loss, "loops": torch.tensor([loops])}
 
-    nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
-    row = row_of(sum(loops_used) / len(loops_used), nats["loss"], tokens, n_bytes, baseline)
+    sums, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
+    mean_loops = sum(sums["loops"]) / sum(tokens)
+    row = row_of(mean_loops, sums["loss"], tokens, n_bytes, baseline)
     return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
 
 # ------------------------------------------------------------------------------- text

@@ -11,14 +11,12 @@ from itertools import chain
 import numpy as np
 import torch
 
-from model import Parcae
 from parts import figures
 from parts.cli import LOOPS, Parser, UserError, new_file, run_script
 from parts.generation import check_predicts
-from parts.machine import pick_device, use_threads
-from parts.quantize import prepare_weights
-from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
+from parts.tokenizer import begin_token, decode_stream, encode
 from sample import add_prompt_flags, read_prompt
+from tools.evaluate import open_run
 
 TRACED = 40  # tokens of a prompt that a picture shows
 
@@ -98,16 +96,12 @@ def main():
                         help="loops (default: twice the model's mean)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("file", type=new_file, metavar="FILE", help="the PNG to write")
+    parser.set_defaults(dtype="float32")
     args = parser.parse_args()
     figures.pyplot()  # where matplotlib is missing, say so now
-    device = pick_device(args.device)
-    model = Parcae.from_pretrained(args.run)
-    use_threads(model.config.n_embd)
-    prepare_weights(model, device, torch.float32)
-
-    tokenizer = load_tokenizer(args.run)
+    model, tokenizer, _ = open_run(args)
     tokens = map(int, chain.from_iterable(encode(tokenizer, read_prompt(args) or "")))
-    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
+    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=model.wte.weight.device)
     draw_trace(model, tokenizer, idx, args.recurrence or 2 * model.config.mean_recurrence,
                args.file)
 
