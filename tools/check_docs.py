@@ -336,9 +336,6 @@ def main():
     parser.add_argument("documents", nargs="*", metavar="FILE", help=f"(default: {DOCUMENTS})")
     args = parser.parse_args()
     paths = [Path(name).resolve() for name in args.documents] or find_documents()
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
     if args.full:
         sys.exit(1 if run_all(args.full, paths) else 0)
     faults = check(paths)
