@@ -1,28 +1,34 @@
 """Draw what a model would predict after each loop, at each token of a prompt.
 
-    python -m tools.trace --prompt "for i in range(10):" trace.png
+    python -m tools.trace --prompt "for i in range(10):" trace.html    a page with a slider
+    python -m tools.trace --prompt "for i in range(10):" trace.png     a picture (needs matplotlib)
 
+The page is one file and needs no network. Each token is coloured by the probability of the
+likeliest next token; the five likeliest after the token that is pointed at stand above the text.
 The picture shows the last TRACED tokens: after each loop the likeliest next token, its probability,
-and how far the loop moved the state. Needs matplotlib.
+and how far the loop moved the state.
 """
 
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from parts import figures
 from parts.cli import LOOPS, Parser, UserError, new_file, run_script
+from parts.files import json_text, write_text
 from parts.generation import check_predicts
-from parts.tokenizer import begin_token, decode_stream, encode
+from parts.tokenizer import begin_token, encode
 from sample import add_prompt_flags, read_prompt
 from tools.evaluate import open_run
 
 TRACED = 40  # tokens of a prompt that a picture shows
+PAGE = Path(__file__).with_suffix(".html")
 
 
 @torch.no_grad()
-def trace(model, idx, recurrence, last, k=1):
+def trace(model, idx, recurrence, last, k):
     """Return what the model would predict after each loop at the last tokens of idx (1, T): the
     probabilities and numbers of the k likeliest tokens, (loops, last, k) each; and how far the loop
     moved the state, |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is
@@ -39,23 +45,52 @@ def trace(model, idx, recurrence, last, k=1):
 
 
 def draw_trace(model, tokenizer, idx, recurrence, path):
-    """Write the picture of a trace of the last tokens of idx (1, T)."""
+    """Write the page or the picture of a trace of the last tokens of idx (1, T)."""
     if not model.config.n_recurrent or idx.shape[1] < 2:
         raise UserError("a trace needs a model that loops and a prompt")
+    page = is_page(path)
+    last, k = (model.config.block_size, 5) if page else (TRACED, 1)
     idx = idx[:, -model.config.block_size:]
-    probs, tokens, moved = trace(model, idx, recurrence, TRACED)
-    read = [label(tokenizer, i) for i in idx[0, -TRACED:].tolist()]
-    tops = [[label(tokenizer, i) for i in row] for row in tokens[..., 0].tolist()]
-    picture(path, read, tops, probs[..., 0].cpu().numpy(), moved.cpu().numpy())
+    probs, tokens, moved = trace(model, idx, recurrence, last, k)
+    read = [text_of(tokenizer, i) for i in idx[0, -last:].tolist()]
+    tops = [[[text_of(tokenizer, i) for i in top] for top in row] for row in tokens.tolist()]
+    if page:
+        write_page(path, read, tops, probs.tolist())
+    else:
+        picture(path, [short(text) for text in read],
+                [[short(text) for text, in row] for row in tops],
+                probs[..., 0].cpu().numpy(), moved.cpu().numpy())
     print(f"wrote {path}: {len(read)} tokens, {recurrence} loops")
 
 
-def label(tokenizer, i):
-    """Return token i in up to five visible characters."""
-    if i >= tokenizer.n_vocab:
+def is_page(path):
+    return Path(path).suffix.lower() == ".html"
+
+
+def text_of(tokenizer, i):
+    """Return token i as text; a byte that is not text alone, half a letter, as \\xc3."""
+    try:
+        return tokenizer.decode_single_token_bytes(i).decode("utf-8", errors="backslashreplace")
+    except KeyError:
         return "?"  # vocabularies are rounded up
-    text = "".join(decode_stream(tokenizer, [i]))
-    return repr(text)[1:-1].replace(" ", "\u2423")[:5]
+
+
+def short(text):
+    """Return up to five visible characters of a text."""
+    return repr(text)[1:-1].replace("\\\\", "\\").replace(" ", "\u2423")[:5]
+
+
+def write_page(path, tokens, tops, probabilities):
+    """Write the page.
+
+    tokens: the T texts that are read. tops, probabilities: of each loop and token the texts and
+    probabilities of the likeliest next tokens, lists (loops, T, k), the likeliest first."""
+    loops = [[[(text, round(p, 5)) for text, p in zip(*top)] for top in zip(*rows)]
+             for rows in zip(tops, probabilities)]
+    # ASCII, and no "<": nothing in a text can end the script element that holds it
+    data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
+    page = PAGE.read_text(encoding="utf-8")
+    write_text(path, page.replace("__DATA__", data.replace("<", "\\u003c")))
 
 
 def picture(path, tokens, tops, probabilities, moved):
@@ -95,10 +130,12 @@ def main():
     parser.add_argument("--recurrence", type=LOOPS, metavar="T",
                         help="loops (default: twice the model's mean)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("file", type=new_file, metavar="FILE", help="the PNG to write")
+    parser.add_argument("file", type=new_file, metavar="FILE",
+                        help="FILE.html: the page, of all tokens in the context; else the PNG")
     parser.set_defaults(dtype="float32")
     args = parser.parse_args()
-    figures.pyplot()  # where matplotlib is missing, say so now
+    if not is_page(args.file):
+        figures.pyplot()  # where matplotlib is missing, say so now
     model, tokenizer, _ = open_run(args)
     tokens = map(int, chain.from_iterable(encode(tokenizer, read_prompt(args) or "")))
     idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=model.wte.weight.device)
