@@ -7,8 +7,7 @@ Compares, at one width, the looped model at several numbers of loops T with thre
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
 looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
 bfloat16 weights and caches. Writes bench-<device>-<preset>.json (-<preset>-decode.json with --only
-decode) and, with matplotlib, memory-<preset>.png; what was measured with other settings is not
-replaced.
+decode); what was measured with other settings is not replaced.
 """
 
 import statistics
@@ -17,21 +16,11 @@ from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from model import PRESETS, KVCache, Parcae, ParcaeConfig, count_parameters
-from parts import figures, machine
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    Parser,
-    UserError,
-    check_idle,
-    new_directory,
-    progress_bar,
-    run_script,
-)
+from model import PRESETS, Parcae, ParcaeConfig, UserError, count_parameters
+from parts import machine
+from parts.cli import COUNT, LOOPS, Parser, check_idle, new_directory, progress_bar, run_script
 from parts.files import read_json, write_json
 from parts.muon import Muon
 from parts.quantize import activations, prepare_weights
@@ -92,15 +81,7 @@ def kv_bytes(config, context, loops, itemsize=2):
 
 
 def optimizer_bytes(model):
-    """Return the bytes of the float32 state: Muon keeps one number for each weight of a layer's
-    matrices and one for each row (or column, if there are more); AdamW keeps two for any other."""
-    muon = sum(p.numel() for p in model.matrices())
-    longer = sum(max(p.shape) for p in model.matrices())
-    return 4 * (muon + longer) + 8 * (count_parameters(model) - muon)
-
-
-def optimizer_state_bytes(model):
-    """Return the bytes that Muon and AdamW hold after a step, measured."""
+    """Return the bytes that Muon and AdamW hold after a step."""
     muon = set(model.matrices())
     others = set(model.parameters()) - muon
     held = 0
@@ -129,40 +110,25 @@ def saved_for_backward(model, forward):
     return sum(sizes.values())
 
 
-def peak_bytes(step):
-    """Return the most GPU memory that step() held beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def memory_of(case, args):
-    """Return a row of predicted and measured bytes."""
+    """Return a row of megabytes: what training, and then inference with bfloat16 weights and
+    caches, hold."""
     config, loops = case.config, case.loops
     model = build(config, args.device, args.dtype).train()
     idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
 
     def loss():
         return model(idx, idx, recurrence=loops)[1]
-
     loss().backward()  # gradients are there
-    row = {"model": case.name, "T": loops, "layers run": layers_run(config, loops),
-           "parameters": count_parameters(model),
-           "activations": {"saved": saved_for_backward(model, loss)}}
-    if args.device.type == "cuda":
-        row["activations"]["peak"] = peak_bytes(lambda: loss().backward())
-    row["optimizer"] = {"predicted": optimizer_bytes(model),
-                        "measured": optimizer_state_bytes(model)}
+    row = {"model": case.name, "T": loops, "parameters": count_parameters(model),
+           "activations": saved_for_backward(model, loss) / 1e6,
+           "optimiser": optimizer_bytes(model) / 1e6}
 
-    model = model.to(torch.bfloat16)  # from here on inference
-    row["weights"] = {"predicted": 2 * parameters(config),
-                      "measured": sum(p.nbytes for p in model.parameters())}
-    for name, kind, pairs in (("kv_cache", "per-loop", loops), ("kv_cache_shared", "shared", 1)):
-        cache = KVCache(config, 1, args.context, loops, args.device, torch.bfloat16, kind)
-        row[name] = {"predicted": kv_bytes(config, args.context, pairs), "measured": cache.nbytes}
+    model = model.to(torch.bfloat16)
+    model.compute_dtype = None
+    row["weights"] = sum(p.nbytes for p in model.parameters()) / 1e6
+    row["cache"] = model.new_cache(1, args.context, loops).nbytes / 1e6
+    row["shared cache"] = model.new_cache(1, args.context, loops, "shared").nbytes / 1e6
     return row
 
 
@@ -172,20 +138,6 @@ def break_even(config, double):
     saved = 2 * (parameters(double) - parameters(config))
     cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
     return saved / cost if cost > 0 else None
-
-
-def draw(path, config, double, even):
-    """Draw inference memory against the tokens in the cache; even: see break_even."""
-    loops, middle = config.mean_recurrence, even or 1e5
-    tokens = np.geomspace(middle / 100, 100 * middle, 81)
-    curves = []
-    for label, c, cached, style in (
-            (f"looped, T = {loops}", config, loops, "k-"),
-            (f"looped, T = {loops}, shared cache", config, 1, "k:"),
-            (f"plain, twice the parameters ({double.n_layer} layers)", double, 1, "k--")):
-        gigabytes = (2 * parameters(c) + tokens * kv_bytes(c, 1, cached)) / 1e9
-        curves.append((label, tokens, gigabytes, style))
-    figures.memory(path, curves, even)
 
 # ------------------------------------------------------------------------------- speed
 
@@ -244,7 +196,6 @@ def train_speed(cases, args):
     peak = machine.matmul_peak(args.device, args.dtype)
     steps, flops = zip(*(training_of(case, args) for case in cases))
     seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "training")
-    peak = max(peak, machine.matmul_peak(args.device, args.dtype))
     rows = [speed(case, seconds[i], args.batch * args.context) for i, case in enumerate(cases)]
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
@@ -287,49 +238,32 @@ def decode_speed(cases, args):
     rows = []
     for i, case in enumerate(cases):
         row = speed(case, decoded[i], STEPS)
+        row["prefill tokens/s"] = args.context / statistics.median(filled[i])
         row["compute limit"] = peak / flops[i]
         row["memory limit"] = bytes_per_s / read[i]
-        row["prefill tokens/s"] = args.context / statistics.median(filled[i])
         limit = min(row["compute limit"], row["memory limit"])
         row["share of limit"] = row["tokens/s"] / limit
         rows.append(row)
     return {"dtype": str(args.dtype), "matmul_peak": peak, "bandwidth": bytes_per_s, "rows": rows}
 
-# ------------------------------------------------------------------------------- what is shown
-
-# The columns of each table: {heading: what str.format makes of a row}
-LABEL = {"model": "{model}", "T": "{T}"}
-RANGE = {"(range)": "({min:,.1f} to {max:,.1f})"}
-MEMORY = LABEL | {"parameters": "{parameters:,}", "weights": "{weights}",
-                  "optimiser": "{optimizer}", "KV cache, a sequence": "{kv_cache}",
-                  "shared": "{kv_cache_shared}", "activations": "{saved}"}
-ON_GPU = {"peak of a step": "{peak}"}
-TRAIN = LABEL | {"tokens/s": "{tokens/s:,.1f}"} | RANGE | {"share": "{share of peak:.0%}"}
-DECODE = LABEL | {"prefill tokens/s": "{prefill tokens/s:,.1f}",
-                  "decode tokens/s": "{tokens/s:,.1f}"} | RANGE
-DECODE |= {"compute limit": "{compute limit:,.1f}", "memory limit": "{memory limit:,.1f}",
-           "share": "{share of limit:.0%}"}
+# ------------------------------------------------------------------------------- tables
 
 
-def show(title, rows, columns):
-    """Print a table; columns: as above."""
-    table = [list(columns), *([cell.format_map(row) for cell in columns.values()] for row in rows)]
+def show(title, rows):
+    """Print rows, dicts with the same keys, as a table."""
+    table = [list(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
     for name, *others in table:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
         print("  ".join([name.ljust(widths[0]), *cells]))
 
 
-def in_megabytes(row):
-    """Return a row of memory with its bytes as text: "predicted / measured (error)"."""
-    shown = dict(row)
-    for name in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
-        predicted, measured = row[name]["predicted"] / 1e6, row[name]["measured"] / 1e6
-        shown[name] = f"{predicted:,.1f} / {measured:,.1f} ({predicted / measured - 1:+.0%})"
-    for name, n_bytes in row["activations"].items():
-        shown[name] = f"{n_bytes / 1e6:,.1f}"
-    return shown
+def cell(name, value):
+    """Return a value of a table as text."""
+    if isinstance(value, float):
+        return f"{value:.0%}" if name.startswith("share") else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 # ------------------------------------------------------------------------------- command line
 
@@ -357,7 +291,7 @@ def parse_args():
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="of the activations; int8, with --only decode: of the weights (default: auto)")
     add("--out", type=new_directory, default="out/bench", metavar="DIR",
-        help="where the JSON and the figure go (default: %(default)s)")
+        help="where the JSON goes (default: %(default)s)")
     args = parser.parse_args()
     if args.dtype == "int8" and args.only != "decode":
         parser.error("--dtype int8 is for generation: give --only decode")
@@ -377,28 +311,18 @@ def check_replaceable(path, setting):
 
 
 def bench_memory(cases, config, args):
-    """Measure, print and draw memory; return what the JSON holds."""
+    """Measure and print memory. Return what the JSON holds."""
     # one case more: the most loops, with the gradient through as many as the preset has
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
-    n = len(args.recurrence)
-    cases = [*cases[:n], many, *cases[n:]]
-    rows = [memory_of(case, args) for case in progress_bar(cases, desc="memory")]
-    on_gpu = ON_GPU if args.device.type == "cuda" else {}
-    show("Memory in MB, predicted / measured (error); activations: what a step of "
-         f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}",
-         [in_megabytes(row) for row in rows], MEMORY | on_gpu)
-
-    double = next(case.config for case in cases if case.name == TWICE)
-    even = break_even(config, double)
+    rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
+    show("Memory in MB; activations: what a step of "
+         f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}", rows)
+    even = break_even(config, next(case.config for case in cases if case.name == TWICE))
     tokens = "none, the looped model's cache is the smaller one"
     if even:
         tokens = f"{even:,.0f} tokens of batch x context"
     print("break-even with the plain transformer of twice the parameters at "
           f"T = {config.mean_recurrence}: {tokens}")
-    try:
-        draw(Path(args.out) / f"memory-{args.preset}.png", config, double, even)
-    except UserError as error:  # without matplotlib the tables are still worth printing
-        print(f"no figure: {error}")
     return {"memory": rows, "break_even_tokens": even}
 
 
@@ -413,11 +337,10 @@ def main():
         raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
-    settings = {name: getattr(args, name) for name in
-                ("context", "batch", "rounds", "compile", "eager", "dtype", "recurrence")}
-    results = {"preset": args.preset, "model": asdict(config),
-               "machine": machine.machine_name(device), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, **settings}
+    results = {"model": asdict(config), "machine": machine.machine_name(device),
+               "threads": torch.get_num_threads(), "torch": torch.__version__}
+    results |= {name: value for name, value in vars(args).items()
+                if name not in ("device", "out", "only")}
     part = f"-{args.only}" if args.only else ""
     path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
     check_replaceable(path, results)
@@ -434,13 +357,13 @@ def main():
     if args.only in (None, "train"):
         found = results["train"] = train_speed(cases, args)
         show(f"Training, {args.dtype}, matmul peak {found['matmul_peak'] / 1e9:,.0f} GFLOP/s; "
-             "share of it by needed FLOPs", found["rows"], TRAIN)
+             "share of it by needed FLOPs", found["rows"])
     if args.only in (None, "decode"):
         args.dtype = torch.float32 if slow else args.dtype
         found = results["decode"] = decode_speed(cases, args)
         show(f"Generation, one sequence at context {context}, {args.dtype}, peak "
              f"{found['matmul_peak'] / 1e9:,.0f} GFLOP/s, memory "
-             f"{found['bandwidth'] / 1e9:,.1f} GB/s", found["rows"], DECODE)
+             f"{found['bandwidth'] / 1e9:,.1f} GB/s", found["rows"])
     write_json(path, results)
     print(f"\nwrote {path}")
 

@@ -15,19 +15,8 @@ from pathlib import Path
 
 import torch
 
-from model import Parcae
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    SEED,
-    Parser,
-    UserError,
-    check_needs,
-    number,
-    progress_bar,
-    run_script,
-    some_path,
-)
+from model import Parcae, UserError
+from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, progress_bar, run_script, some_path
 from parts.draft import draft_stream
 from parts.generation import EXIT_RULES, check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
@@ -58,13 +47,12 @@ def parse_args():
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="loops, one block of text for each (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
-        help="continuations of the prompt, made together: many take little more time than one "
-        "(default: %(default)s)")
+        help="continuations of the prompt, made together (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, at most; fewer if the text ends (default: %(default)s)")
     add("--ignore-eot", action="store_true",
         help="go on after the end of the text, with another one")
-    add("--temperature", type=number(float, 0), default=0.7,
+    add("--temperature", type=float, default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
         help="sample from the K likeliest tokens (default: all)")
@@ -73,7 +61,7 @@ def parse_args():
     add("--kv-cache", choices=("per-loop", "shared"),
         help="shared: keep keys and values of the last loop only, less memory, not exact "
         "(default: per-loop)")
-    add("--exit-threshold", type=number(float, 0), metavar="EPS",
+    add("--exit-threshold", type=float, metavar="EPS",
         help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
         "most it may take. Uses the shared cache")
     add("--exit-rule", choices=EXIT_RULES,
@@ -86,9 +74,9 @@ def parse_args():
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; int8: weights of 8 bits, activations bfloat16, next to "
-        "no loss (see parts/quantize.py). On a CPU int8 pays with 256 channels or more, bfloat16 "
-        "in large models; auto is float32 there (default: auto)")
+        help="of weights and activations; int8: weights of 8 bits, activations bfloat16 (see "
+        "parts/quantize.py). On a CPU int8 pays with 256 channels or more, bfloat16 in large "
+        "models; auto is float32 there (default: auto)")
     add("--compile", action="store_true",
         help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
         "half a minute for each number of loops; on a GPU the layers, 1.5 times")
@@ -145,7 +133,7 @@ def recurrences_of(args, config):
         raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
     return recurrences
 
-# ------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------- text
 
 
 def new_tokens(args, model, idx, recurrence, loops_used, counts):
@@ -176,8 +164,6 @@ def tokens_before(row, end):
     """Return the tokens of a row, a list, that come before the token `end`."""
     return row[:row.index(end)] if end in row else row
 
-# ------------------------------------------------------------------------------- text
-
 
 def write_block(args, model, tokenizer, prompt, idx, recurrence):
     """Print continuations of the prompt at one number of loops; a single one as it comes."""
@@ -204,9 +190,6 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
     count = sum(map(len, rows))
     compiling = " with compiling" if args.compile else ""
     notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s{compiling}"]
-    ended = sum(len(row) < len(made) for row in rows)
-    if ended:
-        notes.append(f"{ended} of {len(rows)} texts came to their end")
     if loops_used:
         notes.append(f"{sum(loops_used) / len(loops_used):.2f} loops a token")
     if counts:

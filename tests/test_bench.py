@@ -55,21 +55,6 @@ def test_caches_take_the_predicted_memory(recurrence):
     assert shared.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_optimisers_hold_the_predicted_bytes(tied):
-    model = bench.build(replace(SMALL, tie_embeddings=tied), CPU, torch.float32)
-    idx = torch.randint(256, (1, 8))
-    model.train()(idx, idx, recurrence=2)[1].backward()
-    assert bench.optimizer_bytes(model) == bench.optimizer_state_bytes(model)
-
-
-def test_every_prediction_of_memory_is_what_is_measured():
-    for case in bench.cases_of(TINY, [3]):
-        row = bench.memory_of(case, FLAGS)
-        for what in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
-            assert row[what]["predicted"] == row[what]["measured"], (row["model"], what)
-
-
 def replace_flags(**flags):
     return SimpleNamespace(**vars(FLAGS) | flags)
 
