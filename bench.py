@@ -6,22 +6,19 @@
 Compares, at one width, the looped model at several numbers of loops T with three plain
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
 looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
-bfloat16 weights and caches. Writes bench-<device>-<preset>.json (-<preset>-decode.json with --only
-decode); what was measured with other settings is not replaced.
+bfloat16 weights and caches. Tables are printed: `python bench.py | tee bench.txt` keeps them.
 """
 
 import statistics
 import time
 from collections import namedtuple
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from model import PRESETS, Parcae, ParcaeConfig, UserError, count_parameters
 from parts import machine
-from parts.cli import COUNT, LOOPS, Parser, check_idle, new_directory, progress_bar, run_script
-from parts.files import read_json, write_json
+from parts.cli import COUNT, LOOPS, Parser, check_idle, progress_bar, run_script
 from parts.muon import Muon
 from parts.quantize import activations, prepare_weights
 from parts.recording import speed_up
@@ -191,15 +188,15 @@ def training_of(case, args):
 
 
 def train_speed(cases, args):
-    """Measure tokens/s of forward and backward, and their share of the matmul peak by the FLOPs
-    that are needed."""
+    """Measure tokens/s of forward and backward. Return the matmul peak in FLOP/s and rows with the
+    share of it that the needed FLOPs are."""
     peak = machine.matmul_peak(args.device, args.dtype)
     steps, flops = zip(*(training_of(case, args) for case in cases))
     seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "training")
     rows = [speed(case, seconds[i], args.batch * args.context) for i, case in enumerate(cases)]
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
-    return {"dtype": str(args.dtype), "matmul_peak": peak, "rows": rows}
+    return peak, rows
 
 
 def generation_of(case, args):
@@ -228,8 +225,8 @@ def generation_of(case, args):
 
 @torch.no_grad()
 def decode_speed(cases, args):
-    """Measure tokens/s of prefill and of decoding one sequence, beside the limits that the matmul
-    peak and the bandwidth set."""
+    """Measure tokens/s of prefill and of decoding one sequence. Return the matmul peak in FLOP/s,
+    the bandwidth in bytes/s, and rows with the limits that these set."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
     fills, steps, flops, read = zip(*(generation_of(case, args) for case in cases))
@@ -244,7 +241,7 @@ def decode_speed(cases, args):
         limit = min(row["compute limit"], row["memory limit"])
         row["share of limit"] = row["tokens/s"] / limit
         rows.append(row)
-    return {"dtype": str(args.dtype), "matmul_peak": peak, "bandwidth": bytes_per_s, "rows": rows}
+    return peak, bytes_per_s, rows
 
 # ------------------------------------------------------------------------------- tables
 
@@ -290,8 +287,6 @@ def parse_args():
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="of the activations; int8, with --only decode: of the weights (default: auto)")
-    add("--out", type=new_directory, default="out/bench", metavar="DIR",
-        help="where the JSON goes (default: %(default)s)")
     args = parser.parse_args()
     if args.dtype == "int8" and args.only != "decode":
         parser.error("--dtype int8 is for generation: give --only decode")
@@ -301,17 +296,8 @@ def parse_args():
     return args
 
 
-def check_replaceable(path, setting):
-    """Raise UserError where a file holds what another setting measured. setting: a dict."""
-    before = read_json(path) if path.exists() else setting
-    other = [name for name, value in setting.items() if before.get(name) != value]
-    if other:
-        raise UserError(f"{path} was measured with another {', '.join(other)}: "
-                        "choose another --out")
-
-
 def bench_memory(cases, config, args):
-    """Measure and print memory. Return what the JSON holds."""
+    """Measure and print memory."""
     # one case more: the most loops, with the gradient through as many as the preset has
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
     rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
@@ -323,7 +309,6 @@ def bench_memory(cases, config, args):
         tokens = f"{even:,.0f} tokens of batch x context"
     print("break-even with the plain transformer of twice the parameters at "
           f"T = {config.mean_recurrence}: {tokens}")
-    return {"memory": rows, "break_even_tokens": even}
 
 
 def main():
@@ -337,15 +322,9 @@ def main():
         raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose memory and time are measured
-    results = {"model": asdict(config), "machine": machine.machine_name(device),
-               "threads": torch.get_num_threads(), "torch": torch.__version__}
-    results |= {name: value for name, value in vars(args).items()
-                if name not in ("device", "out", "only")}
-    part = f"-{args.only}" if args.only else ""
-    path = Path(args.out) / f"bench-{device.type}-{args.preset}{part}.json"
-    check_replaceable(path, results)
-    print(f"{args.preset} at context {context}, batch {args.batch}, on {results['machine']}, "
-          f"{results['threads']} threads")
+    print(f"{args.preset} at context {context}, batch {args.batch}, {args.rounds} rounds, on "
+          f"{machine.machine_name(device)}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}")
 
     # CPUs multiply bfloat16 vectors slowly
     slow = device.type == "cpu" and args.dtype == "auto"
@@ -353,19 +332,16 @@ def main():
     machine.keep_freed_memory()
     cases = cases_of(config, args.recurrence)
     if args.only in (None, "memory"):
-        results |= bench_memory(cases, config, args)
+        bench_memory(cases, config, args)
     if args.only in (None, "train"):
-        found = results["train"] = train_speed(cases, args)
-        show(f"Training, {args.dtype}, matmul peak {found['matmul_peak'] / 1e9:,.0f} GFLOP/s; "
-             "share of it by needed FLOPs", found["rows"])
+        peak, rows = train_speed(cases, args)
+        show(f"Training, {args.dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s; share of it by "
+             "needed FLOPs", rows)
     if args.only in (None, "decode"):
         args.dtype = torch.float32 if slow else args.dtype
-        found = results["decode"] = decode_speed(cases, args)
+        peak, bytes_per_s, rows = decode_speed(cases, args)
         show(f"Generation, one sequence at context {context}, {args.dtype}, peak "
-             f"{found['matmul_peak'] / 1e9:,.0f} GFLOP/s, memory "
-             f"{found['bandwidth'] / 1e9:,.1f} GB/s", found["rows"])
-    write_json(path, results)
-    print(f"\nwrote {path}")
+             f"{peak / 1e9:,.0f} GFLOP/s, memory {bytes_per_s / 1e9:,.1f} GB/s", rows)
 
 
 if __name__ == "__main__":

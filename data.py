@@ -2,7 +2,6 @@
 
     python data.py                            the Python standard library's source, as bytes
     python data.py stdlib --tokenizer bpe:4096
-    python data.py shakespeare
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
     python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
@@ -15,9 +14,7 @@ end-of-text token, which also serves as "begin of text".
 
 import functools
 import hashlib
-import itertools
 import json
-import operator
 import os
 import platform
 import re
@@ -49,29 +46,19 @@ def write_shards(directory, split, arrays, n_vocab):
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
     total = 0
-    for shard, parts in itertools.groupby(cut_at_shards(arrays), key=operator.itemgetter(0)):
-        count = 0
-        with open(directory / f"{split}_{shard:06d}.bin", "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for _, part in parts:
-                file.write(part.astype(dtype).tobytes())
-                count += len(part)
-            file.seek(0)  # the header, now that the length is known
-            file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
-        total += count
-    return total
-
-
-def cut_at_shards(arrays):
-    """Yield (number of the shard, tokens) for arrays of tokens, cut where a shard is full."""
-    total = 0
     for tokens in arrays:
         while len(tokens):
             shard, there = divmod(total, SHARD_TOKENS)
             part = tokens[:SHARD_TOKENS - there]
-            yield shard, part
+            with open(directory / f"{split}_{shard:06d}.bin", "r+b" if there else "wb") as file:
+                header = np.zeros(HEADER_BYTES // 4, dtype=np.int32)
+                header[:3] = magic, version, there + len(part)
+                file.write(header.tobytes())
+                file.seek(0, os.SEEK_END)
+                file.write(part.astype(dtype).tobytes())
             tokens = tokens[len(part):]
             total += len(part)
+    return total
 
 
 def tokens_of(docs, tokenizer, title):
@@ -127,15 +114,13 @@ class Loader:
         self.paths = sorted(Path(directory).glob(f"{split}_*.bin"))
         if not self.paths:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
-        self.shards, tokens = [], 0
-        for path in self.paths:
-            shard = open_shard(path)
-            # Small data is checked before the work; of large data, what it takes an instant to
-            # read, and each window as it comes.
+        self.shards = [open_shard(path) for path in self.paths]
+        # Small data is checked before the work; of large data, what it takes an instant to read,
+        # and each window as it comes.
+        before = np.cumsum([0, *map(len, self.shards)])
+        for path, shard, tokens in zip(self.paths, self.shards, before):
             if tokens < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
-            tokens += len(shard)
-            self.shards.append(shard)
 
         # A shard has as many windows as fit, but for one: its room lets an epoch move the others
         # by up to a window. A shard with a single window has the tokens behind it as room.

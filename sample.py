@@ -1,17 +1,14 @@
 """Text from a trained model, at any number of loops.
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
-    cat prompt.txt | python sample.py --prompt-file -
     python sample.py --prompt "def " --samples 3          three of them, at the model's mean
     python sample.py --recurrence 8 --draft 1 --ahead 8   drafted with one loop: see parts/draft.py
 
 What each loop would predict is drawn by tools/trace.py.
 """
 
-import sys
 import time
 from itertools import chain, takewhile
-from pathlib import Path
 
 import torch
 
@@ -24,8 +21,6 @@ from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
-NO_TOKEN = -1
-
 # ------------------------------------------------------------------------------- command line
 
 
@@ -33,11 +28,8 @@ def add_prompt_flags(parser):
     """Add the flags for the model and the text that it continues."""
     parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
                         help="run directory of train.py (default: %(default)s)")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT",
+    parser.add_argument("--prompt", metavar="TEXT",
                         help="text to continue (default: none, a new document)")
-    prompt.add_argument("--prompt-file", metavar="FILE",
-                        help="read the prompt from a file; - is standard input")
 
 
 def parse_args():
@@ -50,8 +42,6 @@ def parse_args():
         help="continuations of the prompt, made together (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, at most; fewer if the text ends (default: %(default)s)")
-    add("--ignore-eot", action="store_true",
-        help="go on after the end of the text, with another one")
     add("--temperature", type=float, default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
@@ -74,9 +64,8 @@ def parse_args():
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; int8: weights of 8 bits, activations bfloat16 (see "
-        "parts/quantize.py). On a CPU int8 pays with 256 channels or more, bfloat16 in large "
-        "models; auto is float32 there (default: auto)")
+        help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, which "
+        "pay there with 256 channels or more (see parts/quantize.py; default: auto)")
     add("--compile", action="store_true",
         help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
         "half a minute for each number of loops; on a GPU the layers, 1.5 times")
@@ -102,21 +91,15 @@ def check_flags(args):
                         "leave out one of them")
 
 
-def read_prompt(args):
-    """Return the prompt's text, or None for a new document. Raises UserError."""
-    text, name = args.prompt, "--prompt"
-    if args.prompt_file is not None:
-        name = f"--prompt-file {args.prompt_file}"
-        from_stdin = args.prompt_file == "-"
-        data = sys.stdin.buffer.read() if from_stdin else Path(args.prompt_file).read_bytes()
-        try:
-            text = data.decode("utf-8-sig")  # without a byte order mark
-        except UnicodeDecodeError:
-            raise UserError(f"{name} is not UTF-8 text") from None
-    if text == "":
-        raise UserError(f"{name} is empty, must hold at least one character "
-                        "(leave it out for a new document)")
-    return text
+def read_prompt(args, tokenizer):
+    """Return the prompt, a text, and the tokens (1, T) that are read: a document begins with a
+    token of its own. Raises UserError."""
+    if args.prompt == "":
+        raise UserError("--prompt is empty, must hold at least one character (leave it out for a "
+                        "new document)")
+    prompt = args.prompt or ""
+    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
+    return prompt, torch.tensor([[begin_token(tokenizer), *tokens]])
 
 
 def recurrences_of(args, config):
@@ -168,7 +151,7 @@ def tokens_before(row, end):
 def write_block(args, model, tokenizer, prompt, idx, recurrence):
     """Print continuations of the prompt at one number of loops; a single one as it comes."""
     loops_used, counts, made = [], {}, []
-    end = NO_TOKEN if args.ignore_eot else begin_token(tokenizer)
+    end = begin_token(tokenizer)
     head = f"--- recurrence {recurrence}"
     start = time.perf_counter()
     tokens = until(new_tokens(args, model, idx, recurrence, loops_used, counts), end, made)
@@ -188,15 +171,15 @@ def write_block(args, model, tokenizer, prompt, idx, recurrence):
             print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
 
     count = sum(map(len, rows))
-    compiling = " with compiling" if args.compile else ""
-    notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s{compiling}"]
+    notes = f"--- {count} tokens, {count / seconds:,.1f} tokens/s"
+    if args.compile:
+        notes += " with compiling"
     if loops_used:
-        notes.append(f"{sum(loops_used) / len(loops_used):.2f} loops a token")
+        notes += f", {sum(loops_used) / len(loops_used):.2f} loops a token"
     if counts:
-        kept = counts["kept"] / max(1, counts["drafted"])
-        notes += [f"{kept:.0%} of the drafts kept",
-                  f"{counts['loops'] / len(made):.2f} loops a token, one after the other"]
-    print(f"--- {', '.join(notes)}")
+        notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
+                  f"{counts['loops'] / len(made):.2f} loops a token, one after the other")
+    print(notes)
 
 
 def main():
@@ -210,19 +193,15 @@ def main():
     prepare_weights(model, device, dtype)
     speed_up(model, args.compile)
 
-    # a document begins with a token of its own; the prompt follows it
     tokenizer = load_tokenizer(args.run)
-    prompt = read_prompt(args) or ""
-    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
-    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
-
+    prompt, idx = read_prompt(args, tokenizer)
     check(idx, args.temperature, args.top_k, args.top_p, args.exit_threshold)
     recurrences = recurrences_of(args, model.config)
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
         print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
     for recurrence in recurrences:
-        write_block(args, model, tokenizer, prompt, idx, recurrence)
+        write_block(args, model, tokenizer, prompt, idx.to(device), recurrence)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
     drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
     by ahead + 1."""
     seen, given, states, inputs = [last], [], [], []
-    for i in range(ahead + 1):
-        logits, h, u = model.advance(seen[i], cache, 0, recurrence)
+    for token in seen:  # which grows
+        logits, h, u = model.advance(token, cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
-        if i < ahead:  # after the last draft comes a token of the full model
+        if len(seen) <= ahead:  # after the last draft comes a token of the full model
             given.append(distribution(logits[:, -1]))
-            seen.append(torch.multinomial(given[i], 1, generator=generator))
-    tokens = torch.cat(seen, dim=1)[:, 1:]
+            seen.append(torch.multinomial(given[-1], 1, generator=generator))
+    tokens = torch.cat(seen[1:], dim=1)
     return tokens, torch.cat(given), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
 
 
@@ -77,7 +77,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         check_predicts(logits)
         return probabilities(logits, temperature, top_k, top_p)
     counts = {} if counts is None else counts
-    counts.update(drafted=0, kept=0, loops=0)
+    counts |= {"drafted": 0, "kept": 0, "loops": 0}
     training = model.training
     model.eval()
     try:
@@ -89,10 +89,9 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:
             model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
-        while n > 0 and idx.shape[1] < capacity:
+        while n > 0 and (room := capacity - idx.shape[1]) > 0:
             # The last token needs no draft: verification yields one more than it keeps. Yet at
             # least one is drafted: compiled, verifying a single token would be another graph.
-            room = capacity - idx.shape[1]
             k = max(1, min(ahead, n - 1, room))
             # not a view: compiled, that would be another graph
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
@@ -112,11 +111,10 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
-        if n > 0:
-            del cache  # stream makes one of its own
-            for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
-                                top_k=top_k, top_p=top_p, generator=generator):
-                counts["loops"] += recurrence
-                yield token
+        del cache  # stream makes one of its own
+        for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                            top_k=top_k, top_p=top_p, generator=generator):
+            counts["loops"] += recurrence
+            yield token
     finally:
         model.train(training)

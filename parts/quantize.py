@@ -1,7 +1,6 @@
 """Linear layers with weights of 8 bits, to generate: a quarter of the bytes of float32.
 
     python sample.py --run out/parcae-140m --dtype int8
-    python -m tools.evaluate --run out/parcae-140m --dtype int8     the val loss with them
 
 A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. What is multiplied
 with it stays bfloat16; embeddings, norms and the injection do, too. On a CPU a token of a large

@@ -6,18 +6,14 @@ choices.
 """
 
 import codecs
-import hashlib
-import http.client
 import os
 import sysconfig
-import urllib.request
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from parts.cli import UserError, progress_bar
-from parts.files import whole_file
 
 # What some distributions of Python leave out, or make anew for each machine: without it classmates
 # get the same text from the same version of Python.
@@ -165,8 +161,8 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     # steps of 1 to symbols - 1: never the same symbol twice in a row
     steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
     strings = steps.cumsum(axis=1) % symbols
-    rows = zip(strings.tolist(), rng.random(strings.shape).tolist())
-    docs = [p_hop_doc(string, chances, hops) for string, chances in
+    rows = zip(strings, rng.random(strings.shape))
+    docs = [p_hop_doc(string.tolist(), chances.tolist(), hops) for string, chances in
             progress_bar(rows, total=len(strings), desc="p-hop", unit="doc")]
     return docs[:n_train], docs[n_train:]
 
@@ -195,33 +191,5 @@ def p_hop_doc(string, chances, hops):
     return text
 
 
-# where Shakespeare's plays are, and their sha256
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
-
-def shakespeare_docs():
-    """Return (train, val), lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises
-    UserError."""
-    url, sha256 = SHAKESPEARE
-    file = Path("data") / "shakespeare.txt"
-    if not file.exists():
-        try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                content = reply.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{url} sent another text than Shakespeare's: a login page of this "
-                            "network?")
-        with whole_file(file, "wb") as copy:
-            copy.write(content)
-    elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{file} is not Shakespeare's text: move it away, and it is fetched again")
-    return cut([whole_text(file)])
-
-
 # That of "text" gets the FILEs of the command line.
-SOURCES = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs,
-           "text": text_docs}
+SOURCES = {"stdlib": stdlib_docs, "p-hop": p_hop_docs, "text": text_docs}

@@ -8,7 +8,6 @@ by the probability of the likeliest next token; the five likeliest stand under t
 pointed at. FILE.html#loop=3 begins there.
 """
 
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from parts.files import json_text, write_text
 from parts.generation import check_predicts
 from parts.machine import pick_device, use_threads
 from parts.quantize import prepare_weights
-from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
+from parts.tokenizer import decode_stream, load_tokenizer
 from sample import add_prompt_flags, read_prompt
 
 TRACED = 40  # tokens of a prompt that a picture shows
@@ -197,8 +196,7 @@ def main():
     prepare_weights(model, device, torch.float32)
 
     tokenizer = load_tokenizer(args.run)
-    tokens = map(int, chain.from_iterable(encode(tokenizer, read_prompt(args) or "")))
-    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
+    idx = read_prompt(args, tokenizer)[1].to(device)
     draw_trace(model, tokenizer, idx, args.recurrence or 2 * model.config.mean_recurrence,
                args.file)
 
