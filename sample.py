@@ -1,7 +1,7 @@
 """Text from a trained model, at any number of loops.
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
-    python sample.py --prompt "def " --samples 3          three of them, at the model's mean
+    python sample.py --prompt "def " --samples 3          three texts, at the model's mean
     python sample.py --recurrence 8 --draft 1 --ahead 8   drafted with one loop: see parts/draft.py
 
 What each loop would predict is drawn by tools/trace.py.
@@ -13,7 +13,7 @@ from itertools import chain, takewhile
 import torch
 
 from model import Parcae, UserError
-from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, progress_bar, run_script, some_path
+from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, run_script, some_path
 from parts.draft import draft_stream
 from parts.generation import EXIT_RULES, check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
@@ -39,7 +39,7 @@ def parse_args():
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="loops, one block of text for each (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
-        help="continuations of the prompt, made together (default: %(default)s)")
+        help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, at most; fewer if the text ends (default: %(default)s)")
     add("--temperature", type=float, default=0.7,
@@ -78,9 +78,6 @@ def check_flags(args):
     """Raise UserError where flags do nothing, or do not go together."""
     check_needs(args, exit_rule="exit_threshold", ahead="draft")
     exits = args.exit_threshold is not None
-    if args.samples > 1 and (args.draft or exits):
-        raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
-                        "their tokens do not keep step")
     if args.draft and (args.kv_cache == "shared" or exits):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
@@ -119,66 +116,40 @@ def recurrences_of(args, config):
 # ------------------------------------------------------------------------------- text
 
 
-def new_tokens(args, model, idx, recurrence, loops_used, counts):
-    """Return the stream of tokens (samples, 1) that the flags ask for; see stream, draft_stream."""
+def new_tokens(args, model, idx, recurrence, generator, loops_used, counts):
+    """Return the stream of tokens (1, 1) that the flags ask for; see stream, draft_stream."""
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
-               "top_p": args.top_p,
-               "generator": torch.Generator(idx.device).manual_seed(args.seed)}
+               "top_p": args.top_p, "generator": generator}
     if args.draft:
         return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
                             counts=counts, **options)
-    return stream(model, idx.expand(args.samples, -1), args.tokens,
-                  kv_cache=args.kv_cache or "per-loop", exit_threshold=args.exit_threshold,
-                  exit_rule=args.exit_rule or "kl", loops_used=loops_used, **options)
+    return stream(model, idx, args.tokens, kv_cache=args.kv_cache or "per-loop",
+                  exit_threshold=args.exit_threshold, exit_rule=args.exit_rule or "kl",
+                  loops_used=loops_used, **options)
 
 
-def until(tokens, end, made):
-    """Yield tokens (B, 1) until each row has had the token `end`. made: a list that gets them."""
-    ended = False
-    for token in tokens:
-        made.append(token)
-        yield token
-        ended = ended | (token == end)
-        if ended.all():
-            return
+def write_text(args, tokenizer, prompt, tokens, loops_used, counts):
+    """Print the prompt and the tokens that continue it, as they come, then how fast they came."""
+    end, made = begin_token(tokenizer), []
 
-
-def tokens_before(row, end):
-    """Return the tokens of a row, a list, that come before the token `end`."""
-    return row[:row.index(end)] if end in row else row
-
-
-def write_block(args, model, tokenizer, prompt, idx, recurrence):
-    """Print continuations of the prompt at one number of loops; a single one as it comes."""
-    loops_used, counts, made = [], {}, []
-    end = begin_token(tokenizer)
-    head = f"--- recurrence {recurrence}"
+    def before_end():
+        for token in takewhile(lambda token: token != end, tokens):
+            made.append(token)
+            yield token
+    print(prompt, end="")
     start = time.perf_counter()
-    tokens = until(new_tokens(args, model, idx, recurrence, loops_used, counts), end, made)
-    if args.samples == 1:
-        print(f"{head}\n{prompt}", end="")
-        for text in decode_stream(tokenizer, takewhile(lambda token: token != end, tokens)):
-            print(text, end="", flush=True)
-        print()
-    else:
-        list(progress_bar(tokens, desc="tokens", total=args.tokens))
+    for text in decode_stream(tokenizer, before_end()):
+        print(text, end="", flush=True)
     seconds = time.perf_counter() - start
 
-    rows = [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()]
-    if args.samples > 1:
-        for i, row in enumerate(rows, start=1):
-            text = "".join(decode_stream(tokenizer, row))
-            print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
-
-    count = sum(map(len, rows))
-    notes = f"--- {count} tokens, {count / seconds:,.1f} tokens/s"
+    notes = f"\n--- {len(made)} tokens, {len(made) / seconds:,.1f} tokens/s"
     if args.compile:
         notes += " with compiling"
     if loops_used:
         notes += f", {sum(loops_used) / len(loops_used):.2f} loops a token"
     if counts:
         notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
-                  f"{counts['loops'] / len(made):.2f} loops a token, one after the other")
+                  f"{counts['loops'] / max(1, len(made)):.2f} loops a token, one after the other")
     print(notes)
 
 
@@ -200,8 +171,15 @@ def main():
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
         print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
+    idx = idx.to(device)
     for recurrence in recurrences:
-        write_block(args, model, tokenizer, prompt, idx.to(device), recurrence)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        for i in range(1, args.samples + 1):
+            sample = f", sample {i} of {args.samples}" if args.samples > 1 else ""
+            print(f"--- recurrence {recurrence}{sample}")
+            loops_used, counts = [], {}
+            tokens = new_tokens(args, model, idx, recurrence, generator, loops_used, counts)
+            write_text(args, tokenizer, prompt, tokens, loops_used, counts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from parts.tokenizer import (
     make_tokenizer,
     save_tokenizer,
 )
-from sample import tokens_before, until
 
 
 @pytest.fixture
@@ -54,8 +53,6 @@ def test_a_block_of_text_for_each_recurrence(run_directory):
         (["--tokens", "0"], "--tokens is 0"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--samples", "0"], "--samples is 0"),
-        (["--samples", "2", "--draft", "1"], "--samples is 2, must be 1 with --draft"),
-        (["--samples", "2", "--exit-threshold", "1"], "--samples is 2, must be 1 with --draft"),
         (["--compile", "--exit-threshold", "1"], "leave out one of them"),
         (["--exit-rule", "kl"], "--exit-rule does nothing without --exit-threshold"),
         (["--ahead", "8"], "--ahead does nothing without --draft"),
@@ -78,27 +75,20 @@ def test_a_state_beyond_all_bounds_is_said_to_be_so(build, run_directory, flags)
     assert run.returncode == 2 and "its state may have grown without bound" in run.stderr
 
 
-def test_samples_are_made_together_and_each_is_one_of_its_own(run_directory):
+def test_each_sample_is_a_draw_of_its_own(run_directory):
     flags = ["--prompt", "a", "--tokens", "30", "--top-k", "250"]
     done = sample(run_directory, *flags, "--samples", "3", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     model, tokenizer = Parcae.from_pretrained(run_directory), load_tokenizer(run_directory)
-    idx = torch.tensor([[begin_token(tokenizer), ord("a")]]).expand(3, -1)
-    rows = generate(model, idx, 30, temperature=0.7, top_k=250,
-                    generator=torch.Generator().manual_seed(0))
-    texts = ["".join(decode_stream(tokenizer, row)) for row in rows[:, 1:].tolist()]
+    idx = torch.tensor([[begin_token(tokenizer), ord("a")]])
+    generator, texts = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        row = generate(model, idx, 30, temperature=0.7, top_k=250, generator=generator)[0]
+        texts.append("".join(decode_stream(tokenizer, row[1:].tolist())))
     assert len(set(texts)) == 3
-    assert done.stdout.rpartition("--- 90 tokens, ")[0] == "".join(
+    said = [line for line in done.stdout.split("\n") if not line.startswith("--- 30 tokens, ")]
+    assert "\n".join(said) == "".join(
         f"--- recurrence 4, sample {i} of 3\n{text}\n" for i, text in enumerate(texts, start=1))
-
-
-def test_texts_are_made_until_each_has_ended():
-    end = 7
-    drawn = torch.tensor([[1, 2, end, 3], [4, end, 5, 6]])
-    made, every = [], []
-    assert len(list(until(drawn.split(1, dim=1), end, made))) == len(made) == 3
-    assert [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()] == [[1, 2], [4]]
-    assert len(list(until(drawn.split(1, dim=1), -1, every))) == 4
 
 
 def test_the_end_of_text_ends_a_block(build, tmp_path):
