@@ -38,11 +38,6 @@ def parameters(config):
         return count_parameters(Parcae(config))
 
 
-def plain(config, n_layer):
-    """Return the configuration of the plain transformer of the same width with n_layer layers."""
-    return replace(config, n_prelude=n_layer, n_recurrent=0, n_coda=0)
-
-
 def layers_run(config, loops):
     """Return the layers that a token goes through."""
     return config.n_prelude + loops * config.n_recurrent + config.n_coda
@@ -51,14 +46,15 @@ def layers_run(config, loops):
 def cases_of(config, recurrence):
     """Return the cases to compare: the looped model, trained for each number of loops, and the
     three plain ones."""
+    def plain(name, layers):
+        return Case(name, replace(config, n_prelude=layers, n_recurrent=0, n_coda=0), 1)
     n, target = config.n_layer, 2 * parameters(config)
-    longer = [plain(config, layers) for layers in range(n, 4 * n + 1)]
-    double = min(longer, key=lambda candidate: abs(parameters(candidate) - target))
-    unrolled = plain(config, layers_run(config, config.mean_recurrence))
+    longer = [plain(TWICE, layers) for layers in range(n, 4 * n + 1)]
+    twice = min(longer, key=lambda case: abs(parameters(case.config) - target))
     looped = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
               for loops in recurrence]
-    return [*looped, Case("plain, same parameters", plain(config, n), 1), Case(TWICE, double, 1),
-            Case("plain, same depth", unrolled, 1)]
+    return [*looped, plain("plain, same parameters", n), twice,
+            plain("plain, same depth", layers_run(config, config.mean_recurrence))]
 
 
 def build(config, device, dtype=None):
@@ -200,47 +196,36 @@ def train_speed(cases, args):
 
 
 def generation_of(case, args):
-    """Return two functions, one that reads a whole context and one that makes STEPS tokens more,
-    and what a token needs: FLOPs, and bytes read if every weight is read once a loop."""
+    """Return a function that makes STEPS tokens after a whole context, and what a token needs:
+    FLOPs, and bytes read if every weight is read once a loop."""
     config, loops = replace(case.config, block_size=args.context + STEPS), case.loops
     model = prepare_weights(build(config, args.device).eval(), args.device, args.dtype)
     speed_up(model, args.compile, not args.eager)
     cache = model.new_cache(1, config.block_size, loops)
-    idx = torch.randint(config.vocab_size, (1, args.context), device=args.device)
-
-    def prefill():
-        cache.pos = 0
-        model.hidden(idx, loops, cache)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=args.device)
 
     def decode():
         cache.pos = args.context
         for _ in range(STEPS):
-            model.advance(idx[:, :1], cache, 0, loops)
+            model.advance(token, cache, 0, loops)
     flops = model.flops_per_token(loops, backprop_depth=0, context=args.context)
     once, core = model.matmul_params()
     weights = (once + loops * core) * args.dtype.itemsize
-    read = weights + kv_bytes(config, args.context, loops, model.dtype.itemsize)
-    return prefill, decode, flops, read
+    return decode, flops, weights + kv_bytes(config, args.context, loops, model.dtype.itemsize)
 
 
 @torch.no_grad()
 def decode_speed(cases, args):
-    """Measure tokens/s of prefill and of decoding one sequence. Return the matmul peak in FLOP/s,
-    the bandwidth in bytes/s, and rows with the limits that these set."""
+    """Measure tokens/s of decoding one sequence. Return the matmul peak in FLOP/s, the bandwidth in
+    bytes/s, and rows with the limits that these set."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
-    fills, steps, flops, read = zip(*(generation_of(case, args) for case in cases))
-    filled = alternate(dict(enumerate(fills)), args.rounds, args.device, "prefill")
-    decoded = alternate(dict(enumerate(steps)), args.rounds, args.device, "decode")
-    rows = []
-    for i, case in enumerate(cases):
-        row = speed(case, decoded[i], STEPS)
-        row["prefill tokens/s"] = args.context / statistics.median(filled[i])
-        row["compute limit"] = peak / flops[i]
-        row["memory limit"] = bytes_per_s / read[i]
-        limit = min(row["compute limit"], row["memory limit"])
-        row["share of limit"] = row["tokens/s"] / limit
-        rows.append(row)
+    steps, flops, read = zip(*(generation_of(case, args) for case in cases))
+    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "decode")
+    rows = [speed(case, seconds[i], STEPS) for i, case in enumerate(cases)]
+    for row, needed, n_bytes in zip(rows, flops, read):
+        row["compute limit"], row["memory limit"] = peak / needed, bytes_per_s / n_bytes
+        row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
     return peak, bytes_per_s, rows
 
 # ------------------------------------------------------------------------------- tables

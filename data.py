@@ -106,8 +106,7 @@ class Loader:
 
     Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
     share the work by asking for different ones. Within an epoch every window comes once, in random
-    order; each epoch cuts the shards at other places. (What remains of a shard after its windows
-    is not read in that epoch.) Raises UserError on missing or bad shards."""
+    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
@@ -161,8 +160,7 @@ class Loader:
 
 
 def fingerprint(directory, source, files):
-    """Return what tells a data directory from others: {"source", "python", "files", "sha256" of all
-    tokens}."""
+    """Return what tells a data directory from others, {"sha256": of all tokens, ...}."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.bin")):
         with open(path, "rb") as file:
@@ -197,9 +195,8 @@ FINEWEB_SHARDS = 99
 
 
 def fetch_fineweb(out, shards):
-    """Fetch shards of FineWeb-Edu, 100M GPT-2 tokens each, to the directory `out`, each by itself:
-    a long download goes on where it was interrupted. Return how many train shards are there.
-    Raises UserError."""
+    """Fetch shards of FineWeb-Edu to the directory `out`, each by itself: a long download goes on
+    where it was interrupted. Return how many train shards are there. Raises UserError."""
     out = Path(os.path.realpath(out))
     check_replaceable(out)
     saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}

@@ -14,8 +14,7 @@ A plain transformer is this one with an empty recurrent block (n_recurrent=0).
 What differs from a textbook GPT, as in the published model:
 - RMSNorm before each layer; no biases; ReLU squared in the MLP, halved; embedding and head tied
 - rotary positions on adjacent pairs; queries and keys normalised after the rotation
-- optional value embeddings: every second layer, and the last, adds a gated lookup of its token to
-  its values
+- optional value embeddings: every second layer, and the last, adds a gated lookup to its values
 - every sequence of a training batch draws its own number of loops, and starts them from noise
 - gradient flows through a sequence's last `backprop_depth` loops only
 and, departing from the published code:
@@ -156,8 +155,8 @@ class Inputs:
 class Parcae(nn.Module):
     """The looped transformer: `begin`, then `recurrent_pass` as often as wanted, then `readout`.
 
-    `model(idx, ...)` is for training: each row has a depth of its own. `hidden` and `advance` run
-    all rows equally deep, with a KV cache, to generate. `states` stops after each loop."""
+    `model(idx, ...)` trains: each row has a depth of its own. `hidden` and `advance` run all rows
+    equally deep, with a KV cache, to generate. `states` stops after each loop."""
 
     compute_dtype = None  # of the activations; None: that of the weights
     step = None  # of the training that the weights come from, see from_pretrained
@@ -203,8 +202,7 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Give the weights the start of the published code: value embeddings normal, their gates
-        uniform, the layers' output projections zero, embedding and all else orthogonal."""
+        """Give the weights the start of the published code."""
         for name, p in self.named_parameters():
             if name.startswith("value_embeds."):
                 nn.init.normal_(p)
@@ -213,7 +211,7 @@ class Parcae(nn.Module):
                 nn.init.uniform_(p, -limit, limit)
             elif name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):
                 nn.init.zeros_(p)
-            elif p.ndim == 2 and not name.startswith("injection."):  # which has a start of its own
+            elif p.ndim == 2 and not name.startswith("injection."):  # it has a start of its own
                 orthogonal_(p, self.init_std)
 
     @property
@@ -261,8 +259,7 @@ class Parcae(nn.Module):
         return Inputs((cos, sin), value_embeds, places, mask)
 
     def run(self, layers, first, x, inputs, cache, t=0):
-        """Return x (B, T, C) after some layers, of which the first has the number `first`, in loop
-        t."""
+        """Return x (B, T, C) after layers number first, first + 1, ... in loop t."""
         for i, block in enumerate(layers, first):
             kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
             x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
@@ -389,8 +386,7 @@ class Parcae(nn.Module):
         return depths[torch.randperm(batch_size, generator=generator)]
 
     def depths_of(self, batch_size, recurrence=None, depths=None):
-        """Return the loops of each row, a list of B numbers. For the rules and errors see
-        forward."""
+        """Return the loops of each row, a list of B numbers, as forward says."""
         if depths is not None:
             if depths.shape != (batch_size,):
                 raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), "
@@ -481,6 +477,5 @@ def orthogonal_(p, std):
 
 
 def count_parameters(module, dimensions=None):
-    """Return how many numbers the parameters of a module hold, or those of so many dimensions (2:
-    matrices)."""
+    """Return the size of a module's parameters; dimensions: only of those with so many, 2 or 1."""
     return sum(p.numel() for p in module.parameters() if dimensions in (None, p.ndim))
