@@ -114,22 +114,19 @@ class Loader:
         if not self.paths:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.shards = [open_shard(path) for path in self.paths]
+        lengths = np.array([len(shard) for shard in self.shards])
         # Small data is checked before the work; of large data, what it takes an instant to read,
         # and each window as it comes.
-        before = np.cumsum([0, *map(len, self.shards)])
-        for path, shard, tokens in zip(self.paths, self.shards, before):
-            if tokens < SHARD_TOKENS:
+        for path, shard, end in zip(self.paths, self.shards, lengths.cumsum()):
+            if end - len(shard) < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
 
         # A shard has as many windows as fit, but for one: its room lets an epoch move the others
         # by up to a window. A shard with a single window has the tokens behind it as room.
-        counts, self.room = [], []  # of each shard
-        for shard in self.shards:
-            fit, behind = divmod(len(shard) - 1, block_size)
-            several = len(shard) > 2 * block_size
-            counts.append(fit - 1 if several else fit)
-            self.room.append(block_size if several else behind)
-        self.first = np.cumsum([0, *counts])  # shard s holds windows first[s] to first[s + 1]
+        fit, behind = np.divmod(lengths - 1, block_size)
+        several = lengths > 2 * block_size
+        self.room = np.where(several, block_size, behind)
+        self.first = np.cumsum([0, *(fit - several)])  # shard s: windows first[s] to first[s + 1]
         if len(self) < 1:
             raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, "
                             "the block size")

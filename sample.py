@@ -55,11 +55,10 @@ def parse_args():
         help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
         "most it may take. Uses the shared cache")
     add("--exit-rule", choices=EXIT_RULES,
-        help="kl: nats that the prediction changed by from one loop to the next; entropy: nats "
-        "that it is unsure of; state: change of the state, a share (default: kl)")
+        help="kl: nats that the last loop changed the prediction by; entropy: nats that it is "
+        "unsure of; state: change of the state, a share (default: kl)")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops and verify them together with --recurrence: exact, and "
-        "faster in small models (see parts/draft.py)")
+        help="draft tokens with T loops, verify them with --recurrence: the same text, sooner")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -67,8 +66,8 @@ def parse_args():
         help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, which "
         "pay there with 256 channels or more (see parts/quantize.py; default: auto)")
     add("--compile", action="store_true",
-        help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
-        "half a minute for each number of loops; on a GPU the layers, 1.5 times")
+        help="compile the decoding step: 1.4 to 3.3 times as fast after half a minute for each "
+        "number of loops; on a GPU the layers, 1.5 times")
     args = parser.parse_args()
     check_flags(args)
     return args

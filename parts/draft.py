@@ -8,10 +8,8 @@ a prompt would, and what the full model would not have said is thrown away (Levi
 2211.17192). What comes out is distributed exactly as without drafting.
 
 No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
-it, and nothing of later loops or of the coda. So the draft's loops are the first loops of the
-verification, its cache entries of these loops are the final ones, and its states are where the
-verification goes on. This holds for a cache with a pair for every loop; not for a shared one, where
-a token's keys and values are those of its last loop.
+it, and nothing of later loops or of the coda. So the verification goes on from the draft's states,
+and its cache entries stay. A shared cache, which holds a token's last loop alone, would not do.
 """
 
 import torch
@@ -21,12 +19,11 @@ from parts.generation import check, check_predicts, probabilities, stream
 
 
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
-    """Draft tokens after `last` (1, 1), with `recurrence` loops each.
+    """Draft tokens after `last` (1, 1), with `recurrence` loops each. Return them (1, ahead), their
+    distributions (ahead, vocab_size), and for `last` and all drafts the states and the loop's input
+    u, both (1, ahead + 1, C). The cache has then moved on by ahead + 1.
 
-    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size).
-    Returns (tokens (1, ahead), their distributions (ahead, vocab_size), and for `last` and all
-    drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
-    by ahead + 1."""
+    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size)."""
     seen, given, states, inputs = [last], [], [], []
     for token in seen:  # which grows
         logits, h, u = model.advance(token, cache, 0, recurrence)
@@ -45,8 +42,7 @@ def accept(tokens, given, wanted, generator):
     tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
     full model's, (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all
     before it stay. The first that does not is replaced by a draw from max(0, wanted - given), what
-    the draft gave too little of: together that is a draw from `wanted`. If all stay, the token more
-    is one of the full model."""
+    the draft gave too little of: together that is a draw from `wanted`."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)

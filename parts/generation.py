@@ -94,8 +94,8 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     """Yield n next tokens (B, 1), each drawn given the last block_size before it.
 
     Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
-    end early. The cache serves until the context is full; from then on the window slides, which
-    moves every token in it, and each token costs a full forward pass."""
+    end early. Once the context is full the window slides, which moves every token in it: no cache
+    serves, and each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
     capacity = min(idx.shape[1] + n, model.config.block_size)
     exits = exit_threshold is not None

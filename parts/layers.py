@@ -49,7 +49,7 @@ def attend(q, k, v, mask=None):
 
 
 def attend_written_out(q, k, v):
-    """Return causal attention; on CPUs in bfloat16 PyTorch's own takes twice as long."""
+    """Return causal attention, on CPUs in bfloat16: PyTorch's own takes twice as long there."""
     T, S = q.shape[2], k.shape[2]
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
     q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
@@ -70,9 +70,8 @@ class Attention(nn.Module):
         self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
 
     def forward(self, x, rope, ve=None, kv=None):
-        """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); kv: None or
-        (keys, values, places, mask) of this layer and loop: two (B, n_head, capacity, head_dim),
-        and what KVCache.reserve gives."""
+        """x: (B, T, C); rope: see rotate; ve: value embeddings (B, T, C); kv: (keys, values,
+        places, mask), see KVCache.pair_of and reserve."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
         k = self.c_k(x).view(B, T, self.n_head, -1)

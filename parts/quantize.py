@@ -2,9 +2,9 @@
 
     python sample.py --run out/parcae-140m --dtype int8
 
-A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. What is multiplied
-with it stays bfloat16; embeddings, norms and the injection do, too. On a CPU a token of a large
-model waits for weights, not for arithmetic: fewer bytes take less time. Not for training.
+A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. All else stays
+bfloat16. On a CPU a token of a large model waits for weights, not for arithmetic: fewer bytes take
+less time. Not for training.
 """
 
 import torch

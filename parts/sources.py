@@ -1,8 +1,7 @@
 """Where text comes from: each source gives two lists of documents, to train on and to validate.
 
 A document is a string, or an object with a length that yields parts of one (TextFile). A source of
-your own is a function like these and an entry in SOURCES, from which `python data.py` takes its
-choices.
+your own is a function like these and an entry in SOURCES.
 """
 
 import codecs
@@ -25,8 +24,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files that are read of a folder
 
 
 def for_validation(name):
-    """Return whether a file of a folder is for validation: every 20th or so, by a hash of its
-    path."""
+    """Return whether a file is for validation: every 20th or so, by a hash of its path."""
     return zlib.crc32(os.fsencode(name.as_posix())) % 20 == 0
 
 
@@ -116,9 +114,9 @@ def text_docs(files):
 def folder_docs(folder):
     """Return (train, val), lists of the texts in a folder and in the folders below it.
 
-    A file is for training or for validation as a whole, see for_validation. Where that leaves one
-    of them less than a hundredth of the text, as in a folder of few files, each file is cut. Files
-    that are not UTF-8 are left out, and named. Raises UserError."""
+    A file is for training or for validation as a whole. Where that leaves one of them less than a
+    hundredth of the text, as in a folder of few files, each file is cut. Files that are not UTF-8
+    are left out, and named. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
@@ -139,15 +137,11 @@ def folder_docs(folder):
 
 def files_in(folder):
     """Return the paths below a folder of its text files, without what is hidden, in the same order
-    on every system. Links to folders are not followed. Raises OSError."""
-    def refuse(error):
-        raise error
-    names = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(place, name).relative_to(folder) for name in files
-                  if not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)]
-    return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
+    on every system."""
+    names = [path.relative_to(folder) for path in folder.rglob("*")
+             if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
+    hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
+    return sorted(set(names) - hidden, key=Path.as_posix)
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
@@ -155,8 +149,7 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     Sanford et al. 2024, arXiv 2402.09268).
 
     "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
-    to what came after the last occurrence of the symbol one is at: p lookups one after the other,
-    none of which says more than where to look next."""
+    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
     rng = np.random.default_rng(seed)
     # steps of 1 to symbols - 1: never the same symbol twice in a row
     steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
