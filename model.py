@@ -145,7 +145,7 @@ class Inputs:
     rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
     places: slice | torch.Tensor  # their places in the cache, see KVCache.reserve
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | None  # what each of them sees there
 
     def each(self, f):
         """Return the same Inputs, with f applied to each tensor that has a row per sequence."""

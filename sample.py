@@ -58,7 +58,8 @@ def parse_args():
         help="kl: nats that the last loop changed the prediction by; entropy: nats that it is "
         "unsure of; state: change of the state, a share (default: kl)")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops, verify them with --recurrence: the same text, sooner")
+        help="draft tokens with T loops, verify them with --recurrence: exact, and faster in "
+        "small models")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -69,12 +70,8 @@ def parse_args():
         help="compile the decoding step: 1.4 to 3.3 times as fast after half a minute for each "
         "number of loops; on a GPU the layers, 1.5 times")
     args = parser.parse_args()
-    check_flags(args)
-    return args
 
-
-def check_flags(args):
-    """Raise UserError where flags do nothing, or do not go together."""
+    # flags that do nothing, or do not go together
     check_needs(args, exit_rule="exit_threshold", ahead="draft")
     exits = args.exit_threshold is not None
     if args.draft and (args.kv_cache == "shared" or exits):
@@ -85,11 +82,12 @@ def check_flags(args):
     if exits and args.compile:
         raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
                         "leave out one of them")
+    return args
 
 
 def read_prompt(args, tokenizer):
-    """Return the prompt, a text, and the tokens (1, T) that are read: a document begins with a
-    token of its own. Raises UserError."""
+    """Return the prompt, a text, and the tokens (1, T) that are read, of which the first is the one
+    that begins a document. Raises UserError."""
     if args.prompt == "":
         raise UserError("--prompt is empty, must hold at least one character (leave it out for a "
                         "new document)")

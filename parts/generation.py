@@ -128,8 +128,8 @@ def generate(model, idx, n, **options):
 
     options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
     the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
-    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold, exit_rule: see
-    `settle` (B = 1). Raises UserError on an empty prompt and on values out of range."""
+    on idx's device; kv_cache: see KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises
+    UserError on an empty prompt and on values out of range."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 

@@ -2,9 +2,9 @@
 
     model.advance = Recorder(model.advance)    # then generate as before
 
-A token of a looped model is hundreds of small operations. On a GPU each takes longer to launch than
-to compute. A CUDA graph records the launches of one call and repeats all of them at once, with the
-same shapes, at the same addresses. So here
+A token is hundreds of small operations, and on a GPU each takes longer to launch than to compute. A
+CUDA graph records the launches of one call and repeats them at once, with the same shapes, at the
+same addresses. So here
 - what goes in (tokens, state, places in the cache) lives in buffers, written before a replay
 - attention reads the cache's whole capacity and masks what stands behind a token
 
@@ -80,9 +80,8 @@ class Recorder:
 
 
 def speed_up(model, compiled, recorded=True):
-    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded. What is recorded
-    has no launches to save: its layers are compiled one by one (seconds), else all of `advance` as
-    one (half a minute or more)."""
+    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded. Compiling the
+    layers one by one takes seconds and is enough there; elsewhere all of `advance` is one graph."""
     if recorded and model.wte.weight.device.type == "cuda":
         if compiled:
             model.compile_layers()
