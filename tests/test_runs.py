@@ -312,11 +312,12 @@ def test_guide_measures_what_the_diagonal_rule_alone_says(build):
     assert apart == pytest.approx(np.tile(factor ** np.arange(1.0, 9), (32, 1)), rel=1e-5)
 
 
-def test_guide_draws_both_pictures_and_refuses_what_has_no_a_bar(run, build, tmp_path):
+def test_guide_draws_every_picture_and_refuses_what_has_no_a_bar(run, build, tmp_path):
     done = script("runs/guide.py", "--run", run, "--sequences", 2, "--loops", 5, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert png(tmp_path / "guide-loop.png") and png(tmp_path / "guide-fixed-point.png")
-    assert "on 64 tokens" in done.stdout and done.stdout.count("\n") == 7
+    drawn = list(tmp_path.glob("guide-*.png"))
+    assert len(drawn) == 6 and all(map(png, drawn))
+    assert "on 64 tokens" in done.stdout and done.stdout.count("\n") == 8
     for other, said in (({"injection": "concat"}, "injection is concat"),
                         ({"n_recurrent": 0}, "it does not loop")):
         save_run(build(vocab_size=320, **other), run)

@@ -1,0 +1,344 @@
+"""Train one loop under the rules of the field: on one text, with seeds and exact FLOPs.
+
+    python -m runs.arena zero-order-hold --seed 1 --out out/arena/zero-order-hold-8e-3-1
+    python -m runs.arena table out/arena results     of runs RULE-RATE-SEED: arena.csv and arena.png
+    python -m runs.arena table results/arena.csv results    the same table and picture again
+
+A rule is a model with a name in RULES. It changes Parcae from outside, and train.py trains it: what
+follows the rule's name on the command line are flags of train.py. runs/arena.sh has those of the
+table.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train
+from model import INJECTIONS, Diagonal, Parcae
+from parts import figures
+from parts.cli import Parser, UserError, run_script
+from parts.layers import Block, HeadLoss
+from parts.tables import write_csv
+from runs.half import finished, finished_rows, read_table
+
+LOOPS = ("1", "2", "4", "8", "16")  # at test time
+COLUMNS = {"rule": str, "rate": float, "seed": int, "flops": float, "spectral_radius": float,
+           "own": str} | {f"val_loss_{T}": float for T in LOOPS}
+
+# ------------------------------------------------------------------------------- injection
+
+
+def injecting(rule):
+    """Return a Parcae whose loop takes in e by a class as of model.INJECTIONS."""
+    class Model(Parcae):
+        def __init__(self, config):
+            super().__init__(config)
+            self.injection = rule(config.n_embd)
+    return Model
+
+
+class ZeroOrderHold(Diagonal):
+    """B e times (1 - A_bar) / -A, the integral over a step, in place of dt."""
+
+    def input(self, e):
+        gain = (1 - self.A_bar()) / self.log_A.float().exp()
+        return F.linear(e, self.B.to(e.dtype)) * gain.to(e.dtype)
+
+
+class Euler(Diagonal):
+    """1 + dt A in place of exp(dt A), from the same start; nothing keeps it above -1."""
+
+    def __init__(self, d):
+        super().__init__(d)
+        start = (1 - super().A_bar()) / self.dt()
+        self.log_A.data = start.log().detach()
+
+    def A_bar(self):
+        return 1 - self.dt() * self.log_A.float().exp()
+
+    def spectral_radius(self):
+        return self.A_bar().abs().max()
+
+
+class FirstLoopOnly(Parcae):
+    """e is added in the first loop, never again."""
+
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
+        first = (t == 0)[..., None] if torch.is_tensor(t) else t == 0                   # (B, 1, 1)
+        return super().recurrent_pass(h, u * first, inputs, cache, t)
+
+# ------------------------------------------------------------------------------- what loops
+
+
+class LoopVector(Parcae):
+    """A learned vector is added to the state in each loop, another one for each number of loop."""
+
+    MOST = 64
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vectors = nn.Parameter(torch.zeros(self.MOST, config.n_embd))
+
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
+        t = t.clamp(max=self.MOST - 1) if torch.is_tensor(t) else min(t, self.MOST - 1)
+        return super().recurrent_pass(h, u + self.vectors[t].to(u.dtype), inputs, cache, t)
+
+
+class ResidualOverN(Parcae):
+    """What a layer in the loop adds is divided by N, the mean number of loops (2606.18524)."""
+
+    def run(self, layers, first, x, inputs, cache, t=0):
+        if layers is not self.recurrent:
+            return super().run(layers, first, x, inputs, cache, t)
+        for i, block in enumerate(layers, first):
+            added = super().run([block], i, x, inputs, cache, t) - x
+            x = x + added / self.config.mean_recurrence
+        return x
+
+
+class PostNorm(Block):
+    """Norm(alpha x + what a sublayer adds), as DeepNorm has it."""
+
+    def forward(self, x, rope, ve=None, kv=None):
+        x = self.norm_1(self.alpha * x + self.attn(x, rope, ve, kv))
+        return self.norm_2(self.alpha * x + 0.5 * self.mlp(x))
+
+
+class DeepNorm(Parcae):
+    """Layers in the loop have PostNorm, alpha = (2 N)^1/2 for N unrolled layers (2607.13491). The
+    start, beta, makes no difference: the layers' output projections start at zero."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.recurrent:
+            block.__class__ = PostNorm
+            block.alpha = (2 * config.n_recurrent * config.mean_recurrence) ** 0.5
+
+
+class HyperConnections(Parcae):
+    """The state is two streams. Each layer reads a learned mixture of them, and what it adds goes
+    to both by learned weights; a learned matrix mixes the streams (2604.21106). State: (B, T, 2, C)
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        n = config.n_recurrent
+        self.reads = nn.Parameter(torch.eye(2).repeat(n // 2 + 1, 1)[:n])  # streams take turns
+        self.writes = nn.Parameter(torch.ones(n, 2))
+        self.mixes = nn.Parameter(torch.eye(2).repeat(n, 1, 1))
+
+    def matmul_params(self, accounting="exact"):
+        once, core = super().matmul_params(accounting)
+        return once, core + 4 * self.config.n_embd * self.config.n_recurrent  # the mixing
+
+    def begin(self, idx, cache=None):
+        inputs, u, h = super().begin(idx, cache)
+        return inputs, u, torch.stack([h, h], dim=2)
+
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
+        h = self.injection(h, u[:, :, None])
+        weights = zip(self.recurrent, *(w.to(h.dtype) for w in (self.reads, self.writes,
+                                                                self.mixes)))
+        for i, (block, read, write, mix) in enumerate(weights, self.config.n_prelude):
+            x = (read[:, None] * h).sum(2)
+            added = self.run([block], i, x, inputs, cache, t) - x
+            h = mix @ h + write[:, None] * added[:, :, None]
+        return h
+
+    def readout(self, h, inputs, cache=None):
+        return super().readout(h.mean(2), inputs, cache)
+
+# ------------------------------------------------------------------------------- training
+
+
+class EveryLoop(Parcae):
+    """The loss is the mean over all loops that have a gradient, not that of the last (Ouro,
+    2510.25741, without its learned weights)."""
+
+    def forward(self, idx, targets=None, *, recurrence=None, depths=None):
+        if not self.training:
+            return super().forward(idx, targets, recurrence=recurrence, depths=depths)
+        depths = torch.tensor(self.depths_of(len(idx), recurrence, depths), device=idx.device)
+        depths, order = depths.sort(descending=True, stable=True)
+        targets = targets[order]
+        inputs, u, h = self.begin(idx[order])
+        rounds = depths.clamp(max=self.config.backprop_depth)
+        done = depths - rounds
+        with torch.no_grad():
+            h = self.loop(h, u.detach(), inputs, torch.zeros_like(done), done.tolist())
+        total = 0
+        for n in range(int(rounds[0])):
+            live = int((rounds > n).sum())
+            h = self.loop(h, u, inputs, done + n, [1] * live + [0] * (len(h) - live))
+            some = inputs.each(lambda ve, live=live: ve[:live])
+            x = self.readout(h[:live], some)
+            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets[:live].flatten())
+            total = total + loss * live
+        return None, total / rounds.sum()
+
+    def flops_per_token(self, recurrence=None, backprop_depth=None, context=None,
+                        accounting="exact"):
+        flops = super().flops_per_token(recurrence, backprop_depth, context, accounting)
+        if backprop_depth == 0:
+            return flops
+        read = self.lm_head.weight.numel() + self.C_proj.weight.numel() + sum(
+            p.numel() for p in self.coda.parameters() if p.ndim == 2)
+        once = 2 * read + len(self.coda) * 4 * self.config.n_embd * (context
+                                                                     or self.config.block_size)
+        with_gradient = self.config.backprop_depth if backprop_depth is None else backprop_depth
+        return flops + 3 * (with_gradient - 1) * once  # coda and head after each of these loops
+
+
+class Growing(Parcae):
+    """Loops grow during training: a mean of 1, 2, 4, ... in equal parts of it (2609.19107)."""
+
+
+def grow(model, args, progress, step_seed, draw=train.draw_depths):
+    """Return the loops (batch_size,) of a batch as train.draw_depths does, from the mean of this
+    part of the training."""
+    config = model.config
+    stages = config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
+    mean = 2 ** min(stages - 1, int(progress * stages))
+    model.config = replace(config, mean_recurrence=mean)
+    depths = draw(model, args, progress, step_seed)
+    model.config = config
+    return depths
+
+
+RULES = {
+    "diagonal": Parcae,
+    "add": injecting(INJECTIONS["add"]),
+    "concat": injecting(INJECTIONS["concat"]),
+    "zero-order-hold": injecting(ZeroOrderHold),
+    "euler": injecting(Euler),
+    "first-loop": FirstLoopOnly,
+    "loop-vector": LoopVector,
+    "over-n": ResidualOverN,
+    "deepnorm": DeepNorm,
+    "streams": HyperConnections,
+    "every-loop": EveryLoop,
+    "growing": Growing,
+}
+ABOUT = {
+    "diagonal": "A_bar h + dt B e (Parcae)",
+    "add": "h + e",
+    "concat": "W [h; e]",
+    "zero-order-hold": "exact zero-order hold for B",
+    "euler": "Euler's step for A",
+    "first-loop": "e in the first loop only",
+    "loop-vector": "a learned vector for each loop",
+    "over-n": "residuals in the loop over N",
+    "deepnorm": "DeepNorm in the loop",
+    "streams": "two residual streams",
+    "every-loop": "the loss of every loop",
+    "growing": "loops grow during training",
+}
+
+# ------------------------------------------------------------------------------- the table
+
+
+def read_row(path):
+    """Return the row of a finished run; None where it is not finished. Raises UserError."""
+    rule, rate, seed = split_name(path.name)
+    done = finished(path)
+    return done and {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
+                     "spectral_radius": round(done["spectral_radius"], 4), "own": "8"} | {
+        f"val_loss_{T}": round(done["val_loss"][T], 5) for T in LOOPS}
+
+
+def split_name(name):
+    """Return (rule, rate, seed) of a run's name. Raises UserError.
+
+    >>> split_name("over-n-8e-3-0")
+    ('over-n', 0.008, 0)
+    """
+    found = re.fullmatch(rf"({'|'.join(RULES)})-([\d.]+(?:e-?\d+)?)-(\d+)", name)
+    if not found:
+        raise UserError(f"{name} is not RULE-RATE-SEED, with a RULE of {', '.join(RULES)}")
+    rule, rate, seed = found.groups()
+    return rule, float(rate), int(seed)
+
+
+def print_table(rows):
+    """Print each rule at the rate at which its seed 0 is best: means over the other seeds."""
+    by_rule = defaultdict(list)
+    for row in rows:
+        by_rule[row["rule"]].append(row)
+    chosen = {}
+    for rule, mine in by_rule.items():
+        first = [row for row in mine if row["seed"] == 0]
+        best = min(first, key=lambda row: row["val_loss_8"])["rate"]
+        tried = ", ".join(f"{row['rate']:g}: {row['val_loss_8']:.4f}"
+                          for row in sorted(first, key=lambda row: row["rate"]))
+        print(f"{rule}: seed 0 by rate {tried}")
+        chosen[rule] = {row["seed"]: row for row in mine if row["rate"] == best and row["seed"]}
+    ours = chosen["diagonal"]
+    print("| rule | rate | " + " | ".join(f"T = {T}" for T in LOOPS)
+          + " | less than diagonal (standard error) | FLOPs | spectral radius |")
+    print("|" + "---|" * (len(LOOPS) + 5))
+    for rule in filter(chosen.get, RULES):
+        cells = [ABOUT[rule], f"{next(iter(chosen[rule].values()))['rate']:g}"]
+        cells += [f"{np.mean([row[f'val_loss_{T}'] for row in chosen[rule].values()]):.4f}"
+                  for T in LOOPS]
+        seeds = sorted(chosen[rule].keys() & ours.keys())
+        gains = np.array([ours[seed]["val_loss_8"] - chosen[rule][seed]["val_loss_8"]
+                          for seed in seeds])
+        error = f"{gains.std(ddof=1) / len(gains) ** 0.5:.4f}" if len(gains) > 1 else "-"
+        cells.append(f"{gains.mean():+.4f} ({error})" if rule != "diagonal" and seeds else "")
+        cells.append(f"{np.mean([row['flops'] for row in chosen[rule].values()]):.3g}")
+        cells.append(f"{max(row['spectral_radius'] for row in chosen[rule].values()):.2f}")
+        print("| " + " | ".join(cells) + " |")
+    return chosen
+
+
+def draw(chosen, path):
+    """Draw val loss against loops at test time, above the best of all; chosen: {rule: {seed: row}}.
+    """
+    figure, [axes] = figures.panels(1, 8.5, 4.5)
+    T = [int(loops) for loops in LOOPS]
+    for i, (rule, rows) in enumerate(filter(lambda item: item[1], chosen.items())):
+        losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows.values()])
+        style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {"lw": 1}
+        axes.plot(T, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=ABOUT[rule], **style)
+    best = min(row["val_loss_8"] for rows in chosen.values() for row in rows.values())
+    figures.loops_axis(axes, "loops T at test time (mean of training: 8)")
+    axes.set(ylabel="val loss (nats per byte)", ylim=(best - 0.02, best + 0.4))
+    axes.legend(fontsize=8, frameon=False)
+    figures.save(figure, path)
+
+
+def main():
+    rule, *rest = sys.argv[1:] or ["--help"]
+    if rule in RULES:
+        train.Parcae = RULES[rule]
+        if rule == "growing":
+            train.draw_depths = grow
+        sys.argv[1:] = rest
+        train.main()
+        return
+    parser = Parser(description=__doc__)
+    parser.add_argument("rule", metavar="RULE|table", help=f"one of {', '.join(RULES)}; or table")
+    parser.add_argument("source", type=Path, metavar="DIR|CSV", help="runs, or the table of before")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for table and picture")
+    args = parser.parse_args()
+    if args.rule != "table":
+        raise UserError(f"RULE is {args.rule}, must be table or one of {', '.join(RULES)}")
+    figures.pyplot()
+    if args.source.is_dir():
+        rows = finished_rows(args.source, read_row)
+        rows.sort(key=lambda row: ([*RULES].index(row["rule"]), row["rate"], row["seed"]))
+        write_csv(args.out / "arena.csv", rows, COLUMNS)
+    else:
+        rows = read_table(args.source, COLUMNS)
+    draw(print_table(rows), args.out / "arena.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

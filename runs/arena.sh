@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Which rule makes the best loop? The looped model of runs/half.sh with a quarter of its tokens, under
+# each rule of runs/arena.py. Seed 0 chooses the rate and does not count; seeds 1, 2, 3 do.
+#
+#   bash runs/arena.sh                                    8e-3, and seed 0 at half and twice that
+#   RULES="add concat" RATE=4e-3 OTHER= bash runs/arena.sh     rules that seed 0 trains best at 4e-3
+#   RULES=diagonal TOKENS=2e7 OTHER= bash runs/arena.sh        with all of the tokens
+# A run takes ten minutes of one core. What comes out goes to out/; RESULTS=results replaces what is
+# published.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+rules=${RULES:-diagonal add concat zero-order-hold euler first-loop loop-vector over-n deepnorm
+    streams every-loop growing}
+rate=${RATE:-8e-3}
+run() {  # rule rate seed
+    echo "$1" --muon-lr "$2" --adamw-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
+}
+{
+    for other in ${OTHER-4e-3 1.6e-2}; do
+        for rule in $rules; do run $rule $other 0; done
+    done
+    for seed in 0 1 2 3; do
+        for rule in $rules; do run $rule $rate $seed; done
+    done
+} | xargs -P "${JOBS:-2}" -I {} sh -c "python -m runs.arena {} --preset parcae-nano --overwrite \
+    --compile --no-value-embeds --n-recurrent 4 --mean-recurrence 8 --max-tokens ${TOKENS:-5e6} \
+    --eval-every 100000 --eval-sequences 236"
+python -m runs.arena table out/arena "${RESULTS:-out}"

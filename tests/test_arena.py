@@ -1,0 +1,119 @@
+"""Rules and recipes that change the model from outside: each still counts and caches exactly."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from model import Parcae, ParcaeConfig, UserError
+from parts import muon
+from runs import arena, recipe
+
+CONFIG = ParcaeConfig(vocab_size=64, block_size=8, n_embd=32, n_head=2, n_prelude=1, n_recurrent=2,
+                      n_coda=1, mean_recurrence=4)
+
+
+def build(rule):
+    """Return a model of a rule whose layers do add something."""
+    torch.manual_seed(0)
+    model = arena.RULES[rule](CONFIG)
+    for name, p in model.named_parameters():
+        if name.endswith("proj.weight") and not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("rule", arena.RULES)
+def test_a_rule_of_the_arena_counts_its_flops_and_generates_as_it_trains(rule):
+    model = build(rule)
+    idx, depths = torch.randint(64, (4, 8)), torch.tensor([3, 6, 1, 5])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.train()(idx, idx, depths=depths)[1].backward()
+    loops, with_gradient = depths.double().mean(), depths.clamp(max=2).double().mean()
+    expected = model.flops_per_token(loops.item(), with_gradient.item()) * idx.numel()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
+    assert all(p.grad is not None for p in model.parameters())
+
+    model.eval()
+    logits, _ = model(idx, recurrence=3)
+    cache = model.new_cache(4, 8, 3)
+    cached = torch.cat([model.hidden(token, 3, cache) for token in idx.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(model.head(cached), logits, rtol=1e-4, atol=1e-5)
+    *_, (h, inputs) = model.states(idx, 3)
+    torch.testing.assert_close(model.head(model.readout(h, inputs)), logits)
+
+
+def test_each_rule_of_the_arena_says_something_else():
+    idx = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for rule in set(arena.RULES) - {"growing"}:  # which differs in the depths that are drawn
+        torch.manual_seed(1)
+        losses[rule] = round(build(rule).train()(idx, idx, depths=torch.tensor([4] * 4))[1].item(),
+                             5)
+    # these start where the diagonal rule does, and differ once they are trained
+    starts_alike = {"diagonal", "concat", "euler", "loop-vector", "streams"}
+    assert len({losses[rule] for rule in starts_alike}) == 1
+    others = [loss for rule, loss in losses.items() if rule not in starts_alike]
+    assert len({losses["diagonal"], *others}) == len(others) + 1
+
+
+def test_loops_grow_during_training_and_the_config_stays():
+    args = SimpleNamespace(batch_size=4000, loop_from=0, depth_sampling="per-sequence")
+    model = Parcae(CONFIG)
+    means = [arena.grow(model, args, progress, 0).double().mean().item()
+             for progress in (0, 0.4, 0.99)]
+    assert means == pytest.approx([1, 2 + 0.135, 4 + 0.018], abs=0.01)
+    assert model.config is CONFIG
+
+
+def test_runs_of_the_arena_are_named_by_rule_rate_and_seed():
+    assert arena.split_name("over-n-8e-3-0") == ("over-n", 0.008, 0)
+    assert arena.split_name("zero-order-hold-1.6e-2-12") == ("zero-order-hold", 0.016, 12)
+    for name in ("over-8e-3-0", "add-8e-3", "add-fast-0"):
+        with pytest.raises(UserError, match="RULE-RATE-SEED"):
+            arena.split_name(name)
+
+
+@pytest.fixture
+def undone(monkeypatch):
+    """Return a function that undoes a part of the recipe until the test ends."""
+    for owner, name in ((Parcae, "reset_parameters"), (Parcae, "matrices"), (train, "momentum_at"),
+                        (muon, "POLAR_EXPRESS"), (muon, "even_out"), (muon, "decays")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+    def undo(part):
+        for change in recipe.UNDONE[part]:
+            change()
+    return undo
+
+
+def test_each_part_of_the_recipe_is_undone_alone(undone):
+    config = ParcaeConfig(vocab_size=64, block_size=8, n_embd=64, n_head=2, n_prelude=1,
+                          n_recurrent=2, n_coda=1, value_embeds=True)
+    torch.manual_seed(0)
+    published = Parcae(config)
+    undone("tables")
+    model = Parcae(config)
+    assert model.value_embeds["1"].weight.std().item() == pytest.approx(model.init_std, rel=0.1)
+    assert published.value_embeds["1"].weight.std().item() == pytest.approx(1, rel=0.1)
+    undone("gates")
+    gate = Parcae(config).recurrent[0].attn.ve_gate.weight
+    assert gate.square().mean().sqrt().item() == pytest.approx(model.init_std, rel=0.1)
+    gates = {id(p) for name, p in model.named_parameters() if name.endswith("ve_gate.weight")}
+    assert gates <= {id(p) for p in model.matrices()}
+    undone("adamw")
+    assert gates and not gates & {id(p) for p in model.matrices()}
+    assert train.momentum_at(0) == 0.85
+    undone("momentum")
+    assert train.momentum_at(0) == 0.95
+    X, v = torch.randn(1, 4, 8), torch.zeros(1, 1, 8)
+    assert not torch.equal(muon.even_out(X, v, 0.95), X)
+    undone("uneven")
+    assert torch.equal(muon.even_out(X, v, 0.95), X)
+    undone("newton-schulz")
+    assert len(muon.POLAR_EXPRESS) == 5 and len(set(muon.POLAR_EXPRESS)) == 1
+    undone("decay")
+    assert muon.decays(X, -X)
