@@ -56,6 +56,11 @@ def even_out(X, v, beta2):
     return even * (before / after.clamp(min=1e-10))
 
 
+def decays(X, W):
+    """Return which weights decay: those that the update X makes smaller anyway."""
+    return X * W >= 0
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D parameters. Those of one shape are a group, and are updated together.
 
@@ -92,8 +97,7 @@ class Muon(torch.optim.Optimizer):
             X = even_out(X, v, group["beta2"])
             # the weights
             lr = group["lr"] * max(1, rows / columns) ** 0.5
-            shrinks = X * W >= 0  # only what the update makes smaller anyway decays
-            W = W - lr * (X + group["weight_decay"] * W * shrinks)
+            W = W - lr * (X + group["weight_decay"] * W * decays(X, W))
 
             for stored, stack in ((momenta, M), (squares, v), (params, W)):
                 torch._foreach_copy_(stored, list(stack))
