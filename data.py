@@ -2,7 +2,6 @@
 
     python data.py                            the Python standard library's source, as bytes
     python data.py stdlib --tokenizer bpe:4096
-    python data.py shakespeare
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
     python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
@@ -15,9 +14,7 @@ end-of-text token, which also serves as "begin of text".
 
 import functools
 import hashlib
-import itertools
 import json
-import operator
 import os
 import platform
 import re
@@ -49,29 +46,19 @@ def write_shards(directory, split, arrays, n_vocab):
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
     total = 0
-    for shard, parts in itertools.groupby(cut_at_shards(arrays), key=operator.itemgetter(0)):
-        count = 0
-        with open(directory / f"{split}_{shard:06d}.bin", "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for _, part in parts:
-                file.write(part.astype(dtype).tobytes())
-                count += len(part)
-            file.seek(0)  # the header, now that the length is known
-            file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
-        total += count
-    return total
-
-
-def cut_at_shards(arrays):
-    """Yield (number of the shard, tokens) for arrays of tokens, cut where a shard is full."""
-    total = 0
     for tokens in arrays:
         while len(tokens):
             shard, there = divmod(total, SHARD_TOKENS)
             part = tokens[:SHARD_TOKENS - there]
-            yield shard, part
+            with open(directory / f"{split}_{shard:06d}.bin", "r+b" if there else "wb") as file:
+                header = np.zeros(HEADER_BYTES // 4, dtype=np.int32)
+                header[:3] = magic, version, there + len(part)
+                file.write(header.tobytes())
+                file.seek(0, os.SEEK_END)
+                file.write(part.astype(dtype).tobytes())
             tokens = tokens[len(part):]
             total += len(part)
+    return total
 
 
 def tokens_of(docs, tokenizer, title):
@@ -119,33 +106,27 @@ class Loader:
 
     Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
     share the work by asking for different ones. Within an epoch every window comes once, in random
-    order; each epoch cuts the shards at other places. (What remains of a shard after its windows
-    is not read in that epoch.) Raises UserError on missing or bad shards."""
+    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.paths = sorted(Path(directory).glob(f"{split}_*.bin"))
         if not self.paths:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
-        self.shards, tokens = [], 0
-        for path in self.paths:
-            shard = open_shard(path)
-            # Small data is checked before the work; of large data, what it takes an instant to
-            # read, and each window as it comes.
-            if tokens < SHARD_TOKENS:
+        self.shards = [open_shard(path) for path in self.paths]
+        lengths = np.array([len(shard) for shard in self.shards])
+        # Small data is checked before the work; of large data, what it takes an instant to read,
+        # and each window as it comes.
+        for path, shard, end in zip(self.paths, self.shards, lengths.cumsum()):
+            if end - len(shard) < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
-            tokens += len(shard)
-            self.shards.append(shard)
 
         # A shard has as many windows as fit, but for one: its room lets an epoch move the others
         # by up to a window. A shard with a single window has the tokens behind it as room.
-        counts, self.room = [], []  # of each shard
-        for shard in self.shards:
-            fit, behind = divmod(len(shard) - 1, block_size)
-            several = len(shard) > 2 * block_size
-            counts.append(fit - 1 if several else fit)
-            self.room.append(block_size if several else behind)
-        self.first = np.cumsum([0, *counts])  # shard s holds windows first[s] to first[s + 1]
+        fit, behind = np.divmod(lengths - 1, block_size)
+        several = lengths > 2 * block_size
+        self.room = np.where(several, block_size, behind)
+        self.first = np.cumsum([0, *(fit - several)])  # shard s: windows first[s] to first[s + 1]
         if len(self) < 1:
             raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, "
                             "the block size")
@@ -176,8 +157,7 @@ class Loader:
 
 
 def fingerprint(directory, source, files):
-    """Return what tells a data directory from others: {"source", "python", "files", "sha256" of all
-    tokens}."""
+    """Return what tells a data directory from others, {"sha256": of all tokens, ...}."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.bin")):
         with open(path, "rb") as file:
@@ -212,9 +192,8 @@ FINEWEB_SHARDS = 99
 
 
 def fetch_fineweb(out, shards):
-    """Fetch shards of FineWeb-Edu, 100M GPT-2 tokens each, to the directory `out`, each by itself:
-    a long download goes on where it was interrupted. Return how many train shards are there.
-    Raises UserError."""
+    """Fetch shards of FineWeb-Edu to the directory `out`, each by itself: a long download goes on
+    where it was interrupted. Return how many train shards are there. Raises UserError."""
     out = Path(os.path.realpath(out))
     check_replaceable(out)
     saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}

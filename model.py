@@ -6,18 +6,15 @@
     h_{t+1} = x + what the recurrent block adds     its layers are residual
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
-0 < A_bar < 1 shrinks the old state, and the layers read normalised input, so that what they add is
-bounded: the state cannot blow up, whatever is learned ("Parcae: Scaling Laws For Stable Looped
-Language Models", arXiv 2604.12946, eq. 3; "§" and "eq." refer to it).
-A plain transformer is this one with an empty recurrent block (n_recurrent=0); a fixed-depth
-model is one that loops once (mean_recurrence=1).
+0 < A_bar < 1, and the layers read normalised input, so that what they add is bounded: the state
+cannot blow up, whatever is learned ("Parcae: Scaling Laws For Stable Looped Language Models", arXiv
+2604.12946, eq. 3; "§" and "eq." refer to it).
+A plain transformer is this one with an empty recurrent block (n_recurrent=0).
 
 What differs from a textbook GPT, as in the published model:
 - RMSNorm before each layer; no biases; ReLU squared in the MLP, halved; embedding and head tied
 - rotary positions on adjacent pairs; queries and keys normalised after the rotation
-- optional value embeddings: every second layer, and the last, adds a gated lookup of its token to
-  its values
-- linear weights start orthogonal, the layers' output projections at zero
+- optional value embeddings: every second layer, and the last, adds a gated lookup to its values
 - every sequence of a training batch draws its own number of loops, and starts them from noise
 - gradient flows through a sequence's last `backprop_depth` loops only
 and, departing from the published code:
@@ -33,6 +30,7 @@ Loops are `recurrence` (asked for), `depths` (of each row) or t (the one that ru
 import math
 import numbers
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -135,13 +133,6 @@ class Concat(nn.Module):
         return torch.linalg.eigvals(state_half).abs().max()
 
 
-class Replace(Add):
-    """e itself, of a plain transformer: there is no loop, and so no state."""
-
-    def forward(self, h, u):
-        return u
-
-
 INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 
 # ------------------------------------------------------------------------------- the model
@@ -151,31 +142,23 @@ INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 class Inputs:
     """What the layers read of a batch of tokens, beside the state."""
 
-    x: torch.Tensor  # (B, T, C): their embeddings
     rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
     value_embeds: dict  # layer: (B, T, C)
     places: slice | torch.Tensor  # their places in the cache, see KVCache.reserve
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | None  # what each of them sees there
 
     def each(self, f):
-        """The same Inputs, with f applied to each tensor that has a row for each sequence."""
-        value_embeds = {layer: f(ve) for layer, ve in self.value_embeds.items()}
-        return replace(self, x=f(self.x), value_embeds=value_embeds)
-
-    def rows(self, count):
-        """The Inputs of the first rows of the batch."""
-        return self.each(lambda t: t[:count])
+        """Return the same Inputs, with f applied to each tensor that has a row per sequence."""
+        return replace(self, value_embeds={i: f(ve) for i, ve in self.value_embeds.items()})
 
 
 class Parcae(nn.Module):
-    """See the head of this file. `compute_dtype` is the dtype of the activations; with None it is
-    that of the weights.
+    """The looped transformer: `begin`, then `recurrent_pass` as often as wanted, then `readout`.
 
-    `model(idx, ...)` is for training: each row has a depth of its own. `hidden` and `advance` run
-    all rows equally deep, with a KV cache, to generate. `states` stops after each loop, to look at
-    it. All are made of begin, recurrent_pass and readout."""
+    `model(idx, ...)` trains: each row has a depth of its own. `hidden` and `advance` run all rows
+    equally deep, with a KV cache, to generate. `states` stops after each loop."""
 
-    compute_dtype = None
+    compute_dtype = None  # of the activations; None: that of the weights
     step = None  # of the training that the weights come from, see from_pretrained
 
     def __init__(self, config: ParcaeConfig):
@@ -186,20 +169,20 @@ class Parcae(nn.Module):
         P, R, d = config.n_prelude, config.n_recurrent, config.n_embd
 
         # value embeddings in layers 1, 3, 5, ... and in the last one
-        last = config.n_layer - 1
-        has_ve = [config.value_embeds and (i % 2 == 1 or i == last) for i in range(config.n_layer)]
-        blocks = [Block(config, has_ve[i]) for i in range(config.n_layer)]
+        with_ve = [i for i in range(config.n_layer)
+                   if config.value_embeds and (i % 2 == 1 or i == config.n_layer - 1)]
+        blocks = [Block(config, i in with_ve) for i in range(config.n_layer)]
 
         self.wte = nn.Embedding(config.vocab_size, d)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, d)
-                                           for i in range(config.n_layer) if has_ve[i]})
+                                           for i in with_ve})
         self.prelude = nn.ModuleList(blocks[:P])
         self.recurrent = nn.ModuleList(blocks[P:P + R])
         self.coda = nn.ModuleList(blocks[P + R:])
-        # a plain transformer has none of the next three: its loop hands on what the prelude made
+        # a plain transformer has none of the next three: its coda reads what the prelude made
         normed = R and config.prelude_norm
         self.norm_prelude = RMSNorm(d, eps=config.norm_eps) if normed else nn.Identity()
-        self.injection = INJECTIONS[config.injection](d) if R else Replace(d)
+        self.injection = INJECTIONS[config.injection](d) if R else Add(d)
         self.C_proj = Linear(d, d) if R else nn.Identity()
         self.norm_f = RMSNorm(d, eps=config.norm_eps)
         self.lm_head = Linear(d, config.vocab_size)
@@ -213,28 +196,13 @@ class Parcae(nn.Module):
         sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
         rope = torch.stack([angle.cos(), angle.sin() * sign]).unsqueeze(2)
         self.register_buffer("rope", rope, persistent=False)
+
+        self.init_std = math.sqrt(2 / (5 * d))  # of the embeddings and of h_0 (published code)
         self.reset_parameters()
-
-    @property
-    def dtype(self):
-        """The dtype of the activations."""
-        return self.compute_dtype or self.wte.weight.dtype
-
-    def new_cache(self, batch_size, capacity, recurrence, kind="per-loop"):
-        """An empty KVCache for this model."""
-        device = self.wte.weight.device
-        return KVCache(self.config, batch_size, capacity, recurrence, device, self.dtype, kind)
-
-    @property
-    def init_std(self):
-        """The standard deviation of the embeddings at the start of training, and of the noise from
-        which the loop starts, sigma (published code)."""
-        return math.sqrt(2 / (5 * self.config.n_embd))
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Give the weights the start of the published code: value embeddings normal, their gates
-        uniform, the layers' output projections zero, embedding and all else orthogonal."""
+        """Give the weights the start of the published code."""
         for name, p in self.named_parameters():
             if name.startswith("value_embeds."):
                 nn.init.normal_(p)
@@ -243,8 +211,59 @@ class Parcae(nn.Module):
                 nn.init.uniform_(p, -limit, limit)
             elif name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):
                 nn.init.zeros_(p)
-            elif p.ndim == 2 and not name.startswith("injection."):  # which has a start of its own
+            elif p.ndim == 2 and not name.startswith("injection."):  # it has a start of its own
                 orthogonal_(p, self.init_std)
+
+    @property
+    def dtype(self):
+        """The dtype of the activations."""
+        return self.compute_dtype or self.wte.weight.dtype
+
+    # ------------------------------------------------------------------------- one loop
+
+    def begin(self, idx, cache=None):
+        """Return what the loops need: the Inputs of idx (B, T); u = B_bar e, made once for all
+        loops; and h_0, noise in training, else zero. u and h_0 are (B, T, C)."""
+        inputs = self.look_up(idx, cache)
+        x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
+        e = self.norm_prelude(self.run(self.prelude, 0, x, inputs, cache))
+        h = torch.zeros_like(e[:1])
+        if self.training and self.config.state_init == "normal":
+            h = torch.randn_like(h) * self.init_std
+        return inputs, self.injection.input(e), h.expand_as(e)
+
+    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
+        """Return the state (B, T, C) after one more loop (eq. 3). t: its number, 0, 1, ..., for all
+        rows or, in training, (B, 1) for each: a vector for each loop is `self.vectors[t]`."""
+        if not self.recurrent:
+            return u  # of a plain transformer: what the prelude made
+        h = self.injection(h, u)
+        return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
+
+    def readout(self, h, inputs, cache=None):
+        """Return what the head reads, (B, T, C), of a state (B, T, C)."""
+        first = self.config.n_prelude + self.config.n_recurrent
+        return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
+
+    def head(self, x):
+        """Return the logits (B, T, vocab_size) float32 of what the head reads, x (B, T, C)."""
+        return self.lm_head(x).float()
+
+    def look_up(self, idx, cache=None):
+        """Return the Inputs of idx (B, T). With a cache: its next T places are theirs now."""
+        T = idx.shape[1]
+        self.config.check_length(T)
+        places, mask = (slice(T), None) if cache is None else cache.reserve(T)
+        cos, sin = self.rope[:, places].to(self.dtype)
+        value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
+        return Inputs((cos, sin), value_embeds, places, mask)
+
+    def run(self, layers, first, x, inputs, cache, t=0):
+        """Return x (B, T, C) after layers number first, first + 1, ... in loop t."""
+        for i, block in enumerate(layers, first):
+            kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
+            x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
+        return x
 
     # ------------------------------------------------------------------------- all loops at once
 
@@ -278,16 +297,23 @@ class Parcae(nn.Module):
 
         # the coda, once; the rows in their own order again
         x = self.readout(h, inputs)[order.argsort()]
-        return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
+        if targets is None:
+            return self.head(x), None
+        if self.training:
+            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        else:
+            loss = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(),
+                                   ignore_index=IGNORED)
+        return None, loss
 
     def loop(self, h, u, inputs, done, rounds):
         """Return the state (B, T, C) after rounds[i] more loops of row i. The rows are sorted,
         those with the most rounds first. done: (B,), the loops that each row has had before."""
         for n in range(rounds[0]):
-            live = sum(count > n for count in rounds)  # rows that still loop: the first ones
-            t = (done[:live] + n)[:, None]
-            new = self.recurrent_pass(h[:live], u[:live], inputs.rows(live), t=t)
-            h = torch.cat([new, h[live:]])
+            live = slice(sum(count > n for count in rounds))  # rows that still loop: the first ones
+            t = (done[live] + n)[:, None]
+            new = self.recurrent_pass(h[live], u[live], inputs.each(itemgetter(live)), t=t)
+            h = torch.cat([new, h[live.stop:]])
         return h
 
     # ------------------------------------------------------------------------- loop by loop
@@ -307,18 +333,17 @@ class Parcae(nn.Module):
             yield h, inputs
 
     def hidden(self, idx, recurrence, cache=None):
-        """What the head reads, (B, T, C), after `recurrence` loops of every row."""
+        """Return what the head reads, (B, T, C), after `recurrence` loops of every row."""
         inputs, u, h = self.begin(idx, cache)
         for t in range(recurrence):
             h = self.recurrent_pass(h, u, inputs, cache, t)
         return self.readout(h, inputs, cache)
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
-        """Loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences: logits
-        (B, T, vocab_size) float32, and the state h and u, both (B, T, C).
+        """Run loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences. Return
+        their logits (B, T, vocab_size) float32, the state h and u, both (B, T, C).
 
-        A later call for the same tokens takes up h and u from `stop` on (parts/draft.py). What
-        compile_decoding compiles."""
+        A later call for the same tokens takes up h and u from `stop` on (parts/draft.py)."""
         if start == 0:
             inputs, u, h = self.begin(idx, cache)
         else:
@@ -327,69 +352,27 @@ class Parcae(nn.Module):
             h = self.recurrent_pass(h, u, inputs, cache, t)
         return self.head(self.readout(h, inputs, cache)), h, u
 
-    # ------------------------------------------------------------------------- their parts
+    def new_cache(self, batch_size, capacity, recurrence, kind="per-loop"):
+        """Return an empty KVCache for this model."""
+        device = self.wte.weight.device
+        return KVCache(self.config, batch_size, capacity, recurrence, device, self.dtype, kind)
 
-    def look_up(self, idx, cache=None):
-        """The Inputs of idx (B, T); with a cache they take its next T places."""
-        T = idx.shape[1]
-        self.config.check_length(T)
-        places, mask = (slice(T), None) if cache is None else cache.reserve(T)
-        x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
-        cos, sin = self.rope[:, places].to(self.dtype)
-        value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
-        return Inputs(x, (cos, sin), value_embeds, places, mask)
-
-    def run(self, layers, first, x, inputs, cache, t=0):
-        """x (B, T, C) after some layers, of which the first has the number `first`, in loop t."""
-        for i, block in enumerate(layers, first):
-            kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
-            x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
-        return x
-
-    def begin(self, idx, cache=None):
-        """What the loops need: the Inputs of idx (B, T); u = B_bar e, made once for all loops, and
-        h_0, both (B, T, C)."""
-        inputs = self.look_up(idx, cache)
-        e = self.norm_prelude(self.run(self.prelude, 0, inputs.x, inputs, cache))
-        return inputs, self.injection.input(e), self.start_state(e)
-
-    def start_state(self, e):
-        """h_0 (B, T, C): noise in training, the same for all rows; else zero."""
-        h = torch.zeros_like(e[:1])
-        if self.training and self.config.state_init == "normal":
-            h = torch.randn_like(h) * self.init_std
-        return h.expand_as(e)
-
-    def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """The state (B, T, C) after one more loop (eq. 3). t: its number, 0, 1, ..., for all rows
-        or, in training, (B, 1) for each: a vector for each loop is `self.vectors[t]`."""
-        h = self.injection(h, u)
-        return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
-
-    def readout(self, h, inputs, cache=None):
-        """What the head reads, (B, T, C), of a state (B, T, C)."""
-        first = self.config.n_prelude + self.config.n_recurrent
-        return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
-
-    def head(self, x):
-        """Return the logits (B, T, vocab_size) float32 of what the head reads, x (B, T, C)."""
-        return self.lm_head(x).float()
-
-    def loss(self, x, targets):
-        """Return the mean loss in nats per token of what the head reads, x (B, T, C)."""
-        if self.training:
-            return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    def compile_layers(self):
+        """Compile each layer, once for all batch sizes. With and without value embeddings, gradient
+        and training it is a graph of its own: more than the 8 that PyTorch allows."""
+        torch._dynamo.config.recompile_limit = 64
+        for block in [*self.prelude, *self.recurrent, *self.coda]:
+            block.compile(dynamic=True)
 
     # ------------------------------------------------------------------------- depths
 
     def sample_depths(self, batch_size, generator=None):
-        """Numbers of loops (B,) int64 for a training batch: Poisson(mean_recurrence), at least 1
-        (§4).
+        """Return the loops of a training batch, (B,) int64: Poisson(mean_recurrence), at least 1
+        (§4), so that their mean is mean_recurrence + exp(-mean_recurrence). A mean_recurrence of 1
+        stands for fixed depth: all 1.
 
         Stratified: one draw from each of batch_size equal slices of the distribution, shuffled. A
-        row's depth is distributed as an independent draw, yet the sum hardly varies. The mean is
-        mean_recurrence + exp(-mean_recurrence); a mean of 1 stands for fixed depth: all 1."""
+        row's depth is distributed as an independent draw, yet the sum hardly varies."""
         mean = self.config.mean_recurrence
         if mean == 1 or not self.config.n_recurrent:
             return torch.ones(batch_size, dtype=torch.int64)
@@ -403,62 +386,46 @@ class Parcae(nn.Module):
         return depths[torch.randperm(batch_size, generator=generator)]
 
     def depths_of(self, batch_size, recurrence=None, depths=None):
-        """Loops of each row, a list of B numbers: those asked for, checked; see forward."""
-        if depths is None and recurrence is None and self.training:
-            depths = self.sample_depths(batch_size)
-        if depths is None:
-            recurrence = self.config.mean_recurrence if recurrence is None else recurrence
-            depths = [recurrence] * batch_size
-        elif depths.shape != (batch_size,):
-            raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), "
-                            "one for each sequence")
-        else:
+        """Return the loops of each row, a list of B numbers, as forward says."""
+        if depths is not None:
+            if depths.shape != (batch_size,):
+                raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), "
+                                "one for each sequence")
             depths = depths.tolist()
+        elif recurrence is None and self.training:
+            depths = self.sample_depths(batch_size).tolist()
+        else:
+            loops = self.config.mean_recurrence if recurrence is None else recurrence
+            depths = [loops] * batch_size
         fewest = min(depths)
         if fewest < 1 or not isinstance(fewest, numbers.Integral):
             raise UserError(f"recurrence is {fewest}, must be at least 1, a whole number")
         return depths
 
-    # ------------------------------------------------------------------------- compiling
-
-    def compile_layers(self):
-        """torch.compile each layer, once for all batch sizes. Layers with and without value
-        embeddings, with and without gradient, in training and evaluation are graphs of their own:
-        more than the 8 that PyTorch allows."""
-        torch._dynamo.config.recompile_limit = 64
-        for block in [*self.prelude, *self.recurrent, *self.coda]:
-            block.compile(dynamic=True)
-
-    def compile_decoding(self):
-        """torch.compile `advance`: a graph of all layers and loops, for any position. Other numbers
-        of loops, and several tokens at once, are graphs of their own."""
-        torch._dynamo.config.recompile_limit = 64
-        self.advance = torch.compile(self.advance, dynamic=True)
-
     # ------------------------------------------------------------------------- what it costs
 
     def matrices(self):
-        """The weight matrices of the layers: what Muon trains (appendix E)."""
+        """Return the weight matrices of the layers: what Muon trains (appendix E)."""
         blocks = [*self.prelude, *self.recurrent, *self.coda]
         return [p for block in blocks for p in block.parameters() if p.ndim == 2]
 
     def matmul_params(self, accounting="exact"):
-        """(once, core): parameters that multiply a token once, and in every loop; see below."""
+        """Return (once, core): parameters that multiply a token once, and in every loop."""
         if accounting == "paper":
             core = count_parameters(self.recurrent)
             return count_parameters(self) - core - self.wte.weight.numel(), core
         if accounting != "exact":
             raise UserError(f"accounting is {accounting!r}, must be exact or paper")
         square = self.config.n_embd ** 2
-        outside = [self.prelude, self.coda, self.C_proj]
-        once = sum(count_parameters(part, dimensions=2) for part in outside)
+        outside = nn.ModuleList([self.prelude, self.coda, self.C_proj])
+        once = count_parameters(outside, dimensions=2)
         once += self.lm_head.weight.numel() + self.injection.products_once * square
         core = count_parameters(self.recurrent, dimensions=2)
         return once, core + self.injection.products_per_loop * square
 
     def flops_per_token(self, recurrence=None, backprop_depth=None, context=None,
                         accounting="exact"):
-        """Training FLOPs per token; a multiply-add is two.
+        """Return the training FLOPs per token; a multiply-add is two.
 
         recurrence: loops, None: mean_recurrence (a mean over sequences may be fractional).
         backprop_depth: loops with gradient, None: as configured; 0: inference.
@@ -468,12 +435,11 @@ class Parcae(nn.Module):
         cfg = self.config
         loops = cfg.mean_recurrence if recurrence is None else recurrence
         with_gradient = min(loops, cfg.backprop_depth) if backprop_depth is None else backprop_depth
-        training = backprop_depth != 0
         once, core = self.matmul_params(accounting)
         attention = 4 * cfg.n_embd * (context or cfg.block_size)  # a layer's, forward
         forward_once = 2 * once + (cfg.n_prelude + cfg.n_coda) * attention
         forward_loop = 2 * core + cfg.n_recurrent * attention
-        if not training:
+        if backprop_depth == 0:
             return float(forward_once + loops * forward_loop)
         # a backward pass costs two forward passes; the first loop with gradient has no earlier
         # state to pass it on to, and saves one product there
@@ -486,8 +452,8 @@ class Parcae(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run_directory):
-        """A model in eval mode from a run directory of train.py; its `step` is that of the weights,
-        None where the run does not say. Raises UserError."""
+        """Return a model in eval mode from a run directory of train.py; its `step` is that of the
+        weights, None where the run does not say. Raises UserError."""
         path = Path(run_directory)
         model = cls(read_config(path))
         checkpoint = load_checkpoint(path / "ckpt.pt")
@@ -511,5 +477,5 @@ def orthogonal_(p, std):
 
 
 def count_parameters(module, dimensions=None):
-    """Numbers in the parameters of a module; dimensions: only in those of so many (2: matrices)."""
+    """Return the size of a module's parameters; dimensions: only of those with so many, 2 or 1."""
     return sum(p.numel() for p in module.parameters() if dimensions in (None, p.ndim))

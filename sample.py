@@ -1,41 +1,25 @@
 """Text from a trained model, at any number of loops.
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
-    cat prompt.txt | python sample.py --prompt-file -
-    python sample.py --prompt "def " --samples 3          three of them, at the model's mean
+    python sample.py --prompt "def " --samples 3          three texts, at the model's mean
     python sample.py --recurrence 8 --draft 1 --ahead 8   drafted with one loop: see parts/draft.py
 
 What each loop would predict is drawn by tools/trace.py.
 """
 
-import sys
 import time
 from itertools import chain, takewhile
-from pathlib import Path
 
 import torch
 
-from model import Parcae
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    SEED,
-    Parser,
-    UserError,
-    check_needs,
-    number,
-    progress_bar,
-    run_script,
-    some_path,
-)
+from model import Parcae, UserError
+from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, run_script, some_path
 from parts.draft import draft_stream
 from parts.generation import EXIT_RULES, check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
-
-NO_TOKEN = -1
 
 # ------------------------------------------------------------------------------- command line
 
@@ -44,11 +28,8 @@ def add_prompt_flags(parser):
     """Add the flags for the model and the text that it continues."""
     parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
                         help="run directory of train.py (default: %(default)s)")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT",
+    parser.add_argument("--prompt", metavar="TEXT",
                         help="text to continue (default: none, a new document)")
-    prompt.add_argument("--prompt-file", metavar="FILE",
-                        help="read the prompt from a file; - is standard input")
 
 
 def parse_args():
@@ -58,13 +39,10 @@ def parse_args():
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="loops, one block of text for each (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
-        help="continuations of the prompt, made together: many take little more time than one "
-        "(default: %(default)s)")
+        help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, at most; fewer if the text ends (default: %(default)s)")
-    add("--ignore-eot", action="store_true",
-        help="go on after the end of the text, with another one")
-    add("--temperature", type=number(float, 0), default=0.7,
+    add("--temperature", type=float, default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
         help="sample from the K likeliest tokens (default: all)")
@@ -73,37 +51,29 @@ def parse_args():
     add("--kv-cache", choices=("per-loop", "shared"),
         help="shared: keep keys and values of the last loop only, less memory, not exact "
         "(default: per-loop)")
-    add("--exit-threshold", type=number(float, 0), metavar="EPS",
+    add("--exit-threshold", type=float, metavar="EPS",
         help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
         "most it may take. Uses the shared cache")
     add("--exit-rule", choices=EXIT_RULES,
-        help="kl: nats that the prediction changed by from one loop to the next; entropy: nats "
-        "that it is unsure of; state: change of the state, a share (default: kl)")
+        help="kl: nats that the last loop changed the prediction by; entropy: nats that it is "
+        "unsure of; state: change of the state, a share (default: kl)")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops and verify them together with --recurrence: exact, and "
-        "faster in small models (see parts/draft.py)")
+        help="draft tokens with T loops, verify them with --recurrence: exact, and faster in "
+        "small models")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; int8: weights of 8 bits, activations bfloat16, next to "
-        "no loss (see parts/quantize.py). On a CPU int8 pays with 256 channels or more, bfloat16 "
-        "in large models; auto is float32 there (default: auto)")
+        help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, which "
+        "pay there with 256 channels or more (see parts/quantize.py; default: auto)")
     add("--compile", action="store_true",
-        help="compile the decoding step: 1.4 to 3.3 times as fast, most for small models, after "
-        "half a minute for each number of loops; on a GPU the layers, 1.5 times")
+        help="compile the decoding step: 1.4 to 3.3 times as fast after half a minute for each "
+        "number of loops; on a GPU the layers, 1.5 times")
     args = parser.parse_args()
-    check_flags(args)
-    return args
 
-
-def check_flags(args):
-    """Raise UserError where flags do nothing, or do not go together."""
+    # flags that do nothing, or do not go together
     check_needs(args, exit_rule="exit_threshold", ahead="draft")
     exits = args.exit_threshold is not None
-    if args.samples > 1 and (args.draft or exits):
-        raise UserError(f"--samples is {args.samples}, must be 1 with --draft or --exit-threshold: "
-                        "their tokens do not keep step")
     if args.draft and (args.kv_cache == "shared" or exits):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")
@@ -112,23 +82,18 @@ def check_flags(args):
     if exits and args.compile:
         raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
                         "leave out one of them")
+    return args
 
 
-def read_prompt(args):
-    """Return the prompt's text, or None for a new document. Raises UserError."""
-    text, name = args.prompt, "--prompt"
-    if args.prompt_file is not None:
-        name = f"--prompt-file {args.prompt_file}"
-        from_stdin = args.prompt_file == "-"
-        data = sys.stdin.buffer.read() if from_stdin else Path(args.prompt_file).read_bytes()
-        try:
-            text = data.decode("utf-8-sig")  # without a byte order mark
-        except UnicodeDecodeError:
-            raise UserError(f"{name} is not UTF-8 text") from None
-    if text == "":
-        raise UserError(f"{name} is empty, must hold at least one character "
-                        "(leave it out for a new document)")
-    return text
+def read_prompt(args, tokenizer):
+    """Return the prompt, a text, and the tokens (1, T) that are read, of which the first is the one
+    that begins a document. Raises UserError."""
+    if args.prompt == "":
+        raise UserError("--prompt is empty, must hold at least one character (leave it out for a "
+                        "new document)")
+    prompt = args.prompt or ""
+    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
+    return prompt, torch.tensor([[begin_token(tokenizer), *tokens]])
 
 
 def recurrences_of(args, config):
@@ -145,75 +110,44 @@ def recurrences_of(args, config):
         raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
     return recurrences
 
-# ------------------------------------------------------------------------------- tokens
-
-
-def new_tokens(args, model, idx, recurrence, loops_used, counts):
-    """Return the stream of tokens (samples, 1) that the flags ask for; see stream, draft_stream."""
-    options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
-               "top_p": args.top_p,
-               "generator": torch.Generator(idx.device).manual_seed(args.seed)}
-    if args.draft:
-        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
-                            counts=counts, **options)
-    return stream(model, idx.expand(args.samples, -1), args.tokens,
-                  kv_cache=args.kv_cache or "per-loop", exit_threshold=args.exit_threshold,
-                  exit_rule=args.exit_rule or "kl", loops_used=loops_used, **options)
-
-
-def until(tokens, end, made):
-    """Yield tokens (B, 1) until each row has had the token `end`. made: a list that gets them."""
-    ended = False
-    for token in tokens:
-        made.append(token)
-        yield token
-        ended = ended | (token == end)
-        if ended.all():
-            return
-
-
-def tokens_before(row, end):
-    """Return the tokens of a row, a list, that come before the token `end`."""
-    return row[:row.index(end)] if end in row else row
-
 # ------------------------------------------------------------------------------- text
 
 
-def write_block(args, model, tokenizer, prompt, idx, recurrence):
-    """Print continuations of the prompt at one number of loops; a single one as it comes."""
-    loops_used, counts, made = [], {}, []
-    end = NO_TOKEN if args.ignore_eot else begin_token(tokenizer)
-    head = f"--- recurrence {recurrence}"
+def new_tokens(args, model, idx, recurrence, generator, loops_used, counts):
+    """Return the stream of tokens (1, 1) that the flags ask for; see stream, draft_stream."""
+    options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
+               "top_p": args.top_p, "generator": generator}
+    if args.draft:
+        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
+                            counts=counts, **options)
+    return stream(model, idx, args.tokens, kv_cache=args.kv_cache or "per-loop",
+                  exit_threshold=args.exit_threshold, exit_rule=args.exit_rule or "kl",
+                  loops_used=loops_used, **options)
+
+
+def write_text(args, tokenizer, prompt, tokens, loops_used, counts):
+    """Print the prompt and the tokens that continue it, as they come, then how fast they came."""
+    end, made = begin_token(tokenizer), []
+
+    def before_end():
+        for token in takewhile(lambda token: token != end, tokens):
+            made.append(token)
+            yield token
+    print(prompt, end="")
     start = time.perf_counter()
-    tokens = until(new_tokens(args, model, idx, recurrence, loops_used, counts), end, made)
-    if args.samples == 1:
-        print(f"{head}\n{prompt}", end="")
-        for text in decode_stream(tokenizer, takewhile(lambda token: token != end, tokens)):
-            print(text, end="", flush=True)
-        print()
-    else:
-        list(progress_bar(tokens, desc="tokens", total=args.tokens))
+    for text in decode_stream(tokenizer, before_end()):
+        print(text, end="", flush=True)
     seconds = time.perf_counter() - start
 
-    rows = [tokens_before(row, end) for row in torch.cat(made, dim=1).tolist()]
-    if args.samples > 1:
-        for i, row in enumerate(rows, start=1):
-            text = "".join(decode_stream(tokenizer, row))
-            print(f"{head}, sample {i} of {len(rows)}\n{prompt}{text}")
-
-    count = sum(map(len, rows))
-    compiling = " with compiling" if args.compile else ""
-    notes = [f"{count} tokens", f"{count / seconds:,.1f} tokens/s{compiling}"]
-    ended = sum(len(row) < len(made) for row in rows)
-    if ended:
-        notes.append(f"{ended} of {len(rows)} texts came to their end")
+    notes = f"\n--- {len(made)} tokens, {len(made) / seconds:,.1f} tokens/s"
+    if args.compile:
+        notes += " with compiling"
     if loops_used:
-        notes.append(f"{sum(loops_used) / len(loops_used):.2f} loops a token")
+        notes += f", {sum(loops_used) / len(loops_used):.2f} loops a token"
     if counts:
-        kept = counts["kept"] / max(1, counts["drafted"])
-        notes += [f"{kept:.0%} of the drafts kept",
-                  f"{counts['loops'] / len(made):.2f} loops a token, one after the other"]
-    print(f"--- {', '.join(notes)}")
+        notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
+                  f"{counts['loops'] / max(1, len(made)):.2f} loops a token, one after the other")
+    print(notes)
 
 
 def main():
@@ -227,19 +161,22 @@ def main():
     prepare_weights(model, device, dtype)
     speed_up(model, args.compile)
 
-    # a document begins with a token of its own; the prompt follows it
     tokenizer = load_tokenizer(args.run)
-    prompt = read_prompt(args) or ""
-    tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
-    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=device)                # (1, T)
-
+    prompt, idx = read_prompt(args, tokenizer)
     check(idx, args.temperature, args.top_k, args.top_p, args.exit_threshold)
     recurrences = recurrences_of(args, model.config)
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
         print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
+    idx = idx.to(device)
     for recurrence in recurrences:
-        write_block(args, model, tokenizer, prompt, idx, recurrence)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        for i in range(1, args.samples + 1):
+            sample = f", sample {i} of {args.samples}" if args.samples > 1 else ""
+            print(f"--- recurrence {recurrence}{sample}")
+            loops_used, counts = [], {}
+            tokens = new_tokens(args, model, idx, recurrence, generator, loops_used, counts)
+            write_text(args, tokenizer, prompt, tokens, loops_used, counts)
 
 
 if __name__ == "__main__":

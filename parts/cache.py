@@ -19,39 +19,29 @@ class KVCache:
         config.check_length(capacity)
         if kind not in ("per-loop", "shared"):
             raise UserError(f"kv_cache is {kind!r}, must be per-loop or shared")
-        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
         in_loop = range(config.n_prelude, config.n_prelude + config.n_recurrent)
         # of each layer, whether every loop has a pair of its own
         self.own = [kind == "per-loop" and layer in in_loop for layer in range(config.n_layer)]
-        self.pairs = []
-        for own in self.own:
-            count = recurrence if own else 1
-            # zeros: a mask hides what is not written, but not a NaN that happens to be there
-            self.pairs.append([(torch.zeros(shape, device=device, dtype=dtype),
-                                torch.zeros(shape, device=device, dtype=dtype))
-                               for _ in range(count)])
+
+        def zeros():  # a mask hides what is not written, but not a NaN that happens to be there
+            shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+            return torch.zeros(shape, device=device, dtype=dtype)
+        self.pairs = [[(zeros(), zeros()) for _ in range(recurrence if own else 1)]
+                      for own in self.own]
         self.capacity = capacity
         self.pos = 0  # tokens held
-        self.places = None  # a tensor where shapes are fixed, see parts/recording.py
 
     def reserve(self, T):
-        """(places of the next T tokens, mask of what each of them sees). Places are a slice, the
-        mask is None: all so far. With fixed shapes: a tensor (T,) and (T, capacity)."""
-        if self.places is not None:
-            everywhere = torch.arange(self.capacity, device=self.places.device)
-            return self.places, everywhere <= self.places[:, None]
-        return self.take(T), None
-
-    def take(self, T):
-        """The places of the next T tokens, a slice: from now on they are held."""
+        """Return (the places of the next T tokens, a slice; a mask of what each of them sees, None:
+        all so far). From now on the places are held. Raises UserError."""
         start, stop = self.pos, self.pos + T
         if stop > self.capacity:
             raise UserError(f"{stop} tokens do not fit a cache of {self.capacity}")
         self.pos = stop
-        return slice(start, stop)
+        return slice(start, stop), None
 
     def pair_of(self, layer, t=0):
-        """Keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
+        """Return keys and values, each (B, n_head, capacity, head_dim), of a layer in loop t."""
         return self.pairs[layer][t if self.own[layer] else 0]
 
     @property
@@ -59,7 +49,7 @@ class KVCache:
         return sum(t.nbytes for pairs in self.pairs for pair in pairs for t in pair)
 
     def rows(self, index):
-        """A copy with the sequences of an index (N,), which may name one several times."""
+        """Return a copy with the sequences of an index (N,), which may name one several times."""
         other = copy.copy(self)
         other.pairs = [[(keys[index], values[index]) for keys, values in pairs]
                        for pairs in self.pairs]

@@ -8,10 +8,8 @@ a prompt would, and what the full model would not have said is thrown away (Levi
 2211.17192). What comes out is distributed exactly as without drafting.
 
 No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
-it, and nothing of later loops or of the coda. So the draft's loops are the first loops of the
-verification, its cache entries of these loops are the final ones, and its states are where the
-verification goes on. This holds for a cache with a pair for every loop; not for a shared one, where
-a token's keys and values are those of its last loop.
+it, and nothing of later loops or of the coda. So the verification goes on from the draft's states,
+and its cache entries stay. A shared cache, which holds a token's last loop alone, would not do.
 """
 
 import torch
@@ -21,21 +19,20 @@ from parts.generation import check, check_predicts, probabilities, stream
 
 
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
-    """Draft tokens after `last` (1, 1), with `recurrence` loops each.
+    """Draft tokens after `last` (1, 1), with `recurrence` loops each. Return them (1, ahead), their
+    distributions (ahead, vocab_size), and for `last` and all drafts the states and the loop's input
+    u, both (1, ahead + 1, C). The cache has then moved on by ahead + 1.
 
-    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size).
-    Returns (tokens (1, ahead), their distributions (ahead, vocab_size), and for `last` and all
-    drafts the states and the loop's input u, both (1, ahead + 1, C)). The cache has then moved on
-    by ahead + 1."""
+    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size)."""
     seen, given, states, inputs = [last], [], [], []
-    for i in range(ahead + 1):
-        logits, h, u = model.advance(seen[i], cache, 0, recurrence)
+    for token in seen:  # which grows
+        logits, h, u = model.advance(token, cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
-        if i < ahead:  # after the last draft comes a token of the full model
+        if len(seen) <= ahead:  # after the last draft comes a token of the full model
             given.append(distribution(logits[:, -1]))
-            seen.append(torch.multinomial(given[i], 1, generator=generator))
-    tokens = torch.cat(seen, dim=1)[:, 1:]
+            seen.append(torch.multinomial(given[-1], 1, generator=generator))
+    tokens = torch.cat(seen[1:], dim=1)
     return tokens, torch.cat(given), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
 
 
@@ -45,8 +42,7 @@ def accept(tokens, given, wanted, generator):
     tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
     full model's, (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all
     before it stay. The first that does not is replaced by a draw from max(0, wanted - given), what
-    the draft gave too little of: together that is a draw from `wanted`. If all stay, the token more
-    is one of the full model."""
+    the draft gave too little of: together that is a draw from `wanted`."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)
@@ -77,7 +73,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         check_predicts(logits)
         return probabilities(logits, temperature, top_k, top_p)
     counts = {} if counts is None else counts
-    counts.update(drafted=0, kept=0, loops=0)
+    counts |= {"drafted": 0, "kept": 0, "loops": 0}
     training = model.training
     model.eval()
     try:
@@ -89,10 +85,9 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:
             model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
-        while n > 0 and idx.shape[1] < capacity:
+        while n > 0 and (room := capacity - idx.shape[1]) > 0:
             # The last token needs no draft: verification yields one more than it keeps. Yet at
             # least one is drafted: compiled, verifying a single token would be another graph.
-            room = capacity - idx.shape[1]
             k = max(1, min(ahead, n - 1, room))
             # not a view: compiled, that would be another graph
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
@@ -112,11 +107,10 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
-        if n > 0:
-            del cache  # stream makes one of its own
-            for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
-                                top_k=top_k, top_p=top_p, generator=generator):
-                counts["loops"] += recurrence
-                yield token
+        del cache  # stream makes one of its own
+        for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                            top_k=top_k, top_p=top_p, generator=generator):
+            counts["loops"] += recurrence
+            yield token
     finally:
         model.train(training)

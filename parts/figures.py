@@ -66,23 +66,6 @@ def cells(axes, shares, texts, lowest):
                   color=color, parse_math=False)
     return image
 
-
-def memory(path, curves, even):
-    """Draw memory of inference against the tokens in the cache (bench.py).
-
-    curves: [(label, tokens, gigabytes, line style)]. even: the tokens at which the looped model
-    holds as much as the transformer it stands for; None where it never does."""
-    figure, [axes] = panels(1, 6, 4)
-    for label, tokens, gigabytes, style in curves:
-        axes.loglog(tokens, gigabytes, style, label=label)
-    if even:
-        axes.axvline(even, color=RED, lw=1, label=f"break-even: {even:,.0f} tokens")
-    axes.set(xlabel="tokens in the cache (batch x context)",
-             ylabel="weights and KV cache, bfloat16 (GB)",
-             title="When has the looped model's cache eaten the weights it saved?")
-    axes.legend(framealpha=1, edgecolor="none")
-    save(figure, path)
-
 # ----------------------------------------------------------------------------- scaling laws
 
 

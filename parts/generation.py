@@ -38,8 +38,8 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
     check_predicts(logits)
     if temperature < GREEDY:
         return logits.argmax(-1, keepdim=True)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1,
-                             generator=generator)
+    p = probabilities(logits, temperature, top_k, top_p)
+    return torch.multinomial(p, 1, generator=generator)
 
 
 def check_predicts(values, loops="so many"):
@@ -79,7 +79,7 @@ def settle(model, idx, most, cache, threshold, rule="kl"):
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
     last = None
     for loops, (h, inputs) in enumerate(model.states(idx, most, cache), start=1):
-        logits = model.lm_head(model.readout(h, inputs, cache)).float()
+        logits = model.head(model.readout(h, inputs, cache))
         now = Look(h, logits.log_softmax(-1))
         if loops > 1 and EXIT_RULES[rule](now, last) < threshold:
             break
@@ -94,29 +94,28 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     """Yield n next tokens (B, 1), each drawn given the last block_size before it.
 
     Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
-    end early. The cache serves until the context is full; from then on the window slides, which
-    moves every token in it, and each token costs a full forward pass."""
+    end early. Once the context is full the window slides, which moves every token in it: no cache
+    serves, and each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
     capacity = min(idx.shape[1] + n, model.config.block_size)
-    if exit_threshold is not None:
-        kv_cache = "shared"
+    exits = exit_threshold is not None
     training = model.training
     model.eval()
     try:
         recurrence, = model.depths_of(1, recurrence)
-        cache = model.new_cache(len(idx), capacity, recurrence, kv_cache)
+        cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else kv_cache)
         for _ in range(n):
+            new = idx[:, cache.pos:]
             slides = idx.shape[1] > capacity  # the window: no cache
             if slides or cache.pos == 0:  # or the prompt: all tokens at once
                 x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
-                logits = model.lm_head(x[:, -1:]).float()
-            elif exit_threshold is not None:
-                new = idx[:, cache.pos:]
+                logits = model.head(x[:, -1:])
+            elif exits:
                 logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
                 if loops_used is not None:
                     loops_used.append(loops)
             else:  # one more token
-                logits, _, _ = model.advance(idx[:, cache.pos:], cache, 0, recurrence)
+                logits, _, _ = model.advance(new, cache, 0, recurrence)
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)
             yield token
@@ -129,8 +128,8 @@ def generate(model, idx, n, **options):
 
     options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
     the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
-    on idx's device; kv_cache: "per-loop", or "shared", see KVCache; exit_threshold, exit_rule: see
-    `settle` (B = 1). Raises UserError on an empty prompt and on values out of range."""
+    on idx's device; kv_cache: see KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises
+    UserError on an empty prompt and on values out of range."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 
@@ -138,8 +137,8 @@ def check(idx, temperature, top_k, top_p, exit_threshold):
     """Raise UserError for what `stream` cannot work with."""
     if idx.ndim != 2 or idx.shape[1] == 0:
         raise UserError("the prompt is empty, must hold at least one token")
-    if not temperature >= 0:
-        raise UserError(f"temperature is {temperature}, must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}, must be at least 0 and finite")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}, must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:

@@ -1,7 +1,7 @@
 """The layers of a transformer, as the published model has them.
 
-Nothing here loops: a plain transformer has the same layers. model.py puts them together.
-In comments B is the batch, T the tokens of a sequence and C the channels; (B, T, C) is a shape.
+Nothing here loops: a plain transformer has the same layers. model.py puts them together, and says
+what B, T and C are.
 """
 
 import torch
@@ -37,8 +37,8 @@ def rotate(x, rope):
 
 
 def attend(q, k, v, mask=None):
-    """Attention of q (B, n_head, T, head_dim) to k and v (B, n_head, S, head_dim): causal, the last
-    T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
+    """Return what q (B, n_head, T, head_dim) reads of k and v (B, n_head, S, head_dim): causal, the
+    last T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
     T, S = q.shape[2], k.shape[2]
     if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
         return attend_written_out(q, k, v)
@@ -49,8 +49,7 @@ def attend(q, k, v, mask=None):
 
 
 def attend_written_out(q, k, v):
-    """Causal attention as of attend, on CPUs in bfloat16: PyTorch's fused kernel takes twice as
-    long."""
+    """Return causal attention, on CPUs in bfloat16: PyTorch's own takes twice as long there."""
     T, S = q.shape[2], k.shape[2]
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
     q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
@@ -71,9 +70,8 @@ class Attention(nn.Module):
         self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
 
     def forward(self, x, rope, ve=None, kv=None):
-        """x: (B, T, C); rope: see rotate; ve: None or value embeddings (B, T, C); kv: None or
-        (keys, values, places, mask) of this layer and loop: two (B, n_head, capacity, head_dim),
-        and what KVCache.reserve gives."""
+        """x: (B, T, C); rope: see rotate; ve: value embeddings (B, T, C); kv: (keys, values,
+        places, mask), see KVCache.pair_of and reserve."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
         k = self.c_k(x).view(B, T, self.n_head, -1)
@@ -127,11 +125,9 @@ class Block(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,). To save memory, nothing else.
-
-    All logits, (N, vocab_size) in float32, would be the largest tensor of a training step. Here
-    they are made CHUNK rows at a time. So that none need be kept or computed again, the forward
-    pass computes the gradient too."""
+    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,), to save memory: all logits,
+    (N, vocab_size) in float32, would be the largest tensor of a training step. Here they are made
+    CHUNK rows at a time. So that none need be kept, the forward pass computes the gradient too."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):

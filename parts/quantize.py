@@ -1,11 +1,10 @@
 """Linear layers with weights of 8 bits, to generate: a quarter of the bytes of float32.
 
     python sample.py --run out/parcae-140m --dtype int8
-    python -m tools.evaluate --run out/parcae-140m --dtype int8     the val loss with them
 
-A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. What is multiplied
-with it stays bfloat16; embeddings, norms and the injection do, too. On a CPU a token of a large
-model waits for weights, not for arithmetic: fewer bytes take less time. Not for training.
+A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. All else stays
+bfloat16. On a CPU a token of a large model waits for weights, not for arithmetic: fewer bytes take
+less time. Not for training.
 """
 
 import torch

@@ -2,16 +2,16 @@
 
     model.advance = Recorder(model.advance)    # then generate as before
 
-A token of a looped model is hundreds of small operations. On a GPU each takes longer to launch than
-to compute. A CUDA graph records the launches of one call and repeats all of them at once, with the
-same shapes, at the same addresses. So here
+A token is hundreds of small operations, and on a GPU each takes longer to launch than to compute. A
+CUDA graph records the launches of one call and repeats them at once, with the same shapes, at the
+same addresses. So here
 - what goes in (tokens, state, places in the cache) lives in buffers, written before a replay
-- the places are numbers in a tensor, not the ends of a slice
 - attention reads the cache's whole capacity and masks what stands behind a token
 
-Other devices use the same buffers and masks and make the call each time: tests without a GPU see
-that fixed shapes change no result.
+Other devices make the call each time: tests without a GPU see that fixed shapes change no result.
 """
+
+from functools import partial
 
 import torch
 
@@ -19,26 +19,26 @@ WARM_UP = 3  # calls before a recording: kernels are chosen, graphs compiled
 
 
 class Recording:
-    """One call of `advance`, for T tokens: loops start, ..., stop - 1 of idx (B, T)."""
+    """One call of `advance`, for T tokens: loops start, ..., stop - 1 of idx (B, T). It stands in
+    for the KVCache there, whose places are numbers in a tensor (T,)."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
-        self.advance, self.cache, self.start, self.stop = advance, cache, start, stop
-        self.inputs = [None if x is None else x.clone() for x in (idx, h, u)]
+        self.buffers = [None if x is None else x.clone() for x in (idx, h, u)]
         self.places = torch.arange(idx.shape[1], device=idx.device)
+        self.everywhere = torch.arange(cache.capacity, device=idx.device)
+        self.pair_of = cache.pair_of
+        idx, h, u = self.buffers
+        self.call = partial(advance, idx, self, start, stop, h, u)
         self.graph = None
 
-    def call(self):
-        idx, h, u = self.inputs
-        self.cache.places = self.places
-        try:
-            return self.advance(idx, self.cache, self.start, self.stop, h, u)
-        finally:
-            self.cache.places = None  # outside a recording, places are slices
+    def reserve(self, T):
+        """Return the places, (T,), and the mask of what stands at or before each, (T, capacity)."""
+        return self.places, self.everywhere <= self.places[:, None]
 
     def replay(self, position, *inputs):
         """Return what the call returns for idx, h and u at the places from `position` on."""
         torch.arange(position, position + len(self.places), out=self.places)
-        for buffer, value in zip(self.inputs, inputs):
+        for buffer, value in zip(self.buffers, inputs):
             if value is not None:
                 buffer.copy_(value)
         if self.places.device.type != "cuda":
@@ -49,8 +49,7 @@ class Recording:
         return [output.clone() for output in self.outputs]  # the next replay overwrites them
 
     def record(self):
-        """Record the call. Making it several times does no harm: each writes the same keys and
-        values at the same places."""
+        """Record the call. Each time it writes the same keys and values at the same places."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -76,18 +75,17 @@ class Recorder:
         if key not in self.recordings:
             self.recordings[key] = Recording(self.advance, cache, start, stop, idx, h, u)
         position = cache.pos
-        cache.take(idx.shape[1])
+        cache.reserve(idx.shape[1])
         return self.recordings[key].replay(position, idx, h, u)
 
 
 def speed_up(model, compiled, recorded=True):
-    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded.
-
-    What is recorded has no launches to save, so layers compiled one by one (seconds) do as well as
-    all of `advance` compiled as one (half a minute or more)."""
+    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded. Compiling the
+    layers one by one takes seconds and is enough there; elsewhere all of `advance` is one graph."""
     if recorded and model.wte.weight.device.type == "cuda":
         if compiled:
             model.compile_layers()
         model.advance = Recorder(model.advance)
     elif compiled:
-        model.compile_decoding()
+        torch._dynamo.config.recompile_limit = 64  # one for each number of loops and tokens
+        model.advance = torch.compile(model.advance, dynamic=True)

@@ -1,26 +1,21 @@
 """Where text comes from: each source gives two lists of documents, to train on and to validate.
 
 A document is a string, or an object with a length that yields parts of one (TextFile). A source of
-your own is a function like these and an entry in SOURCES, from which `python data.py` takes its
-choices.
+your own is a function like these and an entry in SOURCES.
 """
 
 import codecs
-import hashlib
-import http.client
 import os
 import sysconfig
-import urllib.request
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from parts.cli import UserError, progress_bar
-from parts.files import whole_file
 
-# What some distributions of Python have and others leave out, or make anew for each machine:
-# without it classmates get the same text from the same version of Python.
+# What some distributions of Python leave out, or make anew for each machine: without it classmates
+# get the same text from the same version of Python.
 NOT_EVERYWHERE = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
     "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
@@ -29,8 +24,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files that are read of a folder
 
 
 def for_validation(name):
-    """Return whether a file of a folder is for validation: every 20th or so, by a hash of its
-    path."""
+    """Return whether a file is for validation: every 20th or so, by a hash of its path."""
     return zlib.crc32(os.fsencode(name.as_posix())) % 20 == 0
 
 
@@ -86,20 +80,6 @@ class TextFile:
             at += len(part)
 
 
-def text_docs(files):
-    """Return (train, val), lists of texts: of each file the first nine tenths and the rest; of each
-    folder see folder_docs. Raises UserError, OSError."""
-    train, val = [], []
-    for file in map(Path, files):
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise UserError(f"{file} is neither a file nor a folder: it is read twice, as a pipe "
-                            "cannot be")
-        parts = folder_docs(file) if file.is_dir() else cut([whole_text(file)])
-        train += parts[0]
-        val += parts[1]
-    return train, val
-
-
 def whole_text(file):
     """Return a UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
     return TextFile(file, 0, sum(map(len, read_text(file))))
@@ -118,13 +98,25 @@ def cut(texts):
     return train, val
 
 
-def folder_docs(folder):
-    """Return (train, val), lists of the texts in a folder and in the folders below it, without
-    hidden ones.
+def text_docs(files):
+    """Return (train, val), lists of texts, of files (see cut) and folders (see folder_docs). Raises
+    UserError, OSError."""
+    train, val = [], []
+    for file in map(Path, files):
+        if file.is_fifo():
+            raise UserError(f"{file} is read twice, as a pipe cannot be")
+        parts = folder_docs(file) if file.is_dir() else cut([whole_text(file)])
+        train += parts[0]
+        val += parts[1]
+    return train, val
 
-    A file is for training or for validation as a whole, see for_validation. Where that leaves one
-    of them less than a hundredth of the text, as in a folder of few files, each file is cut. Files
-    that are not UTF-8 are left out, and named. Raises UserError."""
+
+def folder_docs(folder):
+    """Return (train, val), lists of the texts in a folder and in the folders below it.
+
+    A file is for training or for validation as a whole. Where that leaves one of them less than a
+    hundredth of the text, as in a folder of few files, each file is cut. Files that are not UTF-8
+    are left out, and named. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
@@ -144,16 +136,12 @@ def folder_docs(folder):
 
 
 def files_in(folder):
-    """Return the paths below a folder of the text files in it, in the same order on every system.
-    Links to folders are not followed. Raises OSError."""
-    def refuse(error):
-        raise error
-    names = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(place, name).relative_to(folder) for name in files
-                  if not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)]
-    return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
+    """Return the paths below a folder of its text files, without what is hidden, in the same order
+    on every system."""
+    names = [path.relative_to(folder) for path in folder.rglob("*")
+             if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
+    hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
+    return sorted(set(names) - hidden, key=Path.as_posix)
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
@@ -161,17 +149,14 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     Sanford et al. 2024, arXiv 2402.09268).
 
     "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
-    to what came after the last occurrence of the symbol one is at: p lookups one after the other,
-    none of which says more than where to look next."""
+    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
     rng = np.random.default_rng(seed)
     # steps of 1 to symbols - 1: never the same symbol twice in a row
     steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
     strings = steps.cumsum(axis=1) % symbols
-    chances = rng.random(strings.shape)
-    docs = []
-    rows = zip(strings, chances)
-    for string, chance in progress_bar(rows, total=len(strings), desc="p-hop", unit="doc"):
-        docs.append(p_hop_doc(string.tolist(), chance.tolist(), hops))
+    rows = zip(strings, rng.random(strings.shape))
+    docs = [p_hop_doc(string.tolist(), chances.tolist(), hops) for string, chances in
+            progress_bar(rows, total=len(strings), desc="p-hop", unit="doc")]
     return docs[:n_train], docs[n_train:]
 
 
@@ -187,9 +172,8 @@ def p_hop_doc(string, chances, hops):
     longest = []  # of each place, how many hops can be made from it
     text = ""
     for i, symbol in enumerate(string):
-        to = last[symbol] + 1 if symbol in last else None
-        hop.append(to)
-        longest.append(0 if to is None else longest[to] + 1)
+        hop.append(last[symbol] + 1 if symbol in last else None)
+        longest.append(0 if hop[i] is None else longest[hop[i]] + 1)
         last[symbol] = i
 
         p = int(chances[i] * (min(longest[i], hops) + 1))
@@ -200,34 +184,5 @@ def p_hop_doc(string, chances, hops):
     return text
 
 
-# where it is, and its sha256
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
-
-def shakespeare_docs():
-    """Return (train, val), lists of one text each, parts of Shakespeare's plays (1.1 MB). Raises
-    UserError."""
-    url, sha256 = SHAKESPEARE
-    file = Path("data") / "shakespeare.txt"
-    if not file.exists():
-        try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                content = reply.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{url} sent another text than Shakespeare's: a login page of this "
-                            "network?")
-        with whole_file(file, "wb") as copy:
-            copy.write(content)
-    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{file} is not Shakespeare's text: move it away, and it is fetched again")
-    return cut([whole_text(file)])
-
-
-# What makes the texts of each SOURCE: a function that returns (train, val), two lists of documents,
-# each a string or an object as TextFile. That of "text" gets the FILEs of the command line.
-SOURCES = {"stdlib": stdlib_docs, "shakespeare": shakespeare_docs, "p-hop": p_hop_docs,
-           "text": text_docs}
+# That of "text" gets the FILEs of the command line.
+SOURCES = {"stdlib": stdlib_docs, "p-hop": p_hop_docs, "text": text_docs}

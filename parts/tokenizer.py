@@ -1,8 +1,7 @@
 """Tokenizers: text to numbers and back, all of them tiktoken.Encodings.
 
 "bytes" has a token for each byte, "bpe:N" is trained on the text at hand, "gpt2" is fetched by
-tiktoken. tokenizer.json keeps one, in data and run directories. tools/published.py reads the
-formats of others.
+tiktoken. tokenizer.json keeps one, in data and run directories.
 """
 
 import base64
@@ -53,9 +52,8 @@ UP_TO_CUT = regex.compile(r"(?s).+(?:(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L}))")
 
 
 def pieces(text):
-    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters. They
-    have the tokens of the whole where a tokenizer's words end before a space, as GPT's do. A text
-    with no place to cut for so long is cut anywhere."""
+    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters that
+    have the tokens of the whole. A text with no place to cut for so long is cut anywhere."""
     rest = ""
     for part in [text] if isinstance(text, str) else text:
         rest += part
@@ -76,7 +74,7 @@ def encode(tokenizer, text, bar=None):
     for piece in pieces(text):
         try:
             tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # tiktoken's panics are not Exceptions
             raise UserError(f"the tokenizer {tokenizer.name} fails on this text: "
@@ -108,23 +106,16 @@ def merge(word, pair, new):
     """
     merged, i = [], 0
     while i < len(word):
-        if word[i] == pair[0] and word[i + 1:i + 2] == [pair[1]]:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
+        found = tuple(word[i:i + 2]) == pair
+        merged.append(new if found else word[i])
+        i += 2 if found else 1
     return merged
 
 
 def pop_most_frequent(heap, pair_counts):
-    """Return the most frequent pair (of several, the one with the lowest ids) and take it from a
-    heap of (-count, pair). Counts may have fallen since: such entries go back with the count of
-    today. None: no pair is left.
-
-    >>> pop_most_frequent([(-9, (5, 6)), (-8, (6, 7))], Counter({(5, 6): 3, (6, 7): 8}))
-    (6, 7)
-    """
+    """Return the most frequent pair (of several, the one with the lowest ids), None where none is
+    left, and take it from a heap of (-count, pair). Counts may have fallen since: such entries go
+    back with the count of today."""
     while heap:
         count, pair = heapq.heappop(heap)
         if pair_counts[pair] == -count != 0:
@@ -173,17 +164,14 @@ def train_bpe(docs, vocab_size):
 
 
 def save_tokenizer(tokenizer, path, text=None):
-    """Write a tiktoken.Encoding as JSON, one that tiktoken knows by name as that name; `text` is
-    the fingerprint of the data."""
-    saved = {"name": tokenizer.name}
-    if text:
-        saved["text"] = text
+    """Write a tiktoken.Encoding as JSON, one that tiktoken knows by name as that name; text: the
+    fingerprint of the data."""
+    saved = {"name": tokenizer.name} | ({"text": text} if text else {})
     if tokenizer.name not in tiktoken.list_encoding_names():
         ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-        saved["pattern"] = tokenizer._pat_str
-        saved["special"] = tokenizer._special_tokens
-        saved["ids"] = [i for _, i in ranks]
-        saved["tokens"] = [base64.b64encode(token).decode() for token, _ in ranks]
+        saved |= {"pattern": tokenizer._pat_str, "special": tokenizer._special_tokens,
+                  "ids": [i for _, i in ranks],
+                  "tokens": [base64.b64encode(token).decode() for token, _ in ranks]}
     write_text(path, json.dumps(saved))
 
 
@@ -210,8 +198,7 @@ def load_tokenizer(directory):
 
 
 def checked_encoding(name, pattern, ranks, special):
-    """Return a tiktoken.Encoding of parts from a file. Raises UserError where its ids or its
-    pattern cannot work."""
+    """Return a tiktoken.Encoding. Raises UserError where its ids or its pattern cannot work."""
     ids = [*ranks.values(), *special.values()]
     if not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids) or len(set(ids)) < len(ids):
         raise UserError("its token ids must be different whole numbers from 0 to 16,777,215")
@@ -237,7 +224,7 @@ def begin_token(tokenizer):
 
 
 def decode_stream(tokenizer, tokens):
-    """Yield the text of each token as it comes; bytes that are not UTF-8 show as U+FFFD, numbers
+    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, numbers
     that are no token (a model's vocabulary is rounded up) as nothing."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:

@@ -225,7 +225,6 @@ FLAGS = [
     (["scaling.py", "predict", "s.csv"], "--flops", "1e400"),
     (["tools/sweep.py", "--recurrences", "1"], "--budgets", "x"),
     (["tools/sweep.py", "--budgets", "1e7"], "--recurrences", "1.5"),
-    (BENCH, "--out", "t.txt"),
     (BENCH, "--rounds", "0"),
     (["data.py", "text", "t.txt"], "--out", "t.txt"),
 ]

@@ -1,4 +1,4 @@
-import json
+import re
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -55,21 +55,6 @@ def test_caches_take_the_predicted_memory(recurrence):
     assert shared.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_optimisers_hold_the_predicted_bytes(tied):
-    model = bench.build(replace(SMALL, tie_embeddings=tied), CPU, torch.float32)
-    idx = torch.randint(256, (1, 8))
-    model.train()(idx, idx, recurrence=2)[1].backward()
-    assert bench.optimizer_bytes(model) == bench.optimizer_state_bytes(model)
-
-
-def test_every_prediction_of_memory_is_what_is_measured():
-    for case in bench.cases_of(TINY, [3]):
-        row = bench.memory_of(case, FLAGS)
-        for what in ("weights", "optimizer", "kv_cache", "kv_cache_shared"):
-            assert row[what]["predicted"] == row[what]["measured"], (row["model"], what)
-
-
 def replace_flags(**flags):
     return SimpleNamespace(**vars(FLAGS) | flags)
 
@@ -77,7 +62,7 @@ def replace_flags(**flags):
 @pytest.fixture
 def clock(monkeypatch):
     """Every run takes as long as its kind does; the machine has round numbers."""
-    seconds = {"training": 0.5, "prefill": 2.0, "decode": 4.0}
+    seconds = {"training": 0.5, "decode": 4.0}
     monkeypatch.setattr(bench, "alternate", lambda runs, rounds, device, what: {
         case: [seconds[what]] * 3 for case in runs})
     monkeypatch.setattr(bench, "bandwidth", lambda device: 1e6)
@@ -86,9 +71,9 @@ def clock(monkeypatch):
 
 def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     config, cases = TINY, bench.cases_of(TINY, [3])
-    rows = bench.decode_speed(cases, replace_flags(context=24))["rows"]
+    rows = bench.decode_speed(cases, replace_flags(context=24))[-1]
     row, model = rows[0], bench.build(config, CPU)
-    assert row["prefill tokens/s"] == 24 / 2 and row["tokens/s"] == 16 / 4
+    assert row["tokens/s"] == 16 / 4
     loop = sum(p.numel() for p in model.recurrent.parameters() if p.ndim == 2)
     matrices = [p for p in model.parameters() if p.ndim == 2]  # the head is the embedding
     once = sum(p.numel() for p in matrices) - loop
@@ -99,7 +84,7 @@ def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     assert row["compute limit"] == pytest.approx(1e9 / flops)
     assert row["share of limit"] == pytest.approx(4 * max(flops / 1e9, read / 1e6))
 
-    rows = bench.train_speed(cases, replace_flags(context=16, batch=5))["rows"]
+    rows = bench.train_speed(cases, replace_flags(context=16, batch=5))[-1]
     assert all(row["tokens/s"] == 5 * 16 / 0.5 for row in rows)
     assert rows[1]["model"] == cases[1].name
     plain = bench.build(cases[1].config, CPU)
@@ -152,7 +137,7 @@ def test_runs_alternate_after_a_warm_up():
     assert order == list("ab") * 4 and [len(s) for s in seconds.values()] == [3, 3]
 
 
-def test_mistakes_get_one_line(tmp_path):
+def test_mistakes_get_one_line():
     for flags, message in (
         (["--preset", "gpt-nano"], "--preset is 'gpt-nano', must be one of 'parcae-140m'"),
         (["--recurrence", "0"], "--recurrence is 0"),
@@ -161,9 +146,8 @@ def test_mistakes_get_one_line(tmp_path):
         (["--only", "decode", "--batch", "2"], "leave out --batch"),
         (["--eager", "--device", "cpu"], "--eager is for a GPU"),
     ):
-        run = script("bench.py", *flags, "--out", tmp_path / "r")
+        run = script("bench.py", *flags)
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
-    assert not (tmp_path / "r").exists()
 
 
 @pytest.fixture
@@ -172,12 +156,10 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(PRESETS["parcae-nano"], "vocab_size", 256)
 
 
-def test_tables_and_json_which_other_settings_do_not_replace(tiny_preset, tmp_path):
-    flags = ["--preset", "parcae-nano", "--context", 8, "--rounds", 2, "--recurrence", 2,
-             "--device", "cpu", "--out", tmp_path]
-    for _ in range(2):  # the same again replaces its own
-        run = script("bench.py", *flags, "--batch", 2)
-        assert run.returncode == 0, run.stderr
+def test_every_table_is_printed(tiny_preset):
+    run = script("bench.py", "--preset", "parcae-nano", "--context", 8, "--rounds", 2,
+                 "--recurrence", 2, "--device", "cpu", "--batch", 2)
+    assert run.returncode == 0, run.stderr
     for words in (
         "Memory in MB",
         "Training",
@@ -186,11 +168,8 @@ def test_tables_and_json_which_other_settings_do_not_replace(tiny_preset, tmp_pa
         "plain, twice the parameters",
     ):
         assert words in run.stdout
-    before = (tmp_path / "bench-cpu-parcae-nano.json").read_bytes()
-    results = json.loads(before)
-    for row in results["decode"]["rows"] + results["train"]["rows"]:
-        assert row["min"] <= row["tokens/s"] <= row["max"]
-
-    run = script("bench.py", *flags, "--batch", 1)
-    assert run.returncode == 2 and "was measured with another batch: choose" in run.stderr
-    assert (tmp_path / "bench-cpu-parcae-nano.json").read_bytes() == before
+    for line in run.stdout.split("\n"):  # model, T, tokens/s, min, max
+        numbers = re.findall(r"  ([\d,]+\.\d)", line)
+        if "MB" not in line and len(numbers) in (3, 5):
+            middle, least, most = (float(n.replace(",", "")) for n in numbers[:3])
+            assert least <= middle <= most

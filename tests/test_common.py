@@ -277,7 +277,8 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
 @pytest.mark.parametrize("name", ["train", "sample", "bench", "runs/draft", "tools/sweep"])
 def test_compiling_needs_a_compiler_which_is_said_before_the_work(name, run, tmp_path,
                                                                   monkeypatch):
-    flags = {"sample": ["--run", run], "runs/draft": ["--run", run, "--out", "out.csv"],
+    flags = {"bench": [], "sample": ["--run", run],
+             "runs/draft": ["--run", run, "--out", "out.csv"],
              "tools/sweep": ["--budgets", "1e9", "--recurrences", "2", "--out", "out"]}
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

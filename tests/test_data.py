@@ -451,24 +451,6 @@ def test_fineweb_edu_does_not_go_among_other_files(tmp_path):
         prepare("fineweb-edu", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
-
-def test_shakespeare_is_checked(tmp_path, monkeypatch):
-    text = b"To be, or not to be.\n" * 100
-    (tmp_path / "input.txt").write_bytes(text)
-    url, right = (tmp_path / "input.txt").as_uri(), hashlib.sha256(text).hexdigest()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "SHAKESPEARE", (url, "0" * 64))
-    with pytest.raises(UserError, match="sent another text than Shakespeare"):
-        prepare("shakespeare")
-    monkeypatch.setattr(sources, "SHAKESPEARE", (url, right))
-    out = prepare("shakespeare", tokenizer="bpe:260")
-    assert load_tokenizer(out).n_vocab == 260 and len(Loader(out, "val", 8, 260)) > 0
-    (tmp_path / "input.txt").unlink()
-    prepare("shakespeare", tokenizer="bytes")  # from the copy
-    (tmp_path / "data" / "shakespeare.txt").write_text("<html>log in</html>")
-    with pytest.raises(UserError, match="is not Shakespeare's text"):
-        prepare("shakespeare")
-
 # ------------------------------------------------------------------ command line
 
 

@@ -23,7 +23,6 @@ BUDGETS = budgets_of([{"flops": c, "mu_rec": mu, "tokens": c, "val_loss": loss, 
 PICTURES = {
     "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
               [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
-    "memory": ([("looped", X, LOSS, "k-"), ("plain", X, LOSS + 1, "k--")], 3),
     "one_dimension": (),
     "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
     "isoflop": (BUDGETS, [INSIDE | {"flops": BUDGETS[0].flops},
@@ -79,7 +78,7 @@ def test_a_bound_has_its_interval_in_the_picture_too(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, full_disk):
     with pytest.raises(OSError):
-        figures.memory(tmp_path / "a.png", *PICTURES["memory"])
+        figures.fixed_point(tmp_path / "a.png", *PICTURES["fixed_point"])
     assert not list(tmp_path.iterdir())
 
 

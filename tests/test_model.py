@@ -440,7 +440,7 @@ def test_the_cache_has_a_pair_for_each_layer_and_loop(build, tokens, kind, pairs
     assert last.shape == (6, 2, 16, 16)
     assert (first.data_ptr() == last.data_ptr()) == (kind == "shared")
     with pytest.raises(UserError, match="20 tokens do not fit a cache of 16"):
-        cache.take(20)
+        cache.reserve(20)
     assert cache.pos == 0
     if kind == "per-loop":  # a sixth loop would overwrite another's
         with pytest.raises(IndexError):

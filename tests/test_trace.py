@@ -92,9 +92,8 @@ PROMPT = """</script><!-- <script> "'&amp; \\n\r\n\té日\u2028"""
 
 
 def test_a_page_holds_the_likeliest_tokens_of_each_loop(run_directory, tmp_path):
-    (tmp_path / "p.txt").write_bytes(PROMPT.encode())
     page = tmp_path / "t.HTML"
-    done = draw(run_directory, page, "--prompt-file", tmp_path / "p.txt", "--recurrence", "5")
+    done = draw(run_directory, page, "--prompt", PROMPT, "--recurrence", "5")
     assert done.returncode == 0, done.stderr
     assert f"wrote {page}: 32 tokens, 5 loops" in done.stdout  # the context is 32
     assert page.read_bytes().isascii() and "http" not in page.read_text()

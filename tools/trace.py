@@ -9,7 +9,6 @@ The picture shows the last TRACED tokens: after each loop the likeliest next tok
 and how far the loop moved the state.
 """
 
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from parts import figures
 from parts.cli import LOOPS, Parser, UserError, new_file, run_script
 from parts.files import json_text, write_text
 from parts.generation import check_predicts
-from parts.tokenizer import begin_token, encode
 from sample import add_prompt_flags, read_prompt
 from tools.evaluate import open_run
 
@@ -137,8 +135,8 @@ def main():
     if not is_page(args.file):
         figures.pyplot()  # where matplotlib is missing, say so now
     model, tokenizer, _ = open_run(args)
-    tokens = map(int, chain.from_iterable(encode(tokenizer, read_prompt(args) or "")))
-    idx = torch.tensor([[begin_token(tokenizer), *tokens]], device=model.wte.weight.device)
+    _, idx = read_prompt(args, tokenizer)
+    idx = idx.to(model.wte.weight.device)
     draw_trace(model, tokenizer, idx, args.recurrence or 2 * model.config.mean_recurrence,
                args.file)
 
