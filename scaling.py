@@ -26,7 +26,7 @@ import torch
 from parts import chance, figures, laws
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import RESAMPLES, can_fit, interval
+from parts.laws import LAWS, RESAMPLES, can_fit, interval
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
 from parts.tables import (
     budgets_of,
@@ -42,7 +42,6 @@ from parts.tables import (
 )
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
-PUBLISHED_LAWS = ("training", "unified", "worth")  # others are a reader's own
 
 # A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
 # they double. Further away the loss is not a parabola.
@@ -73,8 +72,7 @@ def bottom(budget, log_loss):
 
 
 def left_by_parabola(budget):
-    """Return (squares that the parabola leaves over, in units of the noise of a single run, degrees
-    of freedom)."""
+    """Return (squares that the parabola leaves over, as of single runs, degrees of freedom)."""
     _, parabola, near = bottom(budget, budget.log_loss)
     if len(near) <= 3:
         return 0.0, 0
@@ -137,9 +135,8 @@ def optimum_of(budget, samples, cost, noise):
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     """Return what --json writes of the runs without a law: {"isoflop": the optimum at each budget
-    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}.
-
-    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost)."""
+    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}. cost: of
+    laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
     optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
@@ -157,8 +154,7 @@ def line_through(x, y, low, high):
     bounds; NaN where fewer than two are values.
 
     y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
-    contradicts it. Which those are is tried again until it stays (an active set). All count alike:
-    how far an optimum is off depends on its parabola more than on its budget."""
+    contradicts it. Which those are is tried again until it stays (an active set)."""
     known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
@@ -175,11 +171,8 @@ def line_through(x, y, low, high):
 
 
 def power_law(x, y, samples, low, high):
-    """Return exponent, coefficient and interval; samples (resamples, budgets), the rest as of
-    line_through.
-
-    The interval is [None, None] where more than 5 % of the resamples have no exponent: "defined" is
-    the share that has one, None without resamples."""
+    """Return exponent, coefficient, interval, and "defined", the share of the resamples that have
+    an exponent; samples (resamples, budgets), the rest as of line_through."""
     slope, intercept = line_through(x, y, low, high)
     slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
     defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
@@ -208,13 +201,10 @@ def power_laws(budgets, samples, cost):
 
 
 class Table:
-    """The runs of a table's main model, and what its fits, pictures and plans share.
-
-    every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
-    those at T = mu_rec, `every_model` those of other models, too. Their losses are without the
-    effects of seeds; `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token by
-    mu_rec. `fit` is the training law's, None where it could not be fitted. `notes` say which runs
-    are left out."""
+    """The runs of a table's main model. `at_every_T` has a row for each loop count at evaluation,
+    `rows` those at T = mu_rec, `every_model` those of other models, too; their losses are without
+    the effects of seeds. `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token
+    by mu_rec. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
         self.notes, self.fit = [], None
@@ -261,18 +251,21 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
                      f"{table.model} have {sizes(table.rows)} sizes")
     if can_fit("training", table.rows, notes):
         table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
-        out["training_law"] = law | {"far_exponents": laws.far_exponents(table.fit),
-                                     "lack_of_fit": None}
-        if one_size:
-            out["training_law"] |= {
-                "lack_of_fit": chance.lack_of_fit(*left_by_law(table), out["noise"]),
-                "frontier": frontier_of(table, bool(out["isoflop"]))}
+        law["far_exponents"] = laws.far_exponents(table.fit)
+        out["training_law"] = law
+    if one_size and table.fit:
+        law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
+        flops = column(table.rows, "flops")
+        # Runs planned by another accounting share no budgets: then five of them.
+        budgets = [optimum["flops"] for optimum in out["isoflop"]]
+        budgets = budgets or np.geomspace(flops.min(), flops.max(), 5).tolist()
+        exponents = laws.exponents_of(table.fit, table.rows[0], table.cost, flops)
+        law["frontier"] = {"optima": list(map(table.law_at, budgets)), "exponents": exponents}
     return out, table
 
 
 def left_by_law(table):
-    """Return (squares that the training law leaves over of mean log losses, degrees of freedom):
-    see left_by_parabola."""
+    """Return what left_by_parabola does, of the training law and all budgets."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
         cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": tokens}
@@ -283,29 +276,17 @@ def left_by_law(table):
     return squares, freedom
 
 
-def frontier_of(table, shared_budgets):
-    """Return the training law's optima at the table's budgets, and their exponents. Where the runs
-    share no budgets, having been planned by another accounting: at five."""
-    budgets = [budget.flops for budget in table.budgets]
-    if not shared_budgets:
-        budgets = np.geomspace(budgets[0], budgets[-1], 5).tolist()
-    flops = column(table.rows, "flops")
-    return {"optima": [table.law_at(flops) for flops in budgets],
-            "exponents": laws.exponents_of(table.fit, table.rows[0], table.cost, flops)}
-
-
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Return everything that can be fitted to a table: fit_optima, and the other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
-    notes = out["notes"]
-    if table.looped and can_fit("unified", table.at_every_T, notes):
-        out["unified"] = laws.fit_with_error("unified", table.at_every_T, resamples, notes)[1]
-    if table.looped and can_fit("worth", table.every_model, notes):
-        out["recurrence_worth"] = laws.fit_worth(table.every_model, resamples)
-    out["laws"] = {}
-    for name in laws.LAWS:
-        if name not in PUBLISHED_LAWS and can_fit(name, table.rows, notes):
-            out["laws"][name] = laws.fit_with_error(name, table.rows, resamples, notes)[1]
+    out["laws"], notes = {}, out["notes"]
+    loops = {"unified": table.at_every_T, "worth": table.every_model}  # laws of loops alone
+    for name in LAWS:
+        if name == "training" or name in loops and not table.looped:
+            continue
+        rows = loops.get(name, table.rows)
+        if can_fit(name, rows, notes):
+            out["laws"][name] = laws.fit_with_error(name, rows, resamples, notes)[1]
     return out, table
 
 
@@ -364,14 +345,14 @@ def predict(args):
         if same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
     mu, tried = best["mu_rec"], column(table.rows, "mu_rec")
-    if not tried.min() < mu < tried.max():
-        beyond = max(mu / tried.max(), tried.min() / mu)
-        by = f"{beyond:.3g} times beyond" if beyond > 1 else "at the edge of"
-        print(f"warning: mu* is not inside the recurrences tried but {by} them, {tried.min():g} to "
-              f"{tried.max():g}: the law goes on where no run has been")
-    if not low / 2 < flops < 2 * top:
-        print(f"warning: {max(flops / top, low / flops):.3g} times beyond the budgets measured; "
-              "the intervals know nothing of that")
+    beyond = max(mu / tried.max(), tried.min() / mu)
+    if beyond >= 1:
+        print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
+              f"{tried.max():g}, but {beyond:.3g} times beyond: no run has been there")
+    beyond = max(flops / top, low / flops)
+    if beyond >= 2:
+        print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "
+              "nothing of that")
 
 
 def fit(args):

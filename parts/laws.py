@@ -64,12 +64,12 @@ LAWS = {law.name: law for law in (
 
 def reasons_against(law, rows):
     """Return why the rows cannot tell the parameters of a law, a list of texts; law: a name."""
-    values = {"sizes of the unrolled model": {unrolled(row) for row in rows},
-              "token counts": {row["tokens"] for row in rows}}
+    values = {"sizes of the unrolled model": unrolled(rows), "token counts": column(rows, "tokens")}
     if law == "unified":
-        values["values of T / mu_rec at evaluation"] = {
-            row["recurrence"] / row["mu_rec"] for row in rows}
-    reasons = [f"{len(some)} {name}, it needs 3" for name, some in values.items() if len(some) < 3]
+        loops = column(rows, "recurrence") / column(rows, "mu_rec")
+        values["values of T / mu_rec at evaluation"] = loops
+    counts = {name: len(np.unique(some)) for name, some in values.items()}
+    reasons = [f"{count} {name}, it needs 3" for name, count in counts.items() if count < 3]
     if law == "worth" and sizes(rows) < 2:
         reasons.append("1 size of model, it needs 2")
     if len(rows) <= len(LAWS[law].parameters):
@@ -79,15 +79,15 @@ def reasons_against(law, rows):
     return reasons
 
 
-def unrolled(row):
-    """Return the parameters of a run's unrolled model."""
-    return row["params_noncore"] + row["mu_rec"] * row["params_core"]
+def unrolled(rows):
+    """Return the parameters of each run's unrolled model, N (rows,)."""
+    return column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
 
 
 def units_of(rows):
     """Return N and D of a middling run. In these units X and x do not stand in for each other: in
     X N^-x a change of x moves X by powers of ten, unless N is near 1."""
-    values = {"N": [unrolled(row) for row in rows], "D": column(rows, "tokens")}
+    values = {"N": unrolled(rows), "D": column(rows, "tokens")}
     return {name: math.exp(np.log(some).mean()) for name, some in values.items()}
 
 
@@ -309,27 +309,13 @@ def fit_with_error(law, rows, resamples, notes):
     error = held_out[0].error(held_out[1]) if held_out else None
     return fit, fit.summary() | {"held_out_error": error}
 
-
-def fit_worth(rows, resamples):
-    """Return phi, and how much worse the law fits where a loop is worth nothing (0) or a layer
-    (1)."""
-    fit = fit_law("worth", rows, resamples=resamples)
-    law = fit.summary()
-    unlooped = [row | {"mu_rec": 1} for row in rows]
-    objective = {"free": fit.objective,
-                 "phi = 0": fit_law("training", unlooped, resamples=0).objective,
-                 "phi = 1": fit_law("training", rows, resamples=0).objective}
-    return {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": objective,
-            "sizes": sizes(rows)}
-
 # ----------------------------------------------------------------------------- the frontier
 
 MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked for among
 
 
 def token_cost(rows):
-    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what the runs of a table
-    cost.
+    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what a table's runs cost.
 
     Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
     recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
@@ -345,9 +331,8 @@ def token_cost(rows):
 
 
 def lower_hull(costs):
-    """Return the recurrences that are not dearer than a mix of others.
-
-    costs, and what is returned: {mean recurrence: FLOPs of a token}."""
+    """Return those of {mean recurrence: FLOPs of a token} that are not dearer than a mix of
+    others."""
     def slope(a, b):
         return (b[1] - a[1]) / (b[0] - a[0])
     hull = []

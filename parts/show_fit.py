@@ -6,11 +6,9 @@ NEAR_BUDGETS = 1.10  # budgets less apart than this may be meant as one
 
 # What the papers found, printed next to our numbers; SLOPES are the exponents of mu* and D* (§5.2).
 SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
-PUBLISHED = {
-    "phi": "0.46 [0.41, 0.53] in arXiv 2604.21106",
-    "training": "1.3 % (140M), 0.8 % (370M) in Parcae",
-    "unified": "0.85 to 1.31 % in Parcae",
-}
+PUBLISHED = {"training": "1.3 % (140M), 0.8 % (370M) in Parcae",
+             "unified": "0.85 to 1.31 % in Parcae"}
+PHI = "   published: phi 0.46 [0.41, 0.53] in arXiv 2604.21106"
 
 
 def notes_on(budgets, optima, noise):
@@ -81,8 +79,7 @@ def gain_text(gain):
 
 
 def misfit_text(chance):
-    """Return what chance.lack_of_fit says as text, "" where the noise explains what is left
-    over."""
+    """Return what chance.lack_of_fit says as text, "" where noise explains what is left over."""
     if chance is None or chance >= 0.05:
         return ""
     share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
@@ -107,7 +104,9 @@ def report(out):
         print(f"seeds differ in all runs alike{often if seeds['chance'] else ''}; taken out of all "
               f"losses here: {said}")
     report_optima(out)
-    report_laws(out)
+    training = {"training": out["training_law"]} if "training_law" in out else {}
+    for name, law in (training | out["laws"]).items():
+        report_law(name, law, out["looped"])
     for note in out["notes"]:
         print("note:", note)
 
@@ -157,33 +156,14 @@ def exponent_span(law):
     return f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
 
 
-def report_laws(out):
-    """Print the laws that were fitted."""
-    if "training_law" in out:
-        law = out["training_law"]
-        report_law("training", law, out["looped"])
-        if not out["looped"]:
-            for name, of in law["far_exponents"].items():
-                print(f"  best {name} ~ C^{of['exponent']:.3f} {span(of['ci'])}")
-    if "unified" in out:
-        report_law("unified", out["unified"])
-    for name, law in out["laws"].items():
-        report_law(name, law)
-    if "recurrence_worth" in out:
-        worth = out["recurrence_worth"]
-        objectives = ", ".join(f"{name} {value:.4g}" for name, value in worth["objective"].items())
-        print(f"worth of a recurrence: phi {worth['phi']:.2f} {span(worth['ci'])}, of "
-              f"{worth['sizes']} sizes   published: {PUBLISHED['phi']}; objective: {objectives}")
-
-
-def report_law(name, law, looped=True):
-    """Print the parameters of a law and its errors, next to the paper's error."""
+def report_law(name, law, looped):
+    """Print the parameters of a law and its errors, next to the papers'."""
     said = []
     for parameter, ci in law["ci"].items():
         undetermined = parameter in law["undetermined"]
         value = "not determined" if undetermined else rounded(law[parameter])
         said.append(f"{parameter} {value} {span(ci)}")
-    print(f"{name} law: {', '.join(said)}")
+    print(f"{name} law: {', '.join(said)}{PHI if name == 'worth' else ''}")
     if law["held_out_error"] is not None:
         published = f"   published: {PUBLISHED[name]}" if looped and name in PUBLISHED else ""
         print("  error on the largest budget, fitted without it: "
@@ -191,3 +171,6 @@ def report_law(name, law, looped=True):
     misfit = misfit_text(law.get("lack_of_fit"))
     if misfit:
         print(f"  it is not quite right: if it were right, {misfit}")
+    if "far_exponents" in law and not looped:
+        for what, of in law["far_exponents"].items():
+            print(f"  best {what} ~ C^{of['exponent']:.3f} {span(of['ci'])}")

@@ -28,7 +28,7 @@ def test_the_laws_of_a_table(tmp_path):
     exponent = law["frontier"]["exponents"]["mu_rec"]
     assert exponent["exponent"] == pytest.approx(out["power_laws"]["mu_rec"]["exponent"], abs=0.1)
     assert exponent["ci"][0] <= exponent["exponent"] <= exponent["ci"][1]
-    unified = out["unified"]
+    unified = out["laws"]["unified"]
     assert unified["z"] == pytest.approx(2, rel=0.1)
     assert unified["held_out_error"] < 0.002
     json.dumps(out, allow_nan=False)
@@ -38,12 +38,18 @@ def test_the_laws_of_a_table(tmp_path):
 
 def test_phi_and_what_it_costs_to_do_without():
     rows = sweep(lambda row: parametric(row, 0.5), 0.002, sizes=(0.5, 1, 2))
-    worth = laws.fit_worth(rows, resamples=40)
-    assert "phi" not in worth["law"]["undetermined"]
-    assert worth["phi"] == pytest.approx(0.5, abs=0.05) and worth["sizes"] == 3
-    assert worth["ci"][0] < 0.5 < worth["ci"][1]
-    objective = worth["objective"]
-    assert objective["free"] < min(objective["phi = 0"], objective["phi = 1"]) / 1.2
+    free = fit_law("worth", rows, resamples=40)
+    worth = free.summary()
+    assert "phi" not in worth["undetermined"]
+    assert worth["phi"] == pytest.approx(0.5, abs=0.05)
+    assert worth["ci"]["phi"][0] < 0.5 < worth["ci"]["phi"][1]
+    assert free.objective < min(objectives_without_phi(rows)) / 1.2
+
+
+def objectives_without_phi(rows):
+    """Those of a loop that is worth nothing, and a layer: phi = 0 and 1."""
+    unlooped = [row | {"mu_rec": 1} for row in rows]
+    return [fit_law("training", some, resamples=0).objective for some in (unlooped, rows)]
 
 
 def test_another_accounting_is_another_cost_under_the_same_law():
@@ -133,7 +139,7 @@ def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
     assert best["params"]["exponent"] == pytest.approx(0.262 / 0.515, abs=0.005)
     assert best["params"]["exponent"] + best["tokens"]["exponent"] == pytest.approx(1)
     assert best["params"]["ci"][0] < 0.509 < best["params"]["ci"][1]
-    assert out["notes"] == [] and "recurrence_worth" not in out
+    assert out["notes"] == [] and out["laws"] == {}
     report.report(out)
     assert "best params ~ C^0.509" in capsys.readouterr().out
     scaling.draw(out, table, tmp_path)
@@ -182,7 +188,7 @@ def test_fit_and_predict_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert fit["isoflop"][0].keys() >= {"flops", "inside", "mu_rec", "ci"}
     assert fit.keys() >= {"power_laws", "isoflop", "training_law", "runs", "notes", "noise"}
     assert "ci" in fit["training_law"]
-    assert "recurrence_worth" not in fit  # one size does not tell phi from x
+    assert "worth" not in fit["laws"]  # one size does not tell phi from x
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"isoflop.png", "optima.png"}
 
@@ -333,6 +339,7 @@ def test_where_the_cost_has_a_kink_mu_star_stays_and_is_said_to(capsys):
 
 def test_a_loop_that_is_worth_a_layer_fits_best_as_one():
     rows = sweep(parametric, 0.001, sizes=(0.5, 1, 2), recurrences=(1, 2, 4, 8))
-    objective = laws.fit_worth(rows, resamples=0)["objective"]
-    assert objective["free"] <= objective["phi = 1"] * (1 + 1e-6)
-    assert objective["phi = 1"] < 1.2 * objective["free"] < objective["phi = 0"] / 2
+    free = fit_law("worth", rows, resamples=0).objective
+    nothing, layer = objectives_without_phi(rows)
+    assert free <= layer * (1 + 1e-6)
+    assert layer < 1.2 * free < nothing / 2
