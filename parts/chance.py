@@ -17,8 +17,7 @@ from parts.tables import column, comparable, rows_by_budget, run_key, trained_de
 
 def cells_of(rows):
     """Return lists of rows that differ in their seed alone."""
-    names = "model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence"
-    cells = {}
+    cells, names = {}, ("model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence")
     for i, group in enumerate(rows_by_budget(rows)):
         for row in group:
             cells.setdefault((i, *(row[name] for name in names)), []).append(row)
@@ -29,19 +28,17 @@ def seed_effects(cells):
     """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
 
     A seed is a block: it gives all runs the same order of the text, and some of the same initial
-    weights. Its effect is by how much its log losses differ from the mean of all seeds, in every
-    cell alike: the least squares of log loss = cell + seed. So only seeds that share two cells with
-    another have one, and the difference between cells plays no part."""
+    weights. Its effect is the least squares of log loss = cell + seed; the mean of all is 0. Only
+    seeds that share two cells with another have one."""
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
         return {}, 0.0, 0
     which, losses = [], []
     for cell in cells:
-        mine = [seed for seed in known if seed in cell]
-        if len(mine) > 1:
-            here = np.array([[seed == other for other in known] for seed in mine], dtype=float)
-            loss = np.array([cell[seed] for seed in mine])
+        mine = [i for i, seed in enumerate(known) if seed in cell]
+        if mine:
+            here, loss = np.eye(len(known))[mine], np.array([cell[known[i]] for i in mine])
             which.append(here - here.mean(0))
             losses.append(loss - loss.mean())
     which, losses = np.concatenate(which), np.concatenate(losses)
@@ -52,8 +49,7 @@ def seed_effects(cells):
 
 def without_seed_effects(rows):
     """Return the rows, at every T, without the effects that seeds have on each model's losses at
-    T = mu_rec. These count as known then: to find them anew in each resample moves no interval of
-    our exponents by more than 0.02."""
+    T = mu_rec. These count as known then."""
     result = []
     for group in comparable(rows):
         cells = [{row["seed"]: math.log(row["val_loss"]) for row in cell}
@@ -65,8 +61,7 @@ def without_seed_effects(rows):
 
 
 def left_by_seeds(budgets):
-    """Return (squares that the means of cells and the effects of seeds leave over, degrees of
-    freedom)."""
+    """Return (squares that means of cells and effects of seeds leave over, their freedom)."""
     cells = [cell for budget in budgets for cell in budget.cells.values()]
     squares = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
     _, explained, used = seed_effects(cells)
@@ -85,11 +80,9 @@ def seed_differences(budgets, noise):
 
 
 def lack_of_fit(squares, freedom, noise):
-    """Return how often the noise of seeds alone leaves so much over of means of runs. Small: what
-    was fitted is of the wrong form. None where there is nothing to test.
-
-    The tail of an F-test, by draws: numpy has no F distribution but those. squares: in units of the
-    noise of a single run."""
+    """Return how often the noise of seeds alone leaves so many squares over, as of single runs: the
+    tail of an F-test, by draws. Small: what was fitted is of the wrong form. None where there is
+    nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
@@ -125,11 +118,8 @@ def gains(budgets, noise):
         alone += len(unlooped.keys() - {seed for cell in gained.values() for seed in cell})
         if not every:
             continue
-        pairs = []
-        for seed in unlooped:
-            mu = best_by_others(gained, seed)
-            if mu:
-                pairs.append((gained[mu][seed], mu))
+        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
+        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
         by_seed, mu = zip(*(pairs or [max(every)]))
         gain, ci = float(np.mean(by_seed)), [None, None]
         if noise:
@@ -141,9 +131,8 @@ def gains(budgets, noise):
 
 
 def best_by_others(gained, seed):
-    """Return the recurrence of this seed that its other seeds gain most by; None without one.
-
-    gained: {mu_rec: {seed: gain}}."""
+    """Return the recurrence of this seed that others gain most by, or None; gained: {mu_rec: {seed:
+    gain}}."""
     of_others = {mu: np.mean([gain for other, gain in cell.items() if other != seed])
                  for mu, cell in gained.items() if seed in cell and len(cell) > 1}
     return max(of_others, key=of_others.get, default=None)
@@ -181,10 +170,9 @@ def diverged(rows):
     kept, gone = list(rows), []
     while len(gone) < 0.3 * len(rows) and len(kept) > 3:
         away = distances(kept)
-        worst = int(np.argmax(away))
-        if away[worst] <= TIMES:
+        if away.max() <= TIMES:
             break
-        gone.append((kept.pop(worst), float(away[worst])))
+        gone.append((kept.pop(int(away.argmax())), float(away.max())))
     return kept, gone
 
 
@@ -219,8 +207,7 @@ def distances(rows):
 
 def surface(rows):
     """Return (rows, terms): what the log loss is a sum of, smooth in the logarithms of the unrolled
-    model's size and of the tokens; fewer terms where there are few runs, or where two say the
-    same."""
+    model's size and the tokens; fewer where there are few runs, or two terms say the same."""
     size = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
     n, d = (np.log(x) - np.log(x).mean() for x in (size, column(rows, "tokens")))
     most = 5 if len(rows) >= 6 + ENOUGH else 2 if len(rows) >= 3 + ENOUGH else 0

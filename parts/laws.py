@@ -111,10 +111,10 @@ def start_ranges(law, losses):
     """Return between which theta fits to these losses start: (2, parameters), low and high."""
     scales = {"lowest": losses.min(), "span": max(np.ptp(losses), 1e-3), "one": 1.0}
     ends = []
-    for parameter in law.parameters.values():
-        low, high = (end * scales[parameter.scale] for end in parameter[:2])
-        ends.append((math.log(low), math.log(high)) if parameter.domain == "log" else (low, high))
-    return torch.tensor(ends, dtype=torch.float64).T
+    for low, high, scale, domain, _ in law.parameters.values():
+        pair = np.array([low, high]) * scales[scale]
+        ends.append(np.log(pair) if domain == "log" else pair)
+    return torch.tensor(np.array(ends)).T
 
 
 def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
@@ -222,8 +222,8 @@ class Fit(namedtuple("Fit", "law units starts theta samples objective")):
 
 
 def interval(samples, point):
-    """Return the central 95 % of samples, stretched to hold the point. [None, None] where more than
-    5 % of them are not finite, or the point, or where they are fewer than 20."""
+    """Return the central 95 % of samples, stretched to hold the point; [None, None] of fewer than
+    20 finite samples, or 95 % of them, or where the point is not finite."""
     samples = np.asarray(samples, dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
@@ -235,11 +235,8 @@ def interval(samples, point):
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
     has converged. law: a name."""
-    law = LAWS[law]
-    units = units_of(rows)
-    runs = runs_of(rows, units)
-    losses = column(rows, "val_loss")
-    log_loss = torch.tensor(np.log(losses))
+    law, units, losses = LAWS[law], units_of(rows), column(rows, "val_loss")
+    runs, log_loss = runs_of(rows, units), torch.tensor(np.log(losses))
 
     # A short fit of every start, then the best of them to the end.
     low, high = ranges = start_ranges(law, losses)
@@ -268,11 +265,10 @@ def refits(fit, rows, log_loss, weights=None):
 
 def resample(rows, resamples, seed):
     """Return how often each row counts (resamples, rows): whole runs are drawn with replacement."""
-    runs = [run_key(row) for row in rows]
-    index = {run: i for i, run in enumerate(dict.fromkeys(runs))}
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
-    return torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
+    runs = list(dict.fromkeys(map(run_key, rows)))
+    equal = np.full(len(runs), 1 / len(runs))
+    counts = np.random.default_rng(seed).multinomial(len(runs), equal, resamples)
+    return torch.tensor(counts[:, [runs.index(run_key(row)) for row in rows]]).double()
 
 # ----------------------------------------------------------------------------- fits to a table
 
@@ -286,8 +282,8 @@ def can_fit(law, rows, notes):
 
 
 def fit_without_largest(law, rows, notes):
-    """Return (a fit to all but the largest budget, the rows of that). None, and a note says why,
-    where that cannot be."""
+    """Return (a fit to all but the largest budget, the rows of that); or None, and a note says
+    why."""
     top = column(rows, "flops").max()
     largest = [row for row in rows if same_budget(row["flops"], top)]
     seen = [row for row in rows if not same_budget(row["flops"], top)]
@@ -388,10 +384,9 @@ def optimum(fit, size, cost, flops):
 def frontier_exponents(fit, size, cost, low, high, theta=None):
     """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
-    The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
-    exponent of `far_exponents` far above. So this is the mean slope, of a line through logarithms,
-    over the budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
-    C / cost(mu*): the second follows from the first."""
+    The frontier is not a power law: it begins at one loop, stays at kinks of the cost, and nears
+    the exponent of `far_exponents` far above. So this is the slope of a line through logarithms,
+    over the budgets where mu* is above 1; NaN where those span less than a factor of two."""
     log_flops = np.linspace(math.log(low), math.log(high), 25)
     every = [frontier(fit, size, cost, c, theta)[:2] for c in np.exp(log_flops)]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)

@@ -116,7 +116,7 @@ def as_written(row):
 
 
 def identity(row):
-    """Return a tuple that is the same for a row before it was written to a table and after."""
+    """Return a tuple that a row has before it was written to a table and after."""
     return tuple(as_written({name: kind(row[name]) for name, kind in COLUMNS.items()}).values())
 
 
@@ -213,10 +213,8 @@ def rows_of_run(path):
 
 
 def read_tables(paths, accounting=None):
-    """Return (the rows of CSV files and directories of runs, the accounting to use).
-
-    The accounting is the one named, else exact, else what is there; rows are of all, each once: a
-    table may be given twice, or next to its own directory. Raises UserError."""
+    """Return (the rows of CSV files and directories of runs, each once and of all accountings; the
+    accounting named, else exact, else what is there). Raises UserError."""
     rows, folders = [], []
     for path in map(Path, paths):
         if not path.is_dir():
@@ -274,8 +272,7 @@ def runs_in(rows):
 
 
 def kept(rows, keep, notes, why):
-    """Return the rows that keep(row) is true for. A note counts the runs that are left out and says
-    why: none leaves without a word."""
+    """Return the rows that keep(row) is true for. A note counts the runs left out, and why."""
     result = [row for row in rows if keep(row)]
     left_out = runs_in(rows) - runs_in(result)
     if left_out:
@@ -314,18 +311,16 @@ def comparable(rows):
     loops, where sizes differ."""
     if all(row["mu_rec"] == 1 for row in rows):
         return [rows]
-    models = {}
-    for row in rows:
-        models.setdefault(row["model"], []).append(row)
-    return list(models.values())
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [[row for row in rows if row["model"] == model] for model in models]
 
 
 class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
     cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed one counts, the others are `left_out`: the one with most tokens, which is the cheapest
-    mu_bwd as in laws.token_cost; if those are equal, the one with the higher loss."""
+    and seed the one with most tokens counts, which is the cheapest mu_bwd; of those the one with
+    the higher loss. The others are `left_out`."""
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean([math.log(row["flops"]) for row in rows]))
