@@ -23,23 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts import chance, figures, laws
+from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
 from parts.laws import LAWS, RESAMPLES, can_fit, interval
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
-from parts.tables import (
-    budgets_of,
-    column,
-    comparable,
-    distinct,
-    kept,
-    read_tables,
-    runs_in,
-    same_budget,
-    sizes,
-    trained_depth,
-)
+from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
 
@@ -211,7 +200,7 @@ class Table:
         mine = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
                     f"have no {accounting} FLOPs and are")
         mine = chance.without_diverged(mine, self.notes)
-        models = {row["model"] for row in max(comparable(mine), key=runs_in)}
+        models = {row["model"] for row in max(tables.comparable(mine), key=runs_in)}
         main = kept(mine, lambda row: row["model"] in models, self.notes, "of other models are")
         self.measured = kept(main, lambda row: row["recurrence"] == row["mu_rec"], self.notes,
                              "have no row at T = mu_rec, where loss is compared, and are")
@@ -220,9 +209,9 @@ class Table:
         self.at_every_T = [row for row in corrected if row["model"] in models]
         self.rows = trained_depth(self.at_every_T)
         self.model = main[0]["model"] if len(models) == 1 else f"{len(models)} models"
-        self.looped = distinct(self.at_every_T, "mu_rec") > 1
+        self.looped = tables.distinct(self.at_every_T, "mu_rec") > 1
         self.cost = laws.token_cost(self.at_every_T)
-        self.budgets = budgets_of(self.rows)
+        self.budgets = tables.budgets_of(self.rows)
 
     def law_at(self, flops):
         """Return the optimum by the training law at a budget: see laws.optimum."""
@@ -236,19 +225,20 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     out = {"model": table.model, "accounting": accounting, "looped": table.looped,
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "seeds": None, "notes": notes}
-    one_size = table.looped and sizes(table.rows) <= 1
+    sizes = tables.sizes(table.rows)
+    one_size = table.looped and sizes <= 1
     if one_size:
         found = fit_parabolas(table.budgets, table.cost)
         notes += found.pop("notes")
         out |= found
-        out["seeds"] = chance.seed_differences(budgets_of(table.measured), out["noise"])
+        out["seeds"] = chance.seed_differences(tables.budgets_of(table.measured), out["noise"])
         out["gain"], alone = chance.gains(table.budgets, out["noise"])
         if alone:
             notes.append(f"gain over mu_rec = 1: {alone} runs have no other of their budget and "
                          "seed to be compared with, and are left out")
     elif table.looped:
         notes.append("the optimum at equal FLOPs: not computed, the runs called "
-                     f"{table.model} have {sizes(table.rows)} sizes")
+                     f"{table.model} have {sizes} sizes")
     if can_fit("training", table.rows, notes):
         table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
         law["far_exponents"] = laws.far_exponents(table.fit)
@@ -310,9 +300,9 @@ def draw(out, table, folder):
 # ----------------------------------------------------------------------------- commands
 
 
-def add_table_flags(add, tables):
-    """Add the flags that say which runs to fit; add: a parser's add_argument; tables: the name."""
-    add(tables, nargs="*", metavar="DIR|CSV", default=TABLES,
+def add_table_flags(add, name):
+    """Add the flags that say which runs to fit; add: a parser's add_argument."""
+    add(name, nargs="*", metavar="DIR|CSV", default=TABLES,
         help="runs or tables to fit (default: results/sweep*.csv)")
     add("--accounting", metavar="NAME",
         help="FLOPs to fit by (default: exact, if the table has it)")
@@ -342,7 +332,7 @@ def predict(args):
     print(f"loss = {value_text(best['val_loss'], best['ci_val_loss'])} nats per token")
 
     for optimum in out["isoflop"]:
-        if same_budget(flops, optimum["flops"]):
+        if tables.same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
     mu, tried = best["mu_rec"], column(table.rows, "mu_rec")
     beyond = max(mu / tried.max(), tried.min() / mu)
@@ -373,8 +363,7 @@ def fit(args):
         draw(out, table, Path(args.figures))
 
 
-def parse_args(words):
-    """Return the command's settings; `fit` where no command is given."""
+def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
 
@@ -391,11 +380,7 @@ def parse_args(words):
     add = commands.add_parser("predict", help=about, description=about).add_argument
     add_table_flags(add, "tables")
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
-    return parser.parse_args(words or ["fit"])
-
-
-def main():
-    args = parse_args(sys.argv[1:])
+    args = parser.parse_args(sys.argv[1:] or ["fit"])
     torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
     {"fit": fit, "predict": predict}[args.command](args)
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth
+from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth, unrolled
 
 # ----------------------------------------------------------------------------- seeds
 
@@ -208,8 +208,7 @@ def distances(rows):
 def surface(rows):
     """Return (rows, terms): what the log loss is a sum of, smooth in the logarithms of the unrolled
     model's size and the tokens; fewer where there are few runs, or two terms say the same."""
-    size = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
-    n, d = (np.log(x) - np.log(x).mean() for x in (size, column(rows, "tokens")))
+    n, d = (np.log(x) - np.log(x).mean() for x in (unrolled(rows), column(rows, "tokens")))
     most = 5 if len(rows) >= 6 + ENOUGH else 2 if len(rows) >= 3 + ENOUGH else 0
     terms = np.stack([n, d, n * n, n * d, d * d], 1)[:, :most]
     terms = (terms - terms.mean(0)) / (terms.std(0) + 1e-9)

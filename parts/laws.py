@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from parts.cli import progress_bar
-from parts.tables import column, distinct, run_key, same_budget, sizes
+from parts.tables import column, distinct, run_key, same_budget, sizes, unrolled
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
@@ -77,11 +77,6 @@ def reasons_against(law, rows):
     if distinct(rows, "val_loss") == 1:
         reasons.append("all losses are equal")
     return reasons
-
-
-def unrolled(rows):
-    """Return the parameters of each run's unrolled model, N (rows,)."""
-    return column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
 
 
 def units_of(rows):

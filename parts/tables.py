@@ -246,6 +246,11 @@ def column(rows, name):
     return np.array([row[name] for row in rows])
 
 
+def unrolled(rows):
+    """Return the parameters of each run's unrolled model, (rows,)."""
+    return column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
+
+
 def distinct(rows, *names):
     """Return how many different values a column has, or several columns together."""
     return len({tuple(row[name] for name in names) for row in rows})

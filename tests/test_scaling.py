@@ -12,7 +12,7 @@ from parts import figures, laws
 from parts import show_fit as report
 from parts.cli import UserError
 from parts.laws import fit_law, frontier, token_cost
-from parts.tables import read_tables, write_csv
+from parts.tables import column, read_tables, write_csv
 
 
 def test_the_laws_of_a_table(tmp_path):
@@ -62,7 +62,7 @@ def test_another_accounting_is_another_cost_under_the_same_law():
     found = out["training_law"]["frontier"]["exponents"]["mu_rec"]["exponent"]
     fit = fit_law("training", rows, resamples=0)
     direct = laws.exponents_of(fit, rows[0], lambda mu: cost(mu) * (1 + 0.05 * mu),
-                               scaling.column(other, "flops"))
+                               column(other, "flops"))
     assert found == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
 
 
@@ -270,11 +270,11 @@ def test_a_law_is_fitted_without_the_effects_of_seeds(capsys):
     assert out["seeds"]["effects"] == pytest.approx({"0": -0.02, "1": 0.01, "2": 0.01}, abs=5e-4)
     assert out["noise"]["sd"] == pytest.approx(1e-4, rel=0.4)
     true = fit_law("training", sweep(parametric, recurrences=(1, 2, 4, 8, 16)), resamples=0)
-    expected = laws.exponents_of(true, rows[0], table.cost, scaling.column(rows, "flops"))
+    expected = laws.exponents_of(true, rows[0], table.cost, column(rows, "flops"))
     found = law["frontier"]["exponents"]["mu_rec"]["exponent"]
     assert found == pytest.approx(expected["mu_rec"]["exponent"], abs=0.02)
     raw = fit_law("training", table.measured, resamples=0)
-    left_in = laws.exponents_of(raw, rows[0], table.cost, scaling.column(rows, "flops"))
+    left_in = laws.exponents_of(raw, rows[0], table.cost, column(rows, "flops"))
     left_in = left_in["mu_rec"]["exponent"]
     assert abs(left_in - expected["mu_rec"]["exponent"]) > 0.05
     report.report(out)
