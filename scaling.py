@@ -85,8 +85,8 @@ def noise_of(budgets):
 
 
 def noisy_optima(budgets, noise, resamples, rng):
-    """Return log mu* (resamples, budgets) of the mean losses with the noise of their seeds added
-    once more (a parametric bootstrap); the effects of seeds are taken as known."""
+    """Return log mu* (resamples, budgets) of the mean losses with their noise added once more (a
+    parametric bootstrap)."""
     log_mu = np.empty((resamples if noise else 0, len(budgets)))
     for sample in log_mu:
         # How large the noise is, is not known either: chi-squared over its degrees of freedom.
@@ -267,7 +267,7 @@ def left_by_law(table):
 
 
 def fit_table(every_row, accounting, resamples=RESAMPLES):
-    """Return everything that can be fitted to a table: fit_optima, and the other laws."""
+    """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
     out["laws"], notes = {}, out["notes"]
     loops = {"unified": table.at_every_T, "worth": table.every_model}  # laws of loops alone

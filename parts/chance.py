@@ -145,8 +145,7 @@ def best_by_others(gained, seed):
 
 TIMES = 8  # so often the noise of the others must a run be away
 ENOUGH = 8  # degrees of freedom that a noise is known from
-ALONE = 2  # a run alone in its cell: so often as far, as no fit is quite right ...
-SOUND = 0.05  # ... and further than that in log loss
+ALONE, SOUND = 2, 0.05  # a run alone in its cell: so often as far, and further than that
 UNKNOWN = 0.04  # the noise, where too few say how large it is: a diverged run shows all the same
 
 

@@ -395,19 +395,18 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
 
 def exponents_of(fit, size, cost, flops):
     """Return {"mu_rec", "tokens"}: exponents along the frontier, over the range of these FLOPs."""
-    low, high = flops.min(), flops.max()
-    point = frontier_exponents(fit, size, cost, low, high)[:, 0]
-    sampled = frontier_exponents(fit, size, cost, low, high, fit.samples)
-    return {name: {"exponent": float(value) if np.isfinite(value) else None,
-                   "ci": interval(samples, value)}
-            for name, value, samples in zip(("mu_rec", "tokens"), point, sampled)}
+    every = torch.cat([fit.theta[None], fit.samples])
+    found = frontier_exponents(fit, size, cost, flops.min(), flops.max(), every)
+    return {name: {"exponent": float(point) if math.isfinite(point) else None,
+                   "ci": interval(samples, point)}
+            for name, (point, *samples) in zip(("mu_rec", "tokens"), found)}
 
 
 def far_exponents(fit):
     """Return {"params", "tokens"}: exponents of N* and D*, the best size and token count,
     C^(y / (x + y)) and C^(x / (x + y)), each with its interval.
 
-    By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
+    Chinchilla's arithmetic, where cost is N times D. N* is that of the unrolled model, so mu*
     grows like it once the loops are most of the model."""
     p, samples = named(fit.law, fit.theta), named(fit.law, fit.samples)
     result = {}

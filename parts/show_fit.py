@@ -24,7 +24,7 @@ def notes_on(budgets, optima, noise):
     near = [f"{low.flops:.3g} and {high.flops:.3g}" for low, high in itertools.pairwise(budgets)
             if high.flops <= NEAR_BUDGETS * low.flops]
     if near:
-        notes.append(f"budgets of {'; '.join(near)} FLOPs are less than {NEAR_BUDGETS - 1:.0%} "
+        notes.append(f"budgets of {'; '.join(near[:3])} FLOPs are less than {NEAR_BUDGETS - 1:.0%} "
                      "apart and count as different: if they are meant as one, parabolas through "
                      "parts of it mislead")
     if len(optima) < len(budgets):
@@ -93,16 +93,13 @@ def report(out):
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs")
     noise, seeds = out["noise"], out["seeds"]
     if noise:
-        source = {"seeds": "runs that differ in their seed alone",
-                  "parabolas": "what the parabolas leave over"}[noise["source"]]
-        print(f"noise of a run: {noise['sd']:.2%} of the loss, from {source} ({noise['freedom']} "
-              "degrees of freedom)\n  by chance two single runs differ by up to "
-              f"{noise['two_runs']:.1%} (95 %)")
+        print(f"noise of a run: {noise['sd']:.2%} of the loss, from what {noise['source']} leave "
+              f"over ({noise['freedom']} degrees of freedom)\n  by chance two single runs differ "
+              f"by up to {noise['two_runs']:.1%} (95 %)")
     if seeds:
         said = ", ".join(f"{seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
-        often = f" (by chance so much in {seeds['chance']:.1%} of sweeps)"
-        print(f"seeds differ in all runs alike{often if seeds['chance'] else ''}; taken out of all "
-              f"losses here: {said}")
+        often = "" if seeds["chance"] is None else f"; chance: {seeds['chance']:.1%} of sweeps"
+        print(f"seeds differ in all runs alike, taken out of all losses here: {said}{often}")
     report_optima(out)
     training = {"training": out["training_law"]} if "training_law" in out else {}
     for name, law in (training | out["laws"]).items():
@@ -134,8 +131,8 @@ def report_optima(out):
         found = {"parabolas": out["power_laws"], "the training law": law["exponents"]}
         found = {method: of[name] for method, of in found.items()
                  if name in of and of[name]["exponent"] is not None}
-        print(f"{label} grows as (published: C^{SLOPES[name]:.2f}"
-              f"{'' if found else '; here no exponent'})")
+        print(f"{label} grows as (published: C^{SLOPES[name]:.2f})" if found else
+              f"{label}: no exponent")
         for method, of in found.items():
             print(f"    C^{of['exponent']:.2f} {exponent_span(of)}, by {method}")
     if "the training law" in found:
@@ -147,10 +144,8 @@ def report_optima(out):
 
 def exponent_span(law):
     """Return the interval of an exponent as text, or why there is none."""
-    if law["ci"][0] is not None:
+    if law["ci"][0] is not None or "defined" not in law:
         return span(law["ci"])
-    if "defined" not in law:
-        return "no interval"
     if law["defined"] is None:
         return "no interval: nothing is known of the noise"
     return f"not determined: no exponent in {1 - law['defined']:.0%} of resamples"
