@@ -338,7 +338,7 @@ def predict(args):
     beyond = max(mu / tried.max(), tried.min() / mu)
     if beyond >= 1:
         print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
-              f"{tried.max():g}, but {beyond:.3g} times beyond: no run has been there")
+              f"{tried.max():g}, but {beyond:.3g} times their end: no run has been there")
     beyond = max(flops / top, low / flops)
     if beyond >= 2:
         print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "
