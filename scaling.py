@@ -23,27 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts import chance, figures, laws
+from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import RESAMPLES, can_fit, exponents_of, frontier, interval
-from parts.show_fit import draw, frontier_text, notes_on, optimum_text, report, value_text
-from parts.tables import (
-    at_trained_depth,
-    budgets_of,
-    column,
-    comparable,
-    distinct,
-    kept,
-    read_tables,
-    runs_in,
-    same_budget,
-    sizes,
-    trained_depth,
-)
+from parts.laws import LAWS, RESAMPLES, can_fit, interval
+from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
+from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
-PUBLISHED_LAWS = ("training", "unified", "worth", "test time")  # others are a reader's own
 
 # A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
 # they double. Further away the loss is not a parabola.
@@ -61,10 +48,8 @@ def bottom(budget, log_loss):
     still have its bottom inside, and a power law through such bottoms an exponent that the data do
     not have."""
     x, lowest = budget.log_mu, np.argmin(log_loss)
-    if lowest == 0:
-        return -math.inf, None, []
-    if lowest == len(x) - 1:
-        return math.inf, None, []
+    if lowest in (0, len(x) - 1):
+        return (math.inf if lowest else -math.inf), None, []
     near = np.flatnonzero(np.abs(x - x[lowest]) <= WINDOW + 1e-9)
     near = np.union1d(near, [lowest - 1, lowest + 1])
     # Means of several seeds count for more. The weights of polyfit are those of unsquared errors.
@@ -76,8 +61,7 @@ def bottom(budget, log_loss):
 
 
 def left_by_parabola(budget):
-    """Return (squares that the parabola leaves over, in units of the noise of a single run, degrees
-    of freedom)."""
+    """Return (squares that the parabola leaves over, as of single runs, degrees of freedom)."""
     _, parabola, near = bottom(budget, budget.log_loss)
     if len(near) <= 3:
         return 0.0, 0
@@ -101,33 +85,31 @@ def noise_of(budgets):
 
 
 def noisy_optima(budgets, noise, resamples, rng):
-    """Return log mu* (resamples, budgets) of the mean losses with the noise of their seeds added
-    once more (a parametric bootstrap); the effects of seeds are taken as known."""
-    log_mu = np.empty((resamples, len(budgets)))
-    for i in range(resamples):
+    """Return log mu* (resamples, budgets) of the mean losses with their noise added once more (a
+    parametric bootstrap)."""
+    log_mu = np.empty((resamples if noise else 0, len(budgets)))
+    for sample in log_mu:
         # How large the noise is, is not known either: chi-squared over its degrees of freedom.
         sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
         for j, budget in enumerate(budgets):
             added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
-            log_mu[i, j] = bottom(budget, budget.log_loss + added)[0]
+            sample[j] = bottom(budget, budget.log_loss + added)[0]
     return log_mu
 
 
 def optimum_of(budget, samples, cost, noise):
     """Return what --json writes of a budget; samples: log mu* of resamples, perhaps none."""
     log_mu, parabola, near = bottom(budget, budget.log_loss)
-    low, high = budget.mu[0], budget.mu[-1]
+    low, high = budget.mu[[0, -1]].tolist()
     optimum = {
-        "flops": budget.flops,
-        "mu_tried": budget.mu.tolist(),
-        "inside": bool(np.isfinite(log_mu)),
+        "flops": budget.flops, "mu_tried": budget.mu.tolist(), "inside": math.isfinite(log_mu),
         "at_most": low if log_mu == -math.inf else None,
         "at_least": high if log_mu == math.inf else None,
-        "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False],
-        "tokens": None, "val_loss": None, "parabola": parabola, "lack_of_fit": None,
+        "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False], "tokens": None,
+        "val_loss": None, "parabola": parabola, "lack_of_fit": None,
         "fitted_to": budget.mu[near].tolist() if parabola else [],
     }
-    if optimum["inside"]:
+    if parabola:
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
@@ -142,19 +124,14 @@ def optimum_of(budget, samples, cost, noise):
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     """Return what --json writes of the runs without a law: {"isoflop": the optimum at each budget
-    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}.
-
-    cost: a function, mean recurrence -> FLOPs of a token (see laws.token_cost)."""
-    noise, optima, exponents = noise_of(budgets), [], {}
-    usable = [budget for budget in budgets if len(budget.mu) >= 3]
-    if usable:
-        samples = np.empty((0, len(usable)))
-        if noise:
-            samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
-        optima = [optimum_of(budget, samples[:, j], cost, noise)
-                  for j, budget in enumerate(usable)]
-        exponents = power_laws(usable, samples, cost)
-    return {"isoflop": optima, "power_laws": exponents, "noise": noise,
+    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}. cost: of
+    laws.token_cost."""
+    noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
+    samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
+    optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
+    if noise:
+        noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95 % of pairs differ by less
+    return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise,
             "notes": notes_on(budgets, optima, noise)}
 
 
@@ -166,8 +143,7 @@ def line_through(x, y, low, high):
     bounds; NaN where fewer than two are values.
 
     y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
-    contradicts it. Which those are is tried again until it stays (an active set). All count alike:
-    how far an optimum is off depends on its parabola more than on its budget."""
+    contradicts it. Which those are is tried again until it stays (an active set)."""
     known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
@@ -184,14 +160,9 @@ def line_through(x, y, low, high):
 
 
 def power_law(x, y, samples, low, high):
-    """Return exponent, coefficient and interval, None without two values; samples (resamples,
-    budgets), the rest as of line_through.
-
-    The interval is [None, None] where more than 5 % of the resamples have no exponent: "defined" is
-    the share that has one, None without resamples."""
+    """Return exponent, coefficient, interval, and "defined", the share of the resamples that have
+    an exponent; samples (resamples, budgets), the rest as of line_through."""
     slope, intercept = line_through(x, y, low, high)
-    if not math.isfinite(slope):
-        return None
     slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
     defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
     return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
@@ -200,92 +171,91 @@ def power_law(x, y, samples, low, high):
 
 def power_laws(budgets, samples, cost):
     """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
+    log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
+    if np.isfinite(log_mu).sum() < 2:
+        return {}
     x = np.log([budget.flops for budget in budgets])
     low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
-    log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
 
     def log_tokens(log_mu):
         # "At most so many loops", -inf, is at least so many tokens, +inf.
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
-    exponents = {
-        "mu_rec": power_law(x, log_mu, samples, low, high),
-        "tokens": power_law(x, log_tokens(log_mu), log_tokens(samples), log_tokens(high),
-                            log_tokens(low)),
-    }
-    return {name: law for name, law in exponents.items() if law}
+    return {"mu_rec": power_law(x, log_mu, samples, low, high),
+            "tokens": power_law(x, log_tokens(log_mu), log_tokens(samples), log_tokens(high),
+                                log_tokens(low))}
 
-# ----------------------------------------------------------------------------- the training law
+# ----------------------------------------------------------------------------- all laws
 
 
 class Table:
-    """The runs of a table's main model, and what its fits, pictures and plans share.
-
-    every_row: of all accountings. `at_every_T` has a row for each loop count at evaluation, `rows`
-    those at T = mu_rec, `every_model` those of other models, too. Their losses are without the
-    effects of seeds; `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token by
-    mu_rec. `fit` is the training law's, None where it could not be fitted; `test_time`: of
-    laws.fit_test_time. `notes` say which runs are left out."""
+    """The runs of a table's main model. `at_every_T` has a row for each loop count at evaluation,
+    `rows` those at T = mu_rec, `every_model` those of other models, too; their losses are without
+    the effects of seeds. `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token
+    by mu_rec. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
-        self.every_row, self.accounting, self.notes = every_row, accounting, []
+        self.notes, self.fit = [], None
         mine = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
                     f"have no {accounting} FLOPs and are")
         mine = chance.without_diverged(mine, self.notes)
-        models = {row["model"] for row in max(comparable(mine), key=runs_in)}
+        models = {row["model"] for row in max(tables.comparable(mine), key=runs_in)}
         main = kept(mine, lambda row: row["model"] in models, self.notes, "of other models are")
-        self.measured = kept(main, at_trained_depth, self.notes,
+        self.measured = kept(main, lambda row: row["recurrence"] == row["mu_rec"], self.notes,
                              "have no row at T = mu_rec, where loss is compared, and are")
         corrected = chance.without_seed_effects(mine)
         self.every_model = trained_depth(corrected)
         self.at_every_T = [row for row in corrected if row["model"] in models]
         self.rows = trained_depth(self.at_every_T)
         self.model = main[0]["model"] if len(models) == 1 else f"{len(models)} models"
-        self.looped = distinct(self.at_every_T, "mu_rec") > 1
+        self.looped = tables.distinct(self.at_every_T, "mu_rec") > 1
         self.cost = laws.token_cost(self.at_every_T)
-        self.budgets = budgets_of(self.rows)
-        self.fit, self.test_time = None, []
+        self.budgets = tables.budgets_of(self.rows)
+
+    def law_at(self, flops):
+        """Return the optimum by the training law at a budget: see laws.optimum."""
+        return laws.optimum(self.fit, self.rows[0], self.cost, flops)
 
 
 def fit_optima(every_row, accounting, resamples=RESAMPLES):
-    """Return (a dict for --json, the Table): optima at equal FLOPs by parabolas and by the law.
-
-    every_row: of all accountings; another one than `accounting` is another cost of a token under
-    the same law."""
+    """Return (a dict for --json, the Table): optima at equal FLOPs by parabolas and by the law."""
     table = Table(every_row, accounting)
     notes = table.notes.copy()
     out = {"model": table.model, "accounting": accounting, "looped": table.looped,
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "seeds": None, "notes": notes}
-    one_size = table.looped and sizes(table.rows) <= 1
+    sizes = tables.sizes(table.rows)
+    one_size = table.looped and sizes <= 1
     if one_size:
         found = fit_parabolas(table.budgets, table.cost)
         notes += found.pop("notes")
         out |= found
-        out["seeds"] = chance.seed_differences(budgets_of(table.measured), out["noise"])
-        out["gain"] = chance.gains(table.budgets, out["noise"])
-        alone = chance.without_a_pair(table.budgets)
+        out["seeds"] = chance.seed_differences(tables.budgets_of(table.measured), out["noise"])
+        out["gain"], alone = chance.gains(table.budgets, out["noise"])
         if alone:
             notes.append(f"gain over mu_rec = 1: {alone} runs have no other of their budget and "
                          "seed to be compared with, and are left out")
     elif table.looped:
         notes.append("the optimum at equal FLOPs: not computed, the runs called "
-                     f"{table.model} have {sizes(table.rows)} sizes")
+                     f"{table.model} have {sizes} sizes")
     if can_fit("training", table.rows, notes):
-        table.fit, law, _ = laws.fit_with_error("training", table.rows, resamples, notes)
-        law["lack_of_fit"] = None
-        if one_size:
-            law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
-            law |= frontiers(table, bool(out["isoflop"]))
+        table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
         law["far_exponents"] = laws.far_exponents(table.fit)
         out["training_law"] = law
+    if one_size and table.fit:
+        law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
+        flops = column(table.rows, "flops")
+        # Runs planned by another accounting share no budgets: then five of them.
+        budgets = [optimum["flops"] for optimum in out["isoflop"]]
+        budgets = budgets or np.geomspace(flops.min(), flops.max(), 5).tolist()
+        exponents = laws.exponents_of(table.fit, table.rows[0], table.cost, flops)
+        law["frontier"] = {"optima": list(map(table.law_at, budgets)), "exponents": exponents}
     return out, table
 
 
 def left_by_law(table):
-    """Return (squares that the training law leaves over of mean log losses, degrees of freedom):
-    see left_by_parabola."""
+    """Return what left_by_parabola does, of the training law and all budgets."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
         cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": tokens}
@@ -296,62 +266,43 @@ def left_by_law(table):
     return squares, freedom
 
 
-def frontiers(table, shared_budgets):
-    """Return {"frontier": the training law's optima at the table's budgets, and their exponents;
-    "other_accounting": exponents by those}.
-
-    Where the runs share no budgets, having been planned by another accounting: at five."""
-    fit, size, cost = table.fit, table.rows[0], table.cost
-    budgets = [budget.flops for budget in table.budgets]
-    if not shared_budgets:
-        budgets = np.geomspace(budgets[0], budgets[-1], 5).tolist()
-    optima = []
-    for flops in budgets:
-        (mu,), (tokens,), (loss,) = frontier(fit, size, cost, flops)
-        sampled = frontier(fit, size, cost, flops, fit.samples)[0]
-        optima.append({"flops": flops, "mu_rec": mu, "ci": interval(sampled, mu),
-                       "tokens": tokens, "val_loss": loss})
-
-    others = {}
-    for name in sorted({row["accounting"] for row in table.every_row} - {table.accounting}):
-        theirs = [row for row in table.every_row
-                  if row["accounting"] == name and row["model"] == table.model]
-        if theirs:  # the size stays as the law was fitted; the price of a token is another
-            others[name] = exponents_of(fit, size, laws.token_cost(theirs), column(theirs, "flops"))
-    exponents = exponents_of(fit, size, cost, column(table.rows, "flops"))
-    return {"frontier": {"optima": optima, "exponents": exponents}, "other_accounting": others}
-
-
-# ----------------------------------------------------------------------------- all laws
-
-
 def fit_table(every_row, accounting, resamples=RESAMPLES):
-    """Return everything that can be fitted to a table: fit_optima, and the other laws."""
+    """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
-    notes = out["notes"]
-    if out["seeds"] and table.fit:
-        raw = laws.fit_law("training", table.measured, resamples=resamples)
-        out["training_law"]["with_seed_effects"] = exponents_of(
-            raw, table.rows[0], table.cost, column(table.rows, "flops"))
-    if table.looped:
-        if can_fit("unified", table.at_every_T, notes):
-            out["unified"] = laws.fit_unified(table.at_every_T, resamples, notes)
-        if can_fit("worth", table.every_model, notes):
-            out["recurrence_worth"] = laws.fit_worth(table.every_model, resamples)
-        table.test_time = laws.fit_test_time(table.at_every_T, notes)
-    out["laws"] = {}
-    for name in laws.LAWS:
-        if name not in PUBLISHED_LAWS and can_fit(name, table.rows, notes):
-            out["laws"][name] = laws.fit_with_error(name, table.rows, resamples, notes)[1]
-    out["test_time"] = [numbers for _, _, numbers in table.test_time]
+    out["laws"], notes = {}, out["notes"]
+    loops = {"unified": table.at_every_T, "worth": table.every_model}  # laws of loops alone
+    for name in LAWS:
+        if name == "training" or name in loops and not table.looped:
+            continue
+        rows = loops.get(name, table.rows)
+        if can_fit(name, rows, notes):
+            out["laws"][name] = laws.fit_with_error(name, rows, resamples, notes)[1]
     return out, table
+
+
+def draw(out, table, folder):
+    """Write the figures of what was fitted."""
+    if out["isoflop"]:
+        title = f"Equal FLOPs and parameters ({out['model']})"
+        if out["seeds"]:
+            title = f"Equal FLOPs ({out['model']}), effects of seeds taken out"
+        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
+        print("wrote", folder / "isoflop.png")
+    if "frontier" in out.get("training_law", {}):
+        flops = column(table.rows, "flops")
+        every = [table.law_at(c) for c in np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)]
+        law = {"flops": [one["flops"] for one in every], "slopes": SLOPES,
+               "mu_rec": [(one["mu_rec"], *one["ci"]) for one in every],
+               "tokens": [(one["tokens"], *one["ci_tokens"]) for one in every]}
+        figures.optima(folder / "optima.png", out["isoflop"], law)
+        print("wrote", folder / "optima.png")
 
 # ----------------------------------------------------------------------------- commands
 
 
-def add_table_flags(add, tables):
-    """Add the flags that say which runs to fit; add: a parser's add_argument; tables: the name."""
-    add(tables, nargs="*", metavar="DIR|CSV", default=TABLES,
+def add_table_flags(add, name):
+    """Add the flags that say which runs to fit; add: a parser's add_argument."""
+    add(name, nargs="*", metavar="DIR|CSV", default=TABLES,
         help="runs or tables to fit (default: results/sweep*.csv)")
     add("--accounting", metavar="NAME",
         help="FLOPs to fit by (default: exact, if the table has it)")
@@ -370,36 +321,32 @@ def fitted(args, resamples=RESAMPLES):
 def predict(args):
     """Print the best recurrence, tokens and loss for a budget, by the training law."""
     out, table = fitted(args)
-    fit, size, cost, flops = table.fit, table.rows[0], table.cost, args.flops
+    flops, best = args.flops, table.law_at(args.flops)
     low, top = column(table.rows, "flops").min(), column(table.rows, "flops").max()
     print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
           f"({out['accounting']})")
     for note in table.notes:
         print("note:", note)
-
-    best, sampled = frontier(fit, size, cost, flops), frontier(fit, size, cost, flops, fit.samples)
-    (mu,), (tokens,), (loss,) = best
-    of_mu, of_tokens, of_loss = (interval(some, one[0]) for some, one in zip(sampled, best))
-    print(f"mu*  = {frontier_text(mu, of_mu)} loops")
-    print(f"D*   = {value_text(tokens, of_tokens)} tokens")
-    print(f"loss = {value_text(loss, of_loss)} nats per token")
+    print(f"mu*  = {optimum_text(best)} loops")
+    print(f"D*   = {value_text(best['tokens'], best['ci_tokens'])} tokens")
+    print(f"loss = {value_text(best['val_loss'], best['ci_val_loss'])} nats per token")
 
     for optimum in out["isoflop"]:
-        if same_budget(flops, optimum["flops"]):
+        if tables.same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    tried = column(table.rows, "mu_rec")
-    if not tried.min() < mu < tried.max():
-        beyond = max(mu / tried.max(), tried.min() / mu)
-        by = f"{beyond:.3g} times beyond" if beyond > 1 else "at the edge of"
-        print(f"warning: mu* is not inside the recurrences tried but {by} them, {tried.min():g} to "
-              f"{tried.max():g}: the law goes on where no run has been")
-    if not low / 2 < flops < 2 * top:
-        print(f"warning: {max(flops / top, low / flops):.3g} times beyond the budgets measured; "
-              "the intervals know nothing of that")
+    mu, tried = best["mu_rec"], column(table.rows, "mu_rec")
+    beyond = max(mu / tried.max(), tried.min() / mu)
+    if beyond >= 1:
+        print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
+              f"{tried.max():g}, but {beyond:.3g} times their end: no run has been there")
+    beyond = max(flops / top, low / flops)
+    if beyond >= 2:
+        print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "
+              "nothing of that")
 
 
 def fit(args):
-    """Fit everything, print it beside the published figures, write --json, draw."""
+    """Fit everything, print it next to the published figures, write --json, draw."""
     rows, accounting = read_tables(args.tables, args.accounting)
     drawing = True
     try:
@@ -416,8 +363,7 @@ def fit(args):
         draw(out, table, Path(args.figures))
 
 
-def parse_args(words):
-    """Return the command's settings; `fit` where no command is given."""
+def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
 
@@ -434,16 +380,9 @@ def parse_args(words):
     add = commands.add_parser("predict", help=about, description=about).add_argument
     add_table_flags(add, "tables")
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
-    return parser.parse_args(words or ["fit"])
-
-
-def main():
-    args = parse_args(sys.argv[1:])
+    args = parser.parse_args(sys.argv[1:] or ["fit"])
     torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
-    if args.command == "fit":
-        fit(args)
-    else:
-        predict(args)
+    {"fit": fit, "predict": predict}[args.command](args)
 
 
 if __name__ == "__main__":

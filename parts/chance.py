@@ -10,15 +10,14 @@ from collections import Counter
 
 import numpy as np
 
-from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth
+from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth, unrolled
 
 # ----------------------------------------------------------------------------- seeds
 
 
 def cells_of(rows):
     """Return lists of rows that differ in their seed alone."""
-    names = "model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence"
-    cells = {}
+    cells, names = {}, ("model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence")
     for i, group in enumerate(rows_by_budget(rows)):
         for row in group:
             cells.setdefault((i, *(row[name] for name in names)), []).append(row)
@@ -29,19 +28,17 @@ def seed_effects(cells):
     """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
 
     A seed is a block: it gives all runs the same order of the text, and some of the same initial
-    weights. Its effect is by how much its log losses differ from the mean of all seeds, in every
-    cell alike: the least squares of log loss = cell + seed. So only seeds that share two cells with
-    another have one, and the difference between cells plays no part."""
+    weights. Its effect is the least squares of log loss = cell + seed; the mean of all is 0. Only
+    seeds that share two cells with another have one."""
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
         return {}, 0.0, 0
     which, losses = [], []
     for cell in cells:
-        mine = [seed for seed in known if seed in cell]
-        if len(mine) > 1:
-            here = np.array([[seed == other for other in known] for seed in mine], dtype=float)
-            loss = np.array([cell[seed] for seed in mine])
+        mine = [i for i, seed in enumerate(known) if seed in cell]
+        if mine:
+            here, loss = np.eye(len(known))[mine], np.array([cell[known[i]] for i in mine])
             which.append(here - here.mean(0))
             losses.append(loss - loss.mean())
     which, losses = np.concatenate(which), np.concatenate(losses)
@@ -52,8 +49,7 @@ def seed_effects(cells):
 
 def without_seed_effects(rows):
     """Return the rows, at every T, without the effects that seeds have on each model's losses at
-    T = mu_rec. These count as known then: to find them anew in each resample moves no interval of
-    our exponents by more than 0.02."""
+    T = mu_rec. These count as known then."""
     result = []
     for group in comparable(rows):
         cells = [{row["seed"]: math.log(row["val_loss"]) for row in cell}
@@ -65,8 +61,7 @@ def without_seed_effects(rows):
 
 
 def left_by_seeds(budgets):
-    """Return (squares that the means of cells and the effects of seeds leave over, degrees of
-    freedom)."""
+    """Return (squares that means of cells and effects of seeds leave over, their freedom)."""
     cells = [cell for budget in budgets for cell in budget.cells.values()]
     squares = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
     _, explained, used = seed_effects(cells)
@@ -85,11 +80,9 @@ def seed_differences(budgets, noise):
 
 
 def lack_of_fit(squares, freedom, noise):
-    """Return how often the noise of seeds alone leaves so much over of means of runs. Small: what
-    was fitted is of the wrong form. None where there is nothing to test.
-
-    The tail of an F-test, by draws: numpy has no F distribution but those. squares: in units of the
-    noise of a single run."""
+    """Return how often the noise of seeds alone leaves so many squares over, as of single runs: the
+    tail of an F-test, by draws. Small: what was fitted is of the wrong form. None where there is
+    nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
@@ -106,25 +99,27 @@ def most_by_chance(noise, runs):
 
 
 def gains(budgets, noise):
-    """Return what looping gains over mu_rec = 1 at each budget, in val loss: seeds are pairs.
+    """Return (what looping gains over mu_rec = 1 at each budget, in val loss; how many runs have no
+    pair). Seeds are pairs: one run with mu_rec = 1, one of the same seed without.
 
     Of several recurrences the best by chance looks better than it is. So each seed's pair is that
-    of the recurrence that the other seeds gain most by: the mean of these is no higher than what
-    the best recurrence gains. Where no recurrence has two pairs it is the best of all: "single",
-    and biased upwards. "ci" is by the noise of a run: two or three differences know little of their
-    own."""
-    result = []
+    of the recurrence that the other seeds gain most by. Where no recurrence has two pairs it is the
+    best of all: "single", and biased upwards. "ci" is by the noise of a run: two or three
+    differences know little of their own."""
+    result, alone = [], 0
     for budget in budgets:
         losses = {mu: {seed: math.exp(loss) for seed, loss in cell.items()}
                   for mu, cell in budget.cells.items()}
         unlooped = losses.pop(1, {})
         gained = {mu: {seed: unlooped[seed] - cell[seed] for seed in cell if seed in unlooped}
                   for mu, cell in losses.items()}
-        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
-        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
         every = [(gain, mu) for mu, cell in gained.items() for gain in cell.values()]
+        alone += sum(map(len, losses.values())) - len(every)
+        alone += len(unlooped.keys() - {seed for cell in gained.values() for seed in cell})
         if not every:
             continue
+        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
+        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
         by_seed, mu = zip(*(pairs or [max(every)]))
         gain, ci = float(np.mean(by_seed)), [None, None]
         if noise:
@@ -132,41 +127,25 @@ def gains(budgets, noise):
             ci = [float(gain - most), float(gain + most)]
         result.append({"flops": budget.flops, "mu_rec": sorted({*mu}), "gain": gain, "ci": ci,
                        "by_seed": list(by_seed), "single": not pairs})
-    return result
+    return result, alone
 
 
 def best_by_others(gained, seed):
-    """Return the recurrence of this seed that its other seeds gain most by; None without one.
-
-    gained: {mu_rec: {seed: gain}}."""
-    of_others = {mu: [gain for other, gain in cell.items() if other != seed]
+    """Return the recurrence of this seed that others gain most by, or None; gained: {mu_rec: {seed:
+    gain}}."""
+    of_others = {mu: np.mean([gain for other, gain in cell.items() if other != seed])
                  for mu, cell in gained.items() if seed in cell and len(cell) > 1}
-    return max(of_others, key=lambda mu: np.mean(of_others[mu]), default=None)
-
-
-def without_a_pair(budgets):
-    """Return how many runs have none to be compared with, of their budget and seed, one of the two
-    with mu_rec = 1."""
-    alone = 0
-    for budget in budgets:
-        unlooped = budget.cells.get(1, {})
-        looped = [seed for mu, cell in budget.cells.items() if mu != 1 for seed in cell]
-        alone += sum(seed not in unlooped for seed in looped)
-        alone += len(unlooped.keys() - set(looped))
-    return alone
+    return max(of_others, key=of_others.get, default=None)
 
 # ----------------------------------------------------------------------------- runs that diverged
 
 # One run that diverged makes the noise 20 % of the loss and turns every gain around. A run is
-# compared with the other seeds of its cell. Where it is alone, with what a law fitted to all other
-# runs says; no law is quite right, so a run that misses it like the others of its recurrence, or of
-# its budget, has not diverged.
+# compared with what a fit to all other cells says. No such fit is quite right, so a run that misses
+# it like the other seeds of its cell, its recurrence or its budget has not diverged.
 
 TIMES = 8  # so often the noise of the others must a run be away
 ENOUGH = 8  # degrees of freedom that a noise is known from
-SHARE, NORMAL = 0.7, 1.036  # noise is read off this quantile of sizes, where a normal one has that
-ALONE = 2  # a run alone in its cell: so often as far, as no law is quite right ...
-SOUND = 0.05  # ... and further than that in log loss
+ALONE, SOUND = 2, 0.05  # a run alone in its cell: so often as far, and further than that
 UNKNOWN = 0.04  # the noise, where too few say how large it is: a diverged run shows all the same
 
 
@@ -190,59 +169,45 @@ def diverged(rows):
     kept, gone = list(rows), []
     while len(gone) < 0.3 * len(rows) and len(kept) > 3:
         away = distances(kept)
-        worst = int(np.argmax(away))
-        if away[worst] <= TIMES:
+        if away.max() <= TIMES:
             break
-        gone.append((kept.pop(worst), float(away[worst])))
+        gone.append((kept.pop(int(away.argmax())), float(away.max())))
     return kept, gone
 
 
 def distances(rows):
-    """Return by how many times the noise of the others each run is away from what is next to it,
-    (rows,); 0 where nothing can be said."""
-    log_loss = np.log(column(rows, "val_loss"))
-    cells = positions(rows, cells_of(rows))
-    from_fit, noise_of_fit = away_from_fit(rows, log_loss, cells)
-    shared = [log_loss[cell] - log_loss[cell].mean() for cell in cells if len(cell) > 1]
-    noise = min(noise_of_fit, UNKNOWN)
-    if sum(len(left) - 1 for left in shared) >= ENOUGH:
-        noise = typical(np.concatenate(
-            [left * math.sqrt(len(left) / (len(left) - 1)) for left in shared]))
-
-    away = np.zeros(len(rows))
-    for cell in cells:
-        i = cell[np.argmax(from_fit[cell])]  # of two that differ the one further from the fit
-        others = cell[cell != i]
-        if len(others):
-            differ = abs(log_loss[i] - np.median(log_loss[others]))
-            away[i] = differ / math.sqrt(1 + 1 / len(others)) / noise
-        elif from_fit[i] > SOUND:
-            away[i] = from_fit[i] / noise_of_fit / ALONE
-    return away
-
-
-def away_from_fit(rows, log_loss, cells):
-    """Return (how far each run is away from a fit to the other cells (rows,), its noise)."""
-    terms = surface(rows)
+    """Return by how many times the noise of the others each run is away from them, (rows,)."""
+    log_loss, mu = np.log(column(rows, "val_loss")), column(rows, "mu_rec")
+    cells, terms = positions(rows, cells_of(rows)), surface(rows)
     left = log_loss - predicted_by_others(terms, log_loss, cells)
+    alike = cells + positions(rows, rows_by_budget(rows))
+    alike += [np.flatnonzero(mu == one) for one in np.unique(mu)]
     away = np.abs(left)
-    mu = column(rows, "mu_rec")
-    recurrences = [np.flatnonzero(mu == one) for one in np.unique(mu)]
-    for group in positions(rows, rows_by_budget(rows)) + recurrences:
+    for group in alike:
         for i in group:
             others = left[group[group != i]]
-            if len(others) > 1:
+            if len(others):
                 away[i] = min(away[i], abs(left[i] - np.median(others)))
-    few = terms.shape[1] == 1
-    return away, max(typical(left), UNKNOWN) if few else typical(left)
+
+    noise_of_fit = max(typical(left), UNKNOWN if terms.shape[1] == 1 else 0)
+    noise = min(noise_of_fit, UNKNOWN)
+    shared = [(left[cell] - left[cell].mean()) * math.sqrt(len(cell) / (len(cell) - 1))
+              for cell in cells if len(cell) > 1]
+    if sum(len(cell) - 1 for cell in cells) >= ENOUGH:
+        noise = typical(np.concatenate(shared))
+    for cell in cells:
+        n = len(cell)
+        if n > 1:
+            away[cell] /= noise * math.sqrt(n / (n - 1))
+        else:
+            away[cell] *= (away[cell] > SOUND) / (ALONE * noise_of_fit)
+    return away
 
 
 def surface(rows):
     """Return (rows, terms): what the log loss is a sum of, smooth in the logarithms of the unrolled
-    model's size and of the tokens; fewer terms where there are few runs, or where two say the
-    same."""
-    size = column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
-    n, d = (np.log(x) - np.log(x).mean() for x in (size, column(rows, "tokens")))
+    model's size and the tokens; fewer where there are few runs, or two terms say the same."""
+    n, d = (np.log(x) - np.log(x).mean() for x in (unrolled(rows), column(rows, "tokens")))
     most = 5 if len(rows) >= 6 + ENOUGH else 2 if len(rows) >= 3 + ENOUGH else 0
     terms = np.stack([n, d, n * n, n * d, d * d], 1)[:, :most]
     terms = (terms - terms.mean(0)) / (terms.std(0) + 1e-9)
@@ -267,8 +232,9 @@ def predicted_by_others(terms, log_loss, cells):
 
 
 def typical(left):
-    """Return the standard deviation of what is left over, read off its smaller sizes."""
-    return max(np.quantile(np.abs(left), SHARE) / NORMAL, 1e-4)
+    """Return the standard deviation of what is left over, read off its smaller sizes: 70 % of a
+    normal distribution is within 1.036 of it."""
+    return max(np.quantile(np.abs(left), 0.7) / 1.036, 1e-4)
 
 
 def positions(rows, groups):

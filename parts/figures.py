@@ -114,7 +114,7 @@ def optima(path, points, law):
     x, inside = np.array(law["flops"]), [point for point in points if point["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
     for axes, (name, label) in zip(every, labels.items()):
-        best, low, high = np.array(law[name]).T
+        best, low, high = np.array(law[name], dtype=float).T  # NaN: no interval
         axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
         axes.loglog(x, best, "k-", label="training law")
         middle = len(x) // 2  # only the slope is compared
@@ -140,38 +140,4 @@ def optima(path, points, law):
                     label=f"lowest loss at the edge: {key.replace('_', ' ')} that")
     loops_axis(mu, labels["mu_rec"], "y")
     mu.legend(fontsize=8)
-    save(figure, path)
-
-
-def contours(path, runs, grid, frontier, title):
-    """Draw loss by the training law over recurrence and tokens.
-
-    runs: (mu, tokens), arrays. grid: (x, y, loss[y, x]). frontier: (mu, tokens) of lowest loss at
-    each of many budgets."""
-    figure, [axes] = panels(1, 6, 4.2)
-    axes.set(ylabel="training tokens D", yscale="log", title=title)
-    loops_axis(axes, "mean recurrence mu_rec (loops)")
-    # Levels that part the picture evenly: the loss itself falls ever more slowly.
-    levels = np.unique(np.quantile(grid[2], np.linspace(0.03, 0.97, 12)).round(3))
-    lines = axes.contour(*grid, levels=levels, cmap="viridis_r", linewidths=1)
-    axes.clabel(lines, fontsize=7)
-    axes.plot(*runs, "o", color="0.6", ms=3, label="runs")
-    axes.plot(*frontier, "k-", lw=2, label="efficient frontier")
-    axes.legend(fontsize=8)
-    save(figure, path)
-
-
-def test_time(path, curves):
-    """Draw loss against the loops at test time.
-
-    curves: dicts, one a model: "mu_rec"; "T" and "loss", arrays; "fit_T" and "fit_loss"."""
-    figure, [axes] = panels(1, 6, 4.2)
-    for i, curve in enumerate(curves):
-        color, label = shade(i, len(curves)), f"mu_rec = {curve['mu_rec']:g}"
-        axes.plot(curve["T"], curve["loss"], marker(i), color=color, label=label)
-        axes.plot(curve["fit_T"], curve["fit_loss"], lw=1, color=color)
-    loops_axis(axes, "loops T at test time")
-    axes.set(ylabel="val loss (nats per token)",
-             title="Loops at test time, largest runs: L(T) = L_inf + Z exp(-z T)")
-    axes.legend(fontsize=8)
     save(figure, path)

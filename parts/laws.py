@@ -1,14 +1,10 @@
 """Laws of the loss, hundreds of fits of one at once, and the best recurrence under a law.
 
-A law is an object: a name, its prediction, its parameters. To add one, write the prediction and an
-entry of LAWS: scaling.py fits it to the runs at T = mu_rec and prints it.
-
-The laws here are those of §5 of "Parcae" (arXiv 2604.12946) and of "How Much Is One Recurrence
-Worth?" (arXiv 2604.21106), in the papers' letters. N(mu) = N_noncore + mu N_core counts the
-unrolled model; T is loops at test time.
-
-Fits are those of Hoffmann et al. 2022 (approach 3): the Huber loss of the error of the log of the
-prediction, delta 1e-3, from many random starts.
+To add a law, write its prediction and an entry of LAWS: scaling.py fits it to the runs at
+T = mu_rec and prints it. The laws here are those of §5 of "Parcae" (arXiv 2604.12946) and of "How
+Much Is One Recurrence Worth?" (arXiv 2604.21106), in the papers' letters. N(mu) = N_noncore +
+mu N_core counts the unrolled model; T is loops at test time. Fits are those of Hoffmann et al. 2022
+(approach 3): the Huber loss of the error of the log of the prediction, from many random starts.
 """
 
 import math
@@ -19,16 +15,7 @@ import numpy as np
 import torch
 
 from parts.cli import progress_bar
-from parts.tables import (
-    column,
-    distinct,
-    kept,
-    rows_by_budget,
-    run_key,
-    same_budget,
-    sizes,
-    trained_depth,
-)
+from parts.tables import column, distinct, run_key, same_budget, sizes, unrolled
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
@@ -42,7 +29,6 @@ Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log"
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
 POWER = Parameter(0.1, 1.5, "one")
-RATE = Parameter(0.2, 3, "one")
 TERM = Parameter(0.05, 1, "span")
 
 
@@ -58,11 +44,6 @@ def unified(p, r):
     return training(p, r) + p.Z * torch.exp(-p.z * r.loops / r.mu)
 
 
-def test_time(p, r):
-    """L(T) = L_inf + Z exp(-z T), of one model."""
-    return p.L_inf + p.Z * torch.exp(-p.z * r.loops)
-
-
 def worth(p, r):
     """The training law with a phi to be found (arXiv 2604.21106, with A, alpha, B, beta there)."""
     return training(p, r, p.phi)
@@ -74,8 +55,7 @@ POWERS = {"E": ASYMPTOTE, "X": TERM._replace(per=("N", "x")), "x": POWER,
 
 LAWS = {law.name: law for law in (
     Law("training", training, POWERS),
-    Law("unified", unified, POWERS | {"Z": TERM, "z": RATE}),
-    Law("test time", test_time, {"L_inf": ASYMPTOTE, "Z": TERM, "z": RATE}),
+    Law("unified", unified, POWERS | {"Z": TERM, "z": Parameter(0.2, 3, "one")}),
     Law("worth", worth, POWERS | {"phi": Parameter(0, 1, "one", "any")}),
 )}
 
@@ -84,15 +64,14 @@ LAWS = {law.name: law for law in (
 
 def reasons_against(law, rows):
     """Return why the rows cannot tell the parameters of a law, a list of texts; law: a name."""
-    reasons = []
+    values = {"sizes of the unrolled model": unrolled(rows), "token counts": column(rows, "tokens")}
+    if law == "unified":
+        loops = column(rows, "recurrence") / column(rows, "mu_rec")
+        values["values of T / mu_rec at evaluation"] = loops
+    counts = {name: len(np.unique(some)) for name, some in values.items()}
+    reasons = [f"{count} {name}, it needs 3" for name, count in counts.items() if count < 3]
     if law == "worth" and sizes(rows) < 2:
         reasons.append("1 size of model, it needs 2")
-    values = {"sizes of the unrolled model": {unrolled(row) for row in rows},
-              "token counts": {row["tokens"] for row in rows}}
-    if law == "unified":
-        values["values of T / mu_rec at evaluation"] = {
-            row["recurrence"] / row["mu_rec"] for row in rows}
-    reasons += [f"{len(some)} {name}, it needs 3" for name, some in values.items() if len(some) < 3]
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
     if distinct(rows, "val_loss") == 1:
@@ -100,49 +79,37 @@ def reasons_against(law, rows):
     return reasons
 
 
-def unrolled(row):
-    """Return the parameters of a run's unrolled model."""
-    return row["params_noncore"] + row["mu_rec"] * row["params_core"]
-
-
 def units_of(rows):
-    """Return N and D of a middling run: in these units X and x do not stand in for each other.
-
-    (In X N^-x a change of x moves X by powers of ten, unless N is near 1.)"""
-    values = {"N": [unrolled(row) for row in rows], "D": column(rows, "tokens")}
+    """Return N and D of a middling run. In these units X and x do not stand in for each other: in
+    X N^-x a change of x moves X by powers of ten, unless N is near 1."""
+    values = {"N": unrolled(rows), "D": column(rows, "tokens")}
     return {name: math.exp(np.log(some).mean()) for name, some in values.items()}
 
 
 def runs_of(rows, units):
     """Return what laws see of a table, float64 tensors (rows,): N and D in `units`."""
-    def tensor(name):
-        return torch.tensor(column(rows, name), dtype=torch.float64)
-    return SimpleNamespace(
-        noncore=tensor("params_noncore") / units["N"],
-        core=tensor("params_core") / units["N"],
-        D=tensor("tokens") / units["D"],
-        mu=tensor("mu_rec"),
-        loops=tensor("recurrence"),
-    )
+    noncore, core, tokens, mu, loops = (
+        torch.tensor(column(rows, name), dtype=torch.float64)
+        for name in ("params_noncore", "params_core", "tokens", "mu_rec", "recurrence"))
+    return SimpleNamespace(noncore=noncore / units["N"], core=core / units["N"],
+                           D=tokens / units["D"], mu=mu, loops=loops)
 
 
 def named(law, theta):
     """Return the parameters by name, each (...,), from theta (..., parameters): see Parameter."""
-    result = SimpleNamespace()
-    for i, (name, parameter) in enumerate(law.parameters.items()):
-        value = theta[..., i]
-        setattr(result, name, value.exp() if parameter.domain == "log" else value)
-    return result
+    values = zip(law.parameters.items(), theta.unbind(-1))
+    return SimpleNamespace(**{name: value.exp() if parameter.domain == "log" else value
+                              for (name, parameter), value in values})
 
 
 def start_ranges(law, losses):
     """Return between which theta fits to these losses start: (2, parameters), low and high."""
     scales = {"lowest": losses.min(), "span": max(np.ptp(losses), 1e-3), "one": 1.0}
     ends = []
-    for parameter in law.parameters.values():
-        low, high = (end * scales[parameter.scale] for end in parameter[:2])
-        ends.append((math.log(low), math.log(high)) if parameter.domain == "log" else (low, high))
-    return torch.tensor(ends, dtype=torch.float64).T
+    for low, high, scale, domain, _ in law.parameters.values():
+        pair = np.array([low, high]) * scales[scale]
+        ends.append(np.log(pair) if domain == "log" else pair)
+    return torch.tensor(np.array(ends)).T
 
 
 def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
@@ -214,8 +181,7 @@ def damped_step(error, jacobian, weights, damping, at_bound):
 
 
 class Fit(namedtuple("Fit", "law units starts theta samples objective")):
-    """A law fitted: theta (parameters,), samples (resamples, parameters), objective; starts: of
-    start_ranges."""
+    """A law fitted: starts of start_ranges, theta (parameters,), samples (resamples, them)."""
 
     def predict(self, rows):
         """Return losses (rows,)."""
@@ -236,25 +202,23 @@ class Fit(namedtuple("Fit", "law units starts theta samples objective")):
         return values
 
     def summary(self):
-        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined".
-
-        A parameter is not determined where its interval is more than half as wide as the range
-        that fits started from: the data say little that the range had not said."""
+        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined":
+        their interval is more than half as wide as the range that fits started from, so the data
+        say little that the range had not said."""
         result = {name: float(value) for name, value in self.values(self.theta).items()}
         samples = self.values(self.samples)
         result["ci"] = {name: interval(samples[name], result[name]) for name in samples}
         result["undetermined"] = []
-        widths = self.starts[1] - self.starts[0]
         for i, name in enumerate(self.law.parameters):
-            ci = interval(self.samples[:, i], self.theta[i])
-            if None not in ci and ci[1] - ci[0] > widths[i] / 2:
+            low, high = interval(self.samples[:, i], self.theta[i])
+            if low is not None and high - low > (self.starts[1, i] - self.starts[0, i]) / 2:
                 result["undetermined"].append(name)
         return result
 
 
 def interval(samples, point):
-    """Return the central 95 % of samples, stretched to hold the point. [None, None] where more than
-    5 % of them are not finite, or the point, or where they are fewer than 20."""
+    """Return the central 95 % of samples, stretched to hold the point; [None, None] of fewer than
+    20 finite samples, or 95 % of them, or where the point is not finite."""
     samples = np.asarray(samples, dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
@@ -266,11 +230,8 @@ def interval(samples, point):
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
     has converged. law: a name."""
-    law = LAWS[law]
-    units = units_of(rows)
-    runs = runs_of(rows, units)
-    losses = column(rows, "val_loss")
-    log_loss = torch.tensor(np.log(losses))
+    law, units, losses = LAWS[law], units_of(rows), column(rows, "val_loss")
+    runs, log_loss = runs_of(rows, units), torch.tensor(np.log(losses))
 
     # A short fit of every start, then the best of them to the end.
     low, high = ranges = start_ranges(law, losses)
@@ -280,37 +241,29 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     theta, objective = minimise(law, runs, log_loss, theta[objective.argsort()[:8]])
     best = theta[objective.argmin()]
 
-    # Fits to resamples start from the best. Of our table 24 other starts end lower in one resample
-    # of 200, and move no interval.
-    samples = torch.empty(0, len(best), dtype=torch.float64)
-    if resamples:
-        again = best.repeat(resamples, 1)
-        samples = refit(law, runs, log_loss, again, resample(rows, resamples, seed))
-    return Fit(law, units, ranges, best, samples, objective.min().item())
+    # Fits to resamples start from the best: other starts move no interval of our table.
+    fit = Fit(law, units, ranges, best, best[None][:0], objective.min().item())
+    if not resamples:
+        return fit
+    return fit._replace(samples=refits(fit, rows, log_loss, resample(rows, resamples, seed)))
 
 
-def fits_of_noisy(fit, rows, log_loss):
-    """Return theta (sweeps, parameters) of fits of the same law to other log losses (sweeps,
-    rows)."""
-    runs, theta = runs_of(rows, fit.units), fit.theta.repeat(len(log_loss), 1)
-    return refit(fit.law, runs, log_loss, theta)
-
-
-def refit(law, runs, log_loss, theta, weights=None):
-    """Return theta of minimise, done twice: from the end with large steps again, some leave a small
-    dip."""
-    for _ in range(2):
-        theta, _ = minimise(law, runs, log_loss, theta, weights)
+def refits(fit, rows, log_loss, weights=None):
+    """Return theta (fits, parameters) of fits of the same law to other log losses, or with other
+    weights, either of them (fits, rows)."""
+    many = log_loss if weights is None else weights
+    theta = fit.theta.repeat(len(many), 1)
+    for _ in range(2):  # from the end with large steps again: some leave a small dip
+        theta, _ = minimise(fit.law, runs_of(rows, fit.units), log_loss, theta, weights)
     return theta
 
 
 def resample(rows, resamples, seed):
     """Return how often each row counts (resamples, rows): whole runs are drawn with replacement."""
-    runs = [run_key(row) for row in rows]
-    index = {run: i for i, run in enumerate(dict.fromkeys(runs))}
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), resamples)
-    return torch.tensor(counts[:, [index[run] for run in runs]], dtype=torch.float64)
+    runs = list(dict.fromkeys(map(run_key, rows)))
+    equal = np.full(len(runs), 1 / len(runs))
+    counts = np.random.default_rng(seed).multinomial(len(runs), equal, resamples)
+    return torch.tensor(counts[:, [runs.index(run_key(row)) for row in rows]]).double()
 
 # ----------------------------------------------------------------------------- fits to a table
 
@@ -324,11 +277,11 @@ def can_fit(law, rows, notes):
 
 
 def fit_without_largest(law, rows, notes):
-    """Return (a fit to all but the largest budget, the rows of that). None, and a note says why,
-    where that cannot be."""
+    """Return (a fit to all but the largest budget, the rows of that); or None, and a note says
+    why."""
     top = column(rows, "flops").max()
-    seen = [row for row in rows if not same_budget(row["flops"], top)]
     largest = [row for row in rows if same_budget(row["flops"], top)]
+    seen = [row for row in rows if not same_budget(row["flops"], top)]
     reasons = reasons_against(law, seen) if seen else ["there is one budget"]
     if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
         # also where the runs were planned by another accounting and share no budgets in this one
@@ -341,64 +294,11 @@ def fit_without_largest(law, rows, notes):
 
 
 def fit_with_error(law, rows, resamples, notes):
-    """Return (Fit, what --json writes of it, what fit_without_largest returns)."""
+    """Return (Fit, what --json writes of it)."""
     held_out = fit_without_largest(law, rows, notes)
     fit = fit_law(law, rows, resamples=resamples)
     error = held_out[0].error(held_out[1]) if held_out else None
-    return fit, fit.summary() | {"held_out_error": error}, held_out
-
-
-def fit_unified(rows, resamples, notes):
-    """Return what --json writes of the unified law.
-
-    Its error is mostly that of the training law; "given_loss" takes the loss at T = mu_rec as
-    measured."""
-    _, result, held_out = fit_with_error("unified", rows, resamples, notes)
-    result["held_out_error_given_loss"] = None
-    if held_out:
-        fit, unseen = held_out
-        measured = {run_key(row): row["val_loss"] for row in trained_depth(unseen)}
-        unseen = kept(unseen, lambda row: run_key(row) in measured, notes, "of the largest budget "
-                      "have no row at T = mu_rec: of the error given that loss they are")
-        if unseen:
-            at_mu = fit.predict([row | {"recurrence": row["mu_rec"]} for row in unseen])
-            loss = fit.predict(unseen) - at_mu + [measured[run_key(row)] for row in unseen]
-            error = np.abs(loss / column(unseen, "val_loss") - 1).mean()
-            result["held_out_error_given_loss"] = float(error)
-    return result
-
-
-def fit_worth(rows, resamples):
-    """Return phi, and how much worse the law fits where a loop is worth nothing (0) or a layer
-    (1)."""
-    fit = fit_law("worth", rows, resamples=resamples)
-    law = fit.summary()
-    unlooped = [row | {"mu_rec": 1} for row in rows]
-    objective = {"free": fit.objective,
-                 "phi = 0": fit_law("training", unlooped, resamples=0).objective,
-                 "phi = 1": fit_law("training", rows, resamples=0).objective}
-    return {"phi": law["phi"], "ci": law["ci"]["phi"], "law": law, "objective": objective,
-            "sizes": sizes(rows)}
-
-
-def fit_test_time(rows, notes):
-    """Return [(run's rows, fit, what --json writes)] of each recurrence's run with most FLOPs, and
-    of those the lowest seed."""
-    result, few = [], []
-    for mu in sorted({row["mu_rec"] for row in rows} - {1}):
-        largest = rows_by_budget([row for row in rows if row["mu_rec"] == mu])[-1]
-        run = run_key(min(largest, key=lambda row: row["seed"]))
-        data = sorted((row for row in rows if run_key(row) == run), key=lambda r: r["recurrence"])
-        if len(data) < 4 or distinct(data, "val_loss") == 1:
-            few.append(f"{mu:g}")
-            continue
-        fit = fit_law("test time", data, starts=16, resamples=0)
-        values = {name: float(value) for name, value in fit.values(fit.theta).items()}
-        result.append((data, fit, run._asdict() | values | {"error": fit.error(data)}))
-    if few:
-        notes.append(f"test-time law: not fitted for mu_rec {', '.join(few)} (it needs losses that "
-                     "differ at 4 values of T)")
-    return result
+    return fit, fit.summary() | {"held_out_error": error}
 
 # ----------------------------------------------------------------------------- the frontier
 
@@ -406,8 +306,7 @@ MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked fo
 
 
 def token_cost(rows):
-    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what the runs of a table
-    cost.
+    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what a table's runs cost.
 
     Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
     recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
@@ -415,24 +314,23 @@ def token_cost(rows):
     for row in rows:
         flops[row["mu_rec"], row["mu_bwd"]] += row["flops"]
         tokens[row["mu_rec"], row["mu_bwd"]] += row["tokens"]
-    cheapest = {}  # mu_rec: (FLOPs of a token, mu_bwd)
-    for mu, mu_bwd in flops:
-        one = flops[mu, mu_bwd] / tokens[mu, mu_bwd], mu_bwd
-        cheapest[mu] = min(one, cheapest.get(mu, one))
-    costs = {mu: cost for mu, (cost, _) in cheapest.items()}
-    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
+    cost = {depths: flops[depths] / tokens[depths] for depths in flops}
+    cheapest = dict(sorted(cost, key=cost.get, reverse=True))  # {mu_rec: mu_bwd}, the last counts
+    costs = {mu: cost[mu, mu_bwd] for mu, mu_bwd in cheapest.items()}
+    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, mu_bwd in cheapest.items())
     return cost_between(lower_hull(costs) if rounded else costs)
 
 
 def lower_hull(costs):
-    """Return the recurrences that are not dearer than a mix of others.
-
-    costs, and what is returned: {mean recurrence: FLOPs of a token}."""
+    """Return those of {mean recurrence: FLOPs of a token} that are not dearer than a mix of
+    others."""
+    def slope(a, b):
+        return (b[1] - a[1]) / (b[0] - a[0])
     hull = []
-    for x, y in sorted(costs.items()):
-        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], (x, y)):
+    for point in sorted(costs.items()):
+        while len(hull) > 1 and slope(*hull[-2:]) >= slope(hull[-1], point):
             hull.pop()
-        hull.append((x, y))
+        hull.append(point)
     return dict(hull)
 
 
@@ -441,29 +339,21 @@ def cost_between(costs):
 
     Straight lines between them. Beyond the ends the first and the last line go on; below the first,
     a token costs no less than in proportion."""
-    points = sorted(costs.items())
-    known, cost = np.array(points).T
-    first, last = (slope(*points[:2]), slope(*points[-2:])) if len(points) > 1 else (0.0, 0.0)
+    known, cost = np.array(sorted(costs.items())).T
+    slopes = np.diff(cost) / np.diff(known) if len(known) > 1 else np.zeros(1)
 
     def cost_of(mu):
-        line = (np.interp(mu, known, cost) + first * np.minimum(0, mu - known[0])
-                + last * np.maximum(0, mu - known[-1]))
+        line = (np.interp(mu, known, cost) + slopes[0] * np.minimum(0, mu - known[0])
+                + slopes[-1] * np.maximum(0, mu - known[-1]))
         return np.maximum(line, cost[0] * np.minimum(1, mu / known[0]))
     return cost_of
-
-
-def slope(a, b):
-    """Return the slope of the line through two points."""
-    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def frontier(fit, size, cost, flops, theta=None):
     """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,).
 
     size: a row with the parameters of the model. cost: see cost_between. theta: other fits than the
-    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond. It
-    stays for a while where the cost has a kink, as at 2: an interval without width is such a
-    kink."""
+    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond."""
     theta = fit.theta[None] if theta is None else theta
     tokens = flops / cost(MU)
     runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
@@ -473,44 +363,54 @@ def frontier(fit, size, cost, flops, theta=None):
     return MU[best], tokens[best], loss[np.arange(len(best)), best]
 
 
+def optimum(fit, size, cost, flops):
+    """Return a point of the frontier with its intervals, as --json writes it. An interval without
+    width is a kink of the cost, as at two loops: there mu* stays for a while."""
+    best = [float(point) for (point,) in frontier(fit, size, cost, flops)]
+    mu, tokens, loss = best
+    ci, ci_tokens, ci_loss = map(interval, frontier(fit, size, cost, flops, fit.samples), best)
+    fewest, most = MU[[0, -1]].tolist()
+    return {"flops": flops, "mu_rec": mu, "ci": ci, "ci_at_edge": [ci[0] == fewest, ci[1] == most],
+            "at_most": mu if mu == fewest else None, "at_least": mu if mu == most else None,
+            "kink": fewest < mu < most and ci == [mu, mu], "tokens": tokens,
+            "ci_tokens": ci_tokens, "val_loss": loss, "ci_val_loss": ci_loss}
+
+
 def frontier_exponents(fit, size, cost, low, high, theta=None):
     """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
-    The frontier is no power law: it begins at one loop, stays at kinks of the cost, and nears the
-    exponent of `far_exponents` far above. So this is the mean slope, of a line through logarithms,
-    over the budgets where mu* is above 1; NaN where those span less than a factor of two. D* is
-    C / cost(mu*): the second follows from the first."""
-    flops = np.geomspace(low, high, 25)
-    every = [frontier(fit, size, cost, c, theta)[:2] for c in flops]
+    The frontier is not a power law: it begins at one loop, stays at kinks of the cost, and nears
+    the exponent of `far_exponents` far above. So this is the slope of a line through logarithms,
+    over the budgets where mu* is above 1; NaN where those span less than a factor of two."""
+    log_flops = np.linspace(math.log(low), math.log(high), 25)
+    every = [frontier(fit, size, cost, c, theta)[:2] for c in np.exp(log_flops)]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
     exponents = np.full((2, len(log_mu)), np.nan)
     for i, inside in enumerate((log_mu > 0) & (log_mu < math.log(MU[-1]))):
-        if inside.any() and np.ptp(np.log(flops[inside])) > math.log(2):
-            for j, values in enumerate((log_mu[i], log_tokens[i])):
-                exponents[j, i] = np.polyfit(np.log(flops[inside]), values[inside], 1)[0]
+        if inside.any() and np.ptp(log_flops[inside]) > math.log(2):
+            both = np.stack([log_mu[i, inside], log_tokens[i, inside]], 1)
+            exponents[:, i] = np.polyfit(log_flops[inside], both, 1)[0]
     return exponents
 
 
 def exponents_of(fit, size, cost, flops):
     """Return {"mu_rec", "tokens"}: exponents along the frontier, over the range of these FLOPs."""
-    low, high = flops.min(), flops.max()
-    point = frontier_exponents(fit, size, cost, low, high)[:, 0]
-    sampled = frontier_exponents(fit, size, cost, low, high, fit.samples)
-    return {name: {"exponent": float(value) if np.isfinite(value) else None,
-                   "ci": interval(samples, value)}
-            for name, value, samples in zip(("mu_rec", "tokens"), point, sampled)}
+    every = torch.cat([fit.theta[None], fit.samples])
+    found = frontier_exponents(fit, size, cost, flops.min(), flops.max(), every)
+    return {name: {"exponent": float(point) if math.isfinite(point) else None,
+                   "ci": interval(samples, point)}
+            for name, (point, *samples) in zip(("mu_rec", "tokens"), found)}
 
 
 def far_exponents(fit):
     """Return {"params", "tokens"}: exponents of N* and D*, the best size and token count,
     C^(y / (x + y)) and C^(x / (x + y)), each with its interval.
 
-    By Chinchilla's arithmetic: where cost is N times D. N* is that of the unrolled model, so mu*
+    Chinchilla's arithmetic, where cost is N times D. N* is that of the unrolled model, so mu*
     grows like it once the loops are most of the model."""
+    p, samples = named(fit.law, fit.theta), named(fit.law, fit.samples)
     result = {}
     for name, above in (("params", "y"), ("tokens", "x")):
-        point, samples = (p[above] / (p["x"] + p["y"])
-                          for p in map(fit.values, (fit.theta, fit.samples)))
-        result[name] = {"exponent": float(point), "ci": interval(samples, point)}
+        point, sampled = (vars(some)[above] / (some.x + some.y) for some in (p, samples))
+        result[name] = {"exponent": float(point), "ci": interval(sampled, point)}
     return result
-

@@ -8,7 +8,7 @@ fits them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_b
 import csv
 import itertools
 import math
-from collections import Counter, namedtuple
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +40,8 @@ ACCOUNTINGS = ("exact", "paper", "6ND")
 
 
 def read_lines(path):
-    """Return (column names, [(line number, {column: text})]) of a CSV file.
-
-    Raises UserError where it cannot be read, or has a column twice (a spreadsheet's join): of two,
-    csv.DictReader would take the last without a word."""
+    """Return (column names, [(line number, {column: text})]) of a CSV file. Raises UserError, also
+    where a column is there twice: csv.DictReader would take the last without a word."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -62,51 +60,49 @@ def read_csv(path):
     names, lines = read_lines(path)
     missing = [name for name in COLUMNS if name not in names]
     if missing:
-        needed = ", ".join(COLUMNS)
-        raise UserError(f"{path} has no column {', '.join(missing)}; needed: {needed}")
+        raise UserError(f"{path} has no column {', '.join(missing)}; needed: {', '.join(COLUMNS)}")
     rows = []
     for number, line in lines:
         try:
             rows.append(row_of(line))
-        except UserError as error:
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return rows
 
 
 def row_of(line):
-    """Return a row of a table from its {column: text}. Raises UserError."""
+    """Return a row of a table from its {column: text}. Raises ValueError."""
     if None in line:  # a decimal comma, say
-        raise UserError("it has more cells than the first line")
-    row = {name: table_value(name, line[name]) for name in COLUMNS}
-    accounting, mu = row["accounting"], row["mu_rec"]
-    if accounting not in ACCOUNTINGS:
-        raise UserError(f"accounting is {accounting!r}, must be exact or paper, or 6ND without "
-                        "loops")
-    if accounting == "6ND" and mu != 1:
-        raise UserError(f"accounting is '6ND' and mu_rec {mu:g}, must be exact or paper")
+        raise ValueError("it has more cells than the first line")
+    row = {}
+    for name, kind in COLUMNS.items():
+        text = line[name]
+        if text is None:
+            raise ValueError(f"{name} is missing: the line is too short")
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+        row[name] = text.strip() if kind is str else value_of(name, text)
+    if row["accounting"] not in ACCOUNTINGS:
+        raise ValueError(f"accounting is {row['accounting']!r}, must be exact or paper, or 6ND "
+                         "without loops")
+    if row["accounting"] == "6ND" and row["mu_rec"] != 1:
+        raise ValueError(f"accounting is '6ND' and mu_rec {row['mu_rec']:g}, must be exact or "
+                         "paper")
     return row
 
 
-def table_value(name, text):
-    """Return an entry of a table from its text, None if the line is too short for it. Raises
-    UserError."""
+def value_of(name, text):
+    """Return the number in a cell of a table. Raises ValueError."""
     kind = COLUMNS[name]
-    if text is None:
-        raise UserError(f"{name} is missing: the line is too short")
-    if kind is str:
-        if not text.strip():
-            raise UserError(f"{name} is empty")
-        return text.strip()
     try:
         value = float(text)
-        if kind is int and not value.is_integer():
-            raise ValueError
     except ValueError:
-        needed = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} is {text!r}, must be {needed}") from None
+        raise ValueError(f"{name} is {text!r}, must be a number") from None
+    if kind is int and not value.is_integer():
+        raise ValueError(f"{name} is {text!r}, must be a whole number")
     none = value == 0 and name == "params_core"  # a plain transformer has no core
     if kind is float and not (0 < value < math.inf or none):
-        raise UserError(f"{name} is {text}, must be finite and above 0")
+        raise ValueError(f"{name} is {text}, must be finite and above 0")
     return kind(value)
 
 
@@ -120,7 +116,7 @@ def as_written(row):
 
 
 def identity(row):
-    """Return a tuple that is the same for a row before it was written to a table and after."""
+    """Return a tuple that a row has before it was written to a table and after."""
     return tuple(as_written({name: kind(row[name]) for name, kind in COLUMNS.items()}).values())
 
 
@@ -154,12 +150,11 @@ def add_rows(table, rows):
 
 
 def last_line(path):
-    """Return the last whole line of a log, a dict; {"kind": None, "flops": 0} where there is none.
-
-    It reads the end of the file alone: a sweep asks often."""
+    """Return the last whole line of a log, a dict; {"kind": None, "flops": 0} where there is
+    none."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
+            file.seek(max(0, path.stat().st_size - 65536))  # the end alone: a sweep asks often
             line = log_line(file.read().split(b"\n")[-2])  # what no newline ends is not whole
     except (OSError, ValueError, IndexError):
         line = None
@@ -171,11 +166,8 @@ def last_line(path):
 def model_columns(config):
     """Return what a row says of a model and its depths; config: "model" in config.json."""
     mu = config["mean_recurrence"] if config["n_recurrent"] else 1
-    return {
-        "model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config),
-        "mu_rec": mu,
-        "mu_bwd": min(mu, config["backprop_depth"]),
-    }
+    return {"model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config),
+            "mu_rec": mu, "mu_bwd": min(mu, config["backprop_depth"])}
 
 
 def run_rows(config, last):
@@ -221,10 +213,8 @@ def rows_of_run(path):
 
 
 def read_tables(paths, accounting=None):
-    """Return (the rows of CSV files and directories of runs, the accounting to use).
-
-    The accounting is the one named, else exact, else what is there; rows are of all, each once: a
-    table may be given twice, or beside its own directory. Raises UserError."""
+    """Return (the rows of CSV files and directories of runs, each once and of all accountings; the
+    accounting named, else exact, else what is there). Raises UserError."""
     rows, folders = [], []
     for path in map(Path, paths):
         if not path.is_dir():
@@ -256,42 +246,38 @@ def column(rows, name):
     return np.array([row[name] for row in rows])
 
 
-def distinct(rows, name):
-    """Return how many different values a column has."""
-    return len({row[name] for row in rows})
+def unrolled(rows):
+    """Return the parameters of each run's unrolled model, (rows,)."""
+    return column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
+
+
+def distinct(rows, *names):
+    """Return how many different values a column has, or several columns together."""
+    return len({tuple(row[name] for name in names) for row in rows})
 
 
 def sizes(rows):
     """Return how many sizes of model there are."""
-    return len({(row["params_core"], row["params_noncore"]) for row in rows})
-
-
-def at_trained_depth(row):
-    """Return whether a row is evaluated at T = mu_rec."""
-    return row["recurrence"] == row["mu_rec"]
+    return distinct(rows, "params_core", "params_noncore")
 
 
 def trained_depth(rows):
     """Return the rows evaluated at T = mu_rec."""
-    return list(filter(at_trained_depth, rows))
-
-
-RunKey = namedtuple("RunKey", ["model", "mu_rec", "mu_bwd", "flops", "tokens", "seed"])
+    return [row for row in rows if row["recurrence"] == row["mu_rec"]]
 
 
 def run_key(row):
-    """Return the RunKey of a row: rows of one run differ in the loops at evaluation alone."""
-    return RunKey(*(row[name] for name in RunKey._fields))
+    """Return a tuple that rows of one run share: they differ in the loops at evaluation alone."""
+    return tuple(row[name] for name in ("flops", "model", "mu_rec", "mu_bwd", "tokens", "seed"))
 
 
 def runs_in(rows):
     """Return how many runs there are; one run has other FLOPs by another accounting."""
-    return len({run_key(row)._replace(flops=None) for row in rows})
+    return len({run_key(row)[1:] for row in rows})
 
 
 def kept(rows, keep, notes, why):
-    """Return the rows that keep(row) is true for. A note counts the runs that are left out and says
-    why: none leaves without a word."""
+    """Return the rows that keep(row) is true for. A note counts the runs left out, and why."""
     result = [row for row in rows if keep(row)]
     left_out = runs_in(rows) - runs_in(result)
     if left_out:
@@ -330,18 +316,16 @@ def comparable(rows):
     loops, where sizes differ."""
     if all(row["mu_rec"] == 1 for row in rows):
         return [rows]
-    models = {}
-    for row in rows:
-        models.setdefault(row["model"], []).append(row)
-    return list(models.values())
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [[row for row in rows if row["model"] == model] for model in models]
 
 
 class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
     cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed one counts, the others are `left_out`: the one with most tokens, which is the cheapest
-    mu_bwd as in laws.token_cost; if those are equal, the one with the higher loss."""
+    and seed the one with most tokens counts, which is the cheapest mu_bwd; of those the one with
+    the higher loss. The others are `left_out`."""
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean([math.log(row["flops"]) for row in rows]))

@@ -41,8 +41,9 @@ def main():
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the picture")
     args = parser.parse_args()
     figures.pyplot()
-    print("| bfloat16 | weights: looped / plain of twice the parameters | cache of one token: looped "
-          "/ shared / plain | break-even |\n|---|---|---|---|")
+    heads = ["bfloat16", "weights: looped / plain of twice the parameters",
+             "cache of one token: looped / shared / plain", "break-even"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name in (name for name in PRESETS if name[-1] in "mb" and name.startswith("parcae")):
         config = ParcaeConfig(**PRESETS[name])
         double = next(case.config for case in cases_of(config, [1]) if case.name == TWICE)

@@ -42,10 +42,10 @@ def test_made_up_sweeps_have_the_noise_asked_for(monkeypatch):
     fit = fit_law("training", rows, starts=16, resamples=0)
     drawn = []
 
-    def fits_of_noisy(fit, rows, log_loss):
+    def refits(fit, rows, log_loss):
         drawn.append(log_loss.numpy() - np.log(fit.predict(rows)))
         return fit.theta.repeat(len(log_loss), 1)
-    monkeypatch.setattr(plan, "fits_of_noisy", fits_of_noisy)
+    monkeypatch.setattr(plan, "refits", refits)
     plan.simulate(fit, rows, cost, 0.004, 50)
     assert drawn[0].std() == pytest.approx(0.004, rel=0.1)
 

@@ -32,8 +32,6 @@ PICTURES = {
                                 "slopes": {"mu_rec": 0.4, "tokens": 0.78}}),
     "paper": ([{"model": "a", "flops": X * 1e18, "mu": X, "rounding": [X / 1.2, X * 1.2],
                 "published": (X, X / 2, X * 2), "exact": (X, X / 2, X * 2)}],),
-    "contours": ((X, X * 1e6), (X, X[:3] * 1e6, np.add.outer(LOSS[:3], LOSS)), (X, X * 1e6), "t"),
-    "test_time": ([{"mu_rec": 4, "T": X, "loss": LOSS, "fit_T": X, "fit_loss": LOSS}],),
     "half": ([{"label": "looped", "parameters": 8e4, "flops": 1e12, "losses": [1.3],
                "looped": True},
               {"label": "plain", "parameters": 9e4, "flops": 2e12, "losses": [1.2, 1.3],

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
-from parts.chance import gains, lack_of_fit, most_by_chance, seed_differences, without_a_pair
+from parts.chance import gains, lack_of_fit, most_by_chance, seed_differences
 from parts.tables import budgets_of
 from scaling import fit_parabolas, left_by_parabola, line_through, noise_of
 
@@ -111,7 +111,7 @@ def test_seeds_are_pairs():
     for row in rows:  # what a seed shares is no noise of the difference
         row["val_loss"] = (1.9 if row["mu_rec"] == 4 else 2.0) + row["seed"]
     rows = [row for row in rows if (row["mu_rec"], row["seed"]) != (1, 2)]
-    for gain in gains(budgets_of(rows), None):
+    for gain in gains(budgets_of(rows), None)[0]:
         assert gain["by_seed"] == pytest.approx([0.1, 0.1]) and gain["mu_rec"] == [4]
         assert gain["ci"] == [None, None]
 
@@ -121,7 +121,7 @@ def test_the_interval_of_a_gain_holds_what_two_pairs_do_not_know():
     for number in range(40):
         budgets = budgets_of(sweep(lambda row: 2.0 - 0.02 * (row["mu_rec"] == 4), 0.004, seeds=2,
                                    recurrences=(1, 4), seed=number))
-        for gain in gains(budgets, noise_of(budgets)):
+        for gain in gains(budgets, noise_of(budgets))[0]:
             held.append(gain["ci"][0] <= 0.02 <= gain["ci"][1])
     assert 0.9 < np.mean(held) < 0.99
 
@@ -130,7 +130,7 @@ def test_the_interval_of_a_gain_holds_what_two_pairs_do_not_know():
 def test_the_largest_of_several_gains_by_nothing_is_no_gain(seeds):
     found = []
     for number in range(40):
-        found += gains(budgets_of(sweep(lambda row: 2.0, 0.004, seeds=seeds, seed=number)), None)
+        found += gains(budgets_of(sweep(lambda row: 2.0, 0.004, seeds=seeds, seed=number)), None)[0]
     mean = np.mean([gain["gain"] for gain in found])
     if seeds == 1:  # six recurrences, one pair each: said to be the largest
         assert mean > 0.005 and all(gain["single"] for gain in found)
@@ -220,7 +220,7 @@ def test_a_single_pair_has_the_interval_of_two_runs():
     rows = [row for row in rows if row["seed"] == 0 or row["flops"] > 1e12]
     budgets = budgets_of(rows)
     noise = noise_of(budgets)
-    first, second = gains(budgets, noise)[:2]
+    first, second = gains(budgets, noise)[0][:2]
     most = most_by_chance(noise, 1) * math.exp(budgets[0].log_loss[0])
     assert first["single"] and first["ci"] == pytest.approx(
         [first["gain"] - most, first["gain"] + most])
@@ -232,11 +232,11 @@ def test_a_single_pair_has_the_interval_of_two_runs():
 
 def test_runs_that_have_no_pair_are_counted():
     rows = sweep(parabolic, seeds=2, recurrences=(1, 4, 8))
-    assert without_a_pair(budgets_of(rows)) == 0
+    assert gains(budgets_of(rows), None)[1] == 0
     fewer = [row for row in rows if (row["flops"], row["mu_rec"], row["seed"]) not in
              ((1e12, 1, 1), (2e12, 4, 1), (2e12, 8, 1))]
-    assert without_a_pair(budgets_of(fewer)) == 2 + 1
-    assert without_a_pair(budgets_of([row for row in rows if row["mu_rec"] > 1])) == 20
+    assert gains(budgets_of(fewer), None)[1] == 2 + 1
+    assert gains(budgets_of([row for row in rows if row["mu_rec"] > 1]), None)[1] == 20
 
 
 def test_tokens_at_the_optimum_follow_the_cost():

@@ -56,7 +56,7 @@ def test_intervals_of_a_chinchilla_law_hold_the_truth():
     # All resamples of all sweeps are fits of one batch.
     noise = torch.tensor(np.random.default_rng(0).standard_normal((sweeps, len(rows))))
     log_loss = torch.tensor(np.log(column(rows, "val_loss"))) + 0.005 * noise
-    points = laws.fits_of_noisy(fit, rows, log_loss)
+    points = laws.refits(fit, rows, log_loss)
     weights = torch.cat([laws.resample(rows, resamples, seed) for seed in range(sweeps)])
     samples, _ = laws.minimise(
         fit.law, laws.runs_of(rows, fit.units), log_loss.repeat_interleave(resamples, 0),

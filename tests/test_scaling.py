@@ -12,7 +12,7 @@ from parts import figures, laws
 from parts import show_fit as report
 from parts.cli import UserError
 from parts.laws import fit_law, frontier, token_cost
-from parts.tables import read_tables, write_csv
+from parts.tables import column, read_tables, write_csv
 
 
 def test_the_laws_of_a_table(tmp_path):
@@ -28,42 +28,42 @@ def test_the_laws_of_a_table(tmp_path):
     exponent = law["frontier"]["exponents"]["mu_rec"]
     assert exponent["exponent"] == pytest.approx(out["power_laws"]["mu_rec"]["exponent"], abs=0.1)
     assert exponent["ci"][0] <= exponent["exponent"] <= exponent["ci"][1]
-    unified = out["unified"]
+    unified = out["laws"]["unified"]
     assert unified["z"] == pytest.approx(2, rel=0.1)
     assert unified["held_out_error"] < 0.002
-    assert unified["held_out_error_given_loss"] < 0.001
-    assert [run["mu_rec"] for run in out["test_time"]] == [2, 4, 6, 8, 12, 16]
-    assert all(run["error"] < 0.001 for run in out["test_time"])
     json.dumps(out, allow_nan=False)
-    report.draw(out, table, tmp_path)
-    drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {"isoflop.png", "optima.png", "contours.png", "test-time.png"}
+    scaling.draw(out, table, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"isoflop.png", "optima.png"}
 
 
 def test_phi_and_what_it_costs_to_do_without():
     rows = sweep(lambda row: parametric(row, 0.5), 0.002, sizes=(0.5, 1, 2))
-    worth = laws.fit_worth(rows, resamples=40)
-    assert "phi" not in worth["law"]["undetermined"]
-    assert worth["phi"] == pytest.approx(0.5, abs=0.05) and worth["sizes"] == 3
-    assert worth["ci"][0] < 0.5 < worth["ci"][1]
-    objective = worth["objective"]
-    assert objective["free"] < min(objective["phi = 0"], objective["phi = 1"]) / 1.2
+    free = fit_law("worth", rows, resamples=40)
+    worth = free.summary()
+    assert "phi" not in worth["undetermined"]
+    assert worth["phi"] == pytest.approx(0.5, abs=0.05)
+    assert worth["ci"]["phi"][0] < 0.5 < worth["ci"]["phi"][1]
+    assert free.objective < min(objectives_without_phi(rows)) / 1.2
+
+
+def objectives_without_phi(rows):
+    """Those of a loop that is worth nothing, and a layer: phi = 0 and 1."""
+    unlooped = [row | {"mu_rec": 1} for row in rows]
+    return [fit_law("training", some, resamples=0).objective for some in (unlooped, rows)]
 
 
 def test_another_accounting_is_another_cost_under_the_same_law():
-    """What runs planned by that accounting would find, without any of them."""
+    """Its runs share no budgets: the law has optima all the same."""
     rows = sweep(parametric, recurrences=(1, 2, 4, 8, 16))
     other = [row | {"flops": row["flops"] * (1 + 0.05 * row["mu_rec"]), "accounting": "other"}
              for row in rows]
-    out, _ = scaling.fit_optima(rows + other, "exact", resamples=0)
-    found = out["training_law"]["other_accounting"]["other"]["mu_rec"]["exponent"]
-    fit = fit_law("training", other, resamples=0)
-    direct = scaling.exponents_of(fit, other[0], lambda mu: cost(mu) * (1 + 0.05 * mu),
-                                  scaling.column(other, "flops"))
-    assert found == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
-    # The other accounting itself: its runs share no budgets, the law has optima all the same.
     out, _ = scaling.fit_optima(rows + other, "other", resamples=0)
     assert out["isoflop"] == [] and len(out["training_law"]["frontier"]["optima"]) == 5
+    found = out["training_law"]["frontier"]["exponents"]["mu_rec"]["exponent"]
+    fit = fit_law("training", rows, resamples=0)
+    direct = laws.exponents_of(fit, rows[0], lambda mu: cost(mu) * (1 + 0.05 * mu),
+                               column(other, "flops"))
+    assert found == pytest.approx(direct["mu_rec"]["exponent"], abs=0.02)
 
 
 def test_a_largest_budget_that_is_not_shared_is_not_held_out():
@@ -92,7 +92,7 @@ def test_a_law_that_the_runs_contradict_is_said_to_be_so(capsys):
     for loss, wrong in ((parametric, False),
                         (lambda row: parametric(row) + 0.05 * (row["mu_rec"] == 4), True)):
         out, _ = scaling.fit_optima(sweep(loss, 1e-3, seeds=3), "exact", resamples=0)
-        report.report(out | {"laws": {}, "test_time": []})
+        report.report(out | {"laws": {}})
         assert ("it is not quite right" in capsys.readouterr().out) == wrong
 
 
@@ -139,10 +139,10 @@ def test_a_table_without_loops_is_a_chinchilla_table(tmp_path, capsys):
     assert best["params"]["exponent"] == pytest.approx(0.262 / 0.515, abs=0.005)
     assert best["params"]["exponent"] + best["tokens"]["exponent"] == pytest.approx(1)
     assert best["params"]["ci"][0] < 0.509 < best["params"]["ci"][1]
-    assert out["notes"] == [] and "recurrence_worth" not in out
+    assert out["notes"] == [] and out["laws"] == {}
     report.report(out)
     assert "best params ~ C^0.509" in capsys.readouterr().out
-    report.draw(out, table, tmp_path)
+    scaling.draw(out, table, tmp_path)
     # Several sizes under names of their own are one table too.
     named = [row | {"model": f"{row['params_noncore']:.0f}"} for row in rows]
     assert scaling.fit_table(named, accounting, 0)[0]["training_law"]["x"] == pytest.approx(
@@ -169,7 +169,7 @@ def test_what_cannot_be_fitted_is_said_once_and_the_rest_fitted(
     report.report(out)
     assert said in capsys.readouterr().out
     json.dumps(out, allow_nan=False)
-    report.draw(out, table, tmp_path)
+    scaling.draw(out, table, tmp_path)
 
 
 def run(*args, cwd, code=0):
@@ -188,9 +188,9 @@ def test_fit_and_predict_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert fit["isoflop"][0].keys() >= {"flops", "inside", "mu_rec", "ci"}
     assert fit.keys() >= {"power_laws", "isoflop", "training_law", "runs", "notes", "noise"}
     assert "ci" in fit["training_law"]
-    assert "recurrence_worth" not in fit  # one size does not tell phi from x
+    assert "worth" not in fit["laws"]  # one size does not tell phi from x
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {"isoflop.png", "optima.png", "contours.png"}
+    assert drawn == {"isoflop.png", "optima.png"}
 
     # mu* of the law L = 0.8 + 40 N^-0.4 + 3e3 D^-0.6 at 1.6e14, ten times beyond: 14.
     said = run("predict", "t.csv", "--flops", "1.6e14", cwd=tmp_path).stdout
@@ -252,11 +252,7 @@ def test_every_run_that_leaves_is_counted():
     out, table = scaling.fit_table(gone, "exact", resamples=0)
     notes = " ".join(out["notes"])
     assert "2 runs have no row at T = mu_rec, where loss is compared, and are left out" in notes
-    assert "2 runs of the largest budget have no row at T = mu_rec" in notes
     assert len(table.rows) == 33 and out["runs"] == 35
-    few = [row for row in rows if row["mu_rec"] != 6 or row["recurrence"] in (2, 6)]
-    laws.fit_test_time([row for row in few if row["mu_rec"] > 4], notes := [])
-    assert "test-time law: not fitted for mu_rec 6 (it needs" in " ".join(notes)
     alone = [row for row in rows if (row["flops"], row["mu_rec"]) != (4e12, 1)]
     assert "gain over mu_rec = 1: 6 runs have no other" in " ".join(
         scaling.fit_optima(alone, "exact", resamples=0)[0]["notes"])
@@ -274,15 +270,16 @@ def test_a_law_is_fitted_without_the_effects_of_seeds(capsys):
     assert out["seeds"]["effects"] == pytest.approx({"0": -0.02, "1": 0.01, "2": 0.01}, abs=5e-4)
     assert out["noise"]["sd"] == pytest.approx(1e-4, rel=0.4)
     true = fit_law("training", sweep(parametric, recurrences=(1, 2, 4, 8, 16)), resamples=0)
-    expected = scaling.exponents_of(true, rows[0], table.cost, scaling.column(rows, "flops"))
+    expected = laws.exponents_of(true, rows[0], table.cost, column(rows, "flops"))
     found = law["frontier"]["exponents"]["mu_rec"]["exponent"]
     assert found == pytest.approx(expected["mu_rec"]["exponent"], abs=0.02)
-    left_in = law["with_seed_effects"]["mu_rec"]["exponent"]
+    raw = fit_law("training", table.measured, resamples=0)
+    left_in = laws.exponents_of(raw, rows[0], table.cost, column(rows, "flops"))
+    left_in = left_in["mu_rec"]["exponent"]
     assert abs(left_in - expected["mu_rec"]["exponent"]) > 0.05
     report.report(out)
     said = capsys.readouterr().out
     assert "seeds differ in all runs alike" in said and "0: -2.00%, 1: +1.00%" in said
-    assert f"C^{left_in:.2f}" in said
 
 
 def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
@@ -298,9 +295,8 @@ def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
         assert saw_it.error(unseen) < 0.025
     out, _ = scaling.fit_optima(above, "exact", resamples=0)
     assert out["training_law"]["held_out_error"] == pytest.approx(0.03, abs=0.003)
-    unified = laws.fit_unified(some, 0, [])
+    unified = laws.fit_with_error("unified", some, 0, [])[1]
     assert unified["held_out_error"] == pytest.approx(0.03, abs=0.003)
-    assert unified["held_out_error_given_loss"] < 0.003  # that takes the level as measured
 
 
 def test_a_cell_headed_95_percent_has_an_interval():
@@ -310,8 +306,10 @@ def test_a_cell_headed_95_percent_has_an_interval():
     edge = {"at_most": None, "at_least": 16.0, "mu_rec": None, "ci": [9.0, 16.0],
             "ci_at_edge": [False, True]}
     assert report.optimum_text(edge) == "at least 16 [9, >= 16]"
-    assert report.frontier_text(2.0, [2.0, 2.0]) == "2 [2, 2], a kink of cost"
-    assert report.frontier_text(2.0, [1.9, 2.1]) == "2 [1.9, 2.1]"
+    inside = {"at_most": None, "at_least": None, "mu_rec": 2.0, "ci_at_edge": [False, False]}
+    kink = inside | {"ci": [2.0, 2.0], "kink": True}
+    assert report.optimum_text(kink) == "2 [2, 2], a kink of cost"
+    assert report.optimum_text(inside | {"ci": [1.9, 2.1]}) == "2 [1.9, 2.1]"
     single = {"gain": -0.0121, "ci": [-0.0311, 0.0069], "mu_rec": [2.0], "single": True,
               "by_seed": [-0.0121]}
     assert report.gain_text(single).startswith("-0.012 (one pair, +-0.019) by mu_rec 2")
@@ -326,14 +324,22 @@ def test_what_a_law_leaves_over_is_the_noise_of_seeds():
     assert squares / freedom / 0.003 ** 2 == pytest.approx(1, abs=0.5)  # of one run, not of four
 
 
-def test_of_each_recurrence_the_run_with_most_flops_has_a_test_time_law():
-    rows = evaluated(sweep(parametric, seeds=2, recurrences=(1, 4)))
-    (found,) = laws.fit_test_time(rows, [])
-    assert (found[2]["flops"], found[2]["mu_rec"], found[2]["seed"]) == (16e12, 4, 0)
+def test_where_the_cost_has_a_kink_mu_star_stays_and_is_said_to(capsys):
+    def dear(mu):  # a loop more than two costs five times as much
+        return 1e5 * (2 + mu + 4 * np.maximum(0, mu - 2))
+    rows = [row | {"tokens": row["flops"] / dear(row["mu_rec"])}
+            for row in sweep(parametric, recurrences=(1, 2, 4, 8, 16))]
+    fit = fit_law("training", rows, starts=16, resamples=20)
+    found = laws.optimum(fit, rows[0], dear, 4e12)
+    assert found["ci"] == [2, 2] and found["kink"] and not any(found["ci_at_edge"])
+    below = laws.optimum(fit, rows[0], dear, 1e10)
+    assert below["at_most"] == 1 and below["ci_at_edge"][0] and not below["kink"]
+    json.dumps([found, below], allow_nan=False)
 
 
 def test_a_loop_that_is_worth_a_layer_fits_best_as_one():
     rows = sweep(parametric, 0.001, sizes=(0.5, 1, 2), recurrences=(1, 2, 4, 8))
-    objective = laws.fit_worth(rows, resamples=0)["objective"]
-    assert objective["free"] <= objective["phi = 1"] * (1 + 1e-6)
-    assert objective["phi = 1"] < 1.2 * objective["free"] < objective["phi = 0"] / 2
+    free = fit_law("worth", rows, resamples=0).objective
+    nothing, layer = objectives_without_phi(rows)
+    assert free <= layer * (1 + 1e-6)
+    assert layer < 1.2 * free < nothing / 2

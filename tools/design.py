@@ -15,7 +15,7 @@ import torch
 
 import scaling
 from parts.cli import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script
-from parts.laws import fits_of_noisy, frontier, frontier_exponents
+from parts.laws import frontier, frontier_exponents, refits
 from parts.tables import budgets_of, column, distinct_budgets
 
 
@@ -35,9 +35,9 @@ def simulate(fit, rows, cost, noise, repeats):
     rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
     budgets = sorted({row["flops"] for row in rows})
+    thetas = {"truth": fit.theta[None], "law": refits(fit, rows, torch.tensor(log_loss))}
     found = {}
-    refits = fits_of_noisy(fit, rows, torch.tensor(log_loss))
-    for name, theta in (("truth", fit.theta[None]), ("law", refits)):
+    for name, theta in thetas.items():
         mu = [frontier(fit, rows[0], cost, c, theta)[0] for c in budgets]
         exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
         found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
@@ -54,32 +54,12 @@ def simulate(fit, rows, cost, noise, repeats):
 
 
 def central(samples):
-    """Return the 2.5 %, 50 % and 97.5 % quantiles of samples without NaN, None of fewer than 20.
+    """Return the 2.5 %, 50 % and 97.5 % quantiles of samples without NaN; NaN of fewer than 20.
     Some may be infinite."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
-        return None
+        return [math.nan] * 3
     return np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
-
-
-def loops_text(log_mu, fewest, most):
-    """Return mu* and its interval as text, from logarithms: infinite ones are at the edge of what
-    is tried."""
-    found = central(log_mu)
-    if found is None:
-        return "-"
-    bounds = {-math.inf: f"<= {fewest}", math.inf: f">= {most}"}
-    low, middle, high = (bounds.get(end) or f"{math.exp(end):.2f}" for end in found)
-    return f"{middle} [{low}, {high}]"
-
-
-def exponent_text(samples):
-    """Return an exponent, its interval and half of its width as text."""
-    found = central(samples)
-    if found is None:
-        return "unknown"
-    low, middle, high = found
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}], half width {(high - low) / 2:.2f}"
 
 
 def design(args):
@@ -96,22 +76,24 @@ def design(args):
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
           f"taken for the truth: the training law of {out['runs']} runs; noise {noise:.2%} a run; "
-          f"{args.repeats} made-up sweeps\n")
+          f"{args.repeats} made-up sweeps\n\n"
+          "mu* [95 %]; 0 and inf: at the edge of the recurrences tried, or beyond\n"
+          "     FLOPs       true   found by the law     by parabolas         inside")
 
     found = simulate(table.fit, rows, table.cost, noise, args.repeats)
-    print("     FLOPs   true mu*   found by the law [95 %]   by parabolas [95 %]    inside")
     for j, c in enumerate(budgets):
         (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
-        by_law, by_parabola = (loops_text(some, recurrences[0], recurrences[-1])
-                               for some in (law, parabola))
-        print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:23s}   {by_parabola:20s}   "
-              f"{np.isfinite(parabola).mean():5.0%}")
+        by_law, by_parabola = (
+            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*np.exp(central(some))) for some in (law, parabola))
+        print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:18s}   {by_parabola:18s}   "
+              f"{np.isfinite(parabola).mean():6.0%}")
     true = found["truth"]["exponent"][0]
     print(f"\nexponent of mu*: true {true:.2f}")
     for name, label in (("law", "the law"), ("parabola", "parabolas")):
         samples = found[name]["exponent"]
-        print(f"  by {label:9s}  {exponent_text(samples)}; none in "
-              f"{np.isnan(samples).mean():.0%} of sweeps")
+        low, middle, high = central(samples)
+        print(f"  by {label:9s}  {middle:.2f} [{low:.2f}, {high:.2f}], half width "
+              f"{(high - low) / 2:.2f}; none in {np.isnan(samples).mean():.0%} of sweeps")
     if not np.isfinite(true):
         print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
               "larger budgets are needed")
