@@ -14,7 +14,9 @@ end-of-text token, which also serves as "begin of text".
 
 import functools
 import hashlib
+import itertools
 import json
+import operator
 import os
 import platform
 import re
@@ -46,19 +48,29 @@ def write_shards(directory, split, arrays, n_vocab):
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
     total = 0
+    for shard, parts in itertools.groupby(cut_at_shards(arrays), key=operator.itemgetter(0)):
+        count = 0
+        with open(directory / f"{split}_{shard:06d}.bin", "wb") as file:
+            file.write(bytes(HEADER_BYTES))
+            for _, part in parts:
+                file.write(part.astype(dtype).tobytes())
+                count += len(part)
+            file.seek(0)  # the header, now that the length is known
+            file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
+        total += count
+    return total
+
+
+def cut_at_shards(arrays):
+    """Yield (number of the shard, tokens) for arrays of tokens, cut where a shard is full."""
+    total = 0
     for tokens in arrays:
         while len(tokens):
             shard, there = divmod(total, SHARD_TOKENS)
             part = tokens[:SHARD_TOKENS - there]
-            with open(directory / f"{split}_{shard:06d}.bin", "r+b" if there else "wb") as file:
-                header = np.zeros(HEADER_BYTES // 4, dtype=np.int32)
-                header[:3] = magic, version, there + len(part)
-                file.write(header.tobytes())
-                file.seek(0, os.SEEK_END)
-                file.write(part.astype(dtype).tobytes())
+            yield shard, part
             tokens = tokens[len(part):]
             total += len(part)
-    return total
 
 
 def tokens_of(docs, tokenizer, title):

@@ -136,12 +136,16 @@ def folder_docs(folder):
 
 
 def files_in(folder):
-    """Return the paths below a folder of its text files, without what is hidden, in the same order
-    on every system."""
-    names = [path.relative_to(folder) for path in folder.rglob("*")
-             if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
-    hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
-    return sorted(set(names) - hidden, key=Path.as_posix)
+    """Return the paths below a folder of the text files in it, in the same order on every system.
+    Links to folders are not followed. Raises OSError."""
+    def refuse(error):
+        raise error
+    names = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(place, name).relative_to(folder) for name in files
+                  if not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)]
+    return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
