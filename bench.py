@@ -32,9 +32,10 @@ from parts.cli import (
     progress_bar,
     run_script,
 )
-from parts.files import read_json, write_json
+from parts.files import write_json
 from parts.muon import Muon
 from parts.quantize import activations, prepare_weights
+from parts.reading import read_json
 from parts.recording import speed_up
 
 LOOPED = [name for name in PRESETS if name.startswith("parcae")]

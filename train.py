@@ -40,10 +40,11 @@ from data import (
 from model import Parcae
 from parts.cli import UserError, progress_bar, run_script
 from parts.comparable import changed_text
-from parts.files import fit_weights, json_text, read_json
+from parts.files import json_text
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
 from parts.ranks import asked_to_stop, common_dtype, rank, say, setup_device, world
+from parts.reading import fit_weights, read_json
 from parts.run_directory import Run, check_free, clear_up, describe, held, inexact
 from parts.settings import DEFAULT_DATA, command_line, model_of, parse_args
 from parts.tokenizer import begin_token, decode_stream, load_tokenizer

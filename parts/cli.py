@@ -12,10 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-
-class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; `run_script`
-    prints it alone."""
+from parts.errors import UserError, first_line
 
 
 def run_script(main):
@@ -69,11 +66,6 @@ def trouble(error):
     if isinstance(error, MemoryError) or any(words in text for words in no_room):
         return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
     return None
-
-
-def first_line(error, otherwise):
-    """Return the first line of an error's message, or another text where it has none."""
-    return (str(error).splitlines() or [otherwise])[0]
 
 
 LINE_SECONDS = 25  # between two lines about the same work, in a log

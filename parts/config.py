@@ -5,8 +5,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.cli import UserError
-from parts.files import read_json
+from parts.errors import UserError
+from parts.reading import read_json
 
 LARGEST = 2 ** 24  # of any size: more is a typing error
 

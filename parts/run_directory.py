@@ -27,19 +27,10 @@ import torch
 
 from parts.cli import UserError, flag_of
 from parts.comparable import text_of, texts_differ
-from parts.files import (
-    fit_weights,
-    json_text,
-    load_checkpoint,
-    lock,
-    read_json,
-    read_json_lines,
-    whole_file,
-    write_json,
-    write_text,
-)
+from parts.files import json_text, lock, whole_file, write_json, write_text
 from parts.machine import machine_name, matmul_peak
 from parts.ranks import rank, say, world
+from parts.reading import fit_weights, load_checkpoint, read_json, read_json_lines
 from parts.tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")

@@ -24,8 +24,8 @@ from parts.cli import (
     some_path,
 )
 from parts.config import read_config
-from parts.files import read_json
 from parts.machine import SMALL
+from parts.reading import read_json
 from parts.run_directory import finish_replacing
 from parts.tokenizer import load_tokenizer, same_tokens
 

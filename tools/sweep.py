@@ -39,7 +39,8 @@ from parts.cli import (
     some_path,
 )
 from parts.comparable import texts_differ
-from parts.files import lock, read_json
+from parts.files import lock
+from parts.reading import read_json
 from parts.settings import parse_args
 from parts.tables import (
     SAME_BUDGET,
