@@ -112,6 +112,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(re.sub(r": invalid choice: (.*) \(choose from (.*)\)$",
                                r" is \1, must be one of \2", message))
 
+    def checked(self, values):
+        """Return settings that were read as JSON, a dict, each checked as its flag is; None is left
+        out. Raises UserError that names the flag."""
+        actions = {action.dest: action for action in self._actions}
+        result = {}
+        for name, value in values.items():
+            if name not in actions:
+                self.error(f"{name} is not a setting")
+            if value is None:
+                continue
+            action = actions[name]
+            if action.nargs == 0:  # a flag without a value
+                if not isinstance(value, bool):
+                    self.error(f"{flag_of(name)} is {value!r}, must be true or false")
+                result[name] = value
+            else:
+                words = value if isinstance(value, list) and action.nargs else [value]
+                try:
+                    result[name] = self._get_values(action, [str(word) for word in words])
+                except argparse.ArgumentError as error:
+                    self.error(str(error))
+        return result
+
 
 def number(kind, low, high=math.inf, above=False):
     """Return an argparse type: a finite number from low to high; above: larger than low.

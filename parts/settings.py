@@ -1,11 +1,10 @@
-"""The settings of a training run: the command line of train.py, and reading it back.
+"""The settings of a training run: the command line of train.py, and reading them back.
 
-A run stores its settings in config.json. `--resume` reads them back as a command line, so that they
-are checked as one; what is then given on the command line comes on top.
+A run stores its settings in config.json. `--resume` reads them from there, each checked by its
+flag's type; what is given on the command line comes on top.
 """
 
 import argparse
-import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from parts.cli import (
 from parts.config import read_config
 from parts.machine import SMALL
 from parts.reading import read_json
-from parts.run_directory import finish_replacing
+from parts.run_directory import mend_before_reading
 from parts.tokenizer import load_tokenizer, same_tokens
 
 DEFAULT_DATA = "data/stdlib"
@@ -115,39 +114,34 @@ def add_model_flags(parser):
     default = ParcaeConfig(**PRESETS[DEFAULT_PRESET])
     group = parser.add_argument_group(f"model (defaults: those of {DEFAULT_PRESET}; another "
                                       "--preset has others; then what is given here)")
-    for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
-        flag = flag_of(field.name)
-        value = getattr(default, field.name)
-        if field.default is None:  # it follows from others, as mlp_width does
-            value = None
-        about = field.metadata.get("about", "")
-        if field.name == "injection":
-            about += f": {', '.join(INJECTIONS)}"
-        about += f" (default: {value})"
+    for field in model_fields():
+        # a default of None follows from other values, as mlp_width does
+        value = None if field.default is None else getattr(default, field.name)
+        names = f": {', '.join(INJECTIONS)}" if field.name == "injection" else ""
+        how = {"help": f"{field.metadata.get('about', '')}{names} (default: {value})"}
         if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+            how |= {"action": argparse.BooleanOptionalAction}
         elif field.type is str:
-            group.add_argument(flag, metavar="NAME", help=about)
+            how |= {"metavar": "NAME"}
         else:
-            kind = float if field.type is float else int  # int of int | None
-            group.add_argument(flag, type=kind, metavar="N", help=about)
+            how |= {"metavar": "N", "type": float if field.type is float else int}
+        group.add_argument(flag_of(field.name), **how)
+
+
+def model_fields():
+    """Return the fields of ParcaeConfig that have flags: vocab_size comes with the data."""
+    return fields(ParcaeConfig)[1:]
 
 
 def parse_args(about, words=None):
-    """The settings of a run: those of the command line; with --resume those that the run has, then
-    the command line's. about: the head of --help."""
+    """Return the settings of a run: those of the command line; with --resume those that the run
+    has, then the command line's. about: the head of --help. Raises UserError."""
     parser = make_parser(about)
     args = parser.parse_args(words)
     if args.resume:
         check_idle(parser, args, ["overwrite"], "--resume goes on with the run, it replaces none")
-        finish_replacing(args.out)
-        file = Path(args.out) / "config.json"
-        saved, model = stored_settings(parser, file)
-        known = argparse.Namespace(**vars(saved) | {"out": args.out})
-        args = parser.parse_args(words, namespace=known)
-        if args.data is None:
-            raise UserError(f"{file} names no data that the run read: give --data DIR")
-        check_unchanged(saved, args, model)
+        mend_before_reading(args.out)
+        args = resumed(parser, words, Path(args.out) / "config.json")
     elif args.init_from:
         check_idle(parser, args, ["preset"], "--init-from takes the place of --preset")
     if not (args.max_steps or args.max_tokens or args.max_flops):
@@ -159,69 +153,39 @@ def parse_args(about, words=None):
     return args
 
 
-def words_of(parser, settings):
-    """Settings, a dict, as words of a command line; what is None is left out."""
-    words = []
-    for name, value in settings.items():
-        flag = flag_of(name)
-        if value is True:
-            words.append(flag)
-        elif value is False:
-            words.append(flag.replace("--", "--no-", 1))
-        elif isinstance(value, list) and isinstance(parser.get_default(name), list):
-            words += [flag, *map(str, value)]
-        elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
-
-
-def command_line(settings, **changes):
-    """The command that trains with the settings of a run, a dict, and these changes; for a shell.
-    Defaults are left out."""
-    parser = make_parser("")
-    given = {name: value for name, value in (settings | changes).items()
-             if value != parser.get_default(name)}
-    return shlex.join(["python", "train.py", *words_of(parser, given)])
-
-
-def stored_settings(parser, file):
-    """The settings in a run's config.json, read as a command line: they are checked as one; and all
-    of its model's values, a dict. Raises UserError."""
+def resumed(parser, words, file):
+    """Return the settings in a run's config.json, changed by those of the command line. Raises
+    UserError, also where these change what the run's checkpoint computes."""
     if not file.exists():
         raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
     config = read_json(file)
-    if not isinstance(config.get("settings"), dict):
-        raise UserError(f"{file} is not that of a run: it has no settings")
-    stored = {name: value for name, value in config["settings"].items() if name != "out"}
-    words = words_of(parser, stored)
-    model = config.get("model")
+    stored, model = config.get("settings"), config.get("model")
+    if not isinstance(stored, dict) or not isinstance(model, dict):
+        raise UserError(f"{file} is not that of a run: it has no settings, or no model")
     try:
-        saved = parser.parse_args(words)
-        if config["settings"].get("data") is None:
-            saved.data = None  # the default is another text
-        return saved, model if isinstance(model, dict) else {}
+        saved = parser.checked({name: value for name, value in stored.items() if name != "out"})
     except UserError as error:
         raise UserError(f"{file}, settings: {error}") from None
+    # without "data" the default would be another text
+    args = parser.parse_args(words, argparse.Namespace(**{"data": None} | saved))
+    if args.data is None:
+        raise UserError(f"{file} names no data that the run read: give --data DIR")
 
-
-def check_unchanged(saved, args, model):
-    """Raise UserError where a flag changes what the checkpoint of a resumed run computes.
-
-    saved, model: what stored_settings returns."""
     may_change = ("mean_recurrence", "backprop_depth")
-    fixed = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
+    fixed = [field.name for field in model_fields() if field.name not in may_change]
     for name in ("preset", "init_from", "seed", "accounting", *fixed):
-        before, now = getattr(saved, name), getattr(args, name)
+        before, now = saved.get(name, parser.get_default(name)), getattr(args, name)
         if now not in (before, model.get(name)):  # its preset's value may be named as a flag
-            was = "not given" if before is None else before
             raise UserError(f"{flag_of(name)} is {now}, in the run that goes on it is "
-                            f"{was}: its checkpoint does not fit these settings")
+                            f"{'not given' if before is None else before}: its checkpoint does not "
+                            "fit these settings")
+    return args
 
 
 def model_of(args, tokenizer):
     """Return (the ParcaeConfig of a run, weights to start from or None): of a new run, of one that
     goes on, or of one that starts from another. Raises UserError."""
-    given = {field.name: getattr(args, field.name) for field in fields(ParcaeConfig)[1:]
+    given = {field.name: getattr(args, field.name) for field in model_fields()
              if getattr(args, field.name) is not None}
     if args.resume:
         if not same_tokens(load_tokenizer(args.out), tokenizer):
@@ -233,8 +197,8 @@ def model_of(args, tokenizer):
         config, weights = changed(start.config, given), start.state_dict()
     else:
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-        config, weights = ParcaeConfig(**PRESETS[args.preset] | given
-                                       | {"vocab_size": vocab_size}), None
+        config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
+        weights = None
     if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
         raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
                         "no loop (--n-recurrent 0)")
@@ -242,15 +206,15 @@ def model_of(args, tokenizer):
 
 
 def changed(config, given):
-    """The config with other values. Half of another mean recurrence gets a gradient, unless the
-    backprop_depth is given, too."""
+    """Return the config with other values. Half of another mean recurrence gets a gradient, unless
+    the backprop_depth is given, too."""
     if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
         given = {"backprop_depth": None} | given
     return replace(config, **given)
 
 
 def read_start(source, tokenizer, data):
-    """The model of --init-from. Raises UserError where it was trained on other tokens."""
+    """Return the model of --init-from. Raises UserError where it was trained on other tokens."""
     model = Parcae.from_pretrained(source)
     there = (Path(source) / "tokenizer.json").exists()
     if there and not same_tokens(load_tokenizer(source), tokenizer):
