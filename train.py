@@ -100,8 +100,8 @@ def setup(args):
 
 
 def make_optimizers(model, args):
-    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and injection
-    (appendix E)."""
+    """Return Muon for the matrices of the layers and AdamW for embeddings, head, norms and
+    injection (appendix E)."""
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -109,17 +109,16 @@ def make_optimizers(model, args):
             "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10,
                                        weight_decay=0, fused=True)}
 
-
 # ------------------------------------------------------------------------------- steps
 
 
 def schedule(progress, cooldown):
-    """The learning rate's factor after a share `progress` of the budget: 1, then linearly to 0."""
+    """Return the learning rate's factor after a share of the budget: 1, then linear to 0."""
     return min(1, (1 - progress) / cooldown) if cooldown else 1
 
 
 def shares_spent(args, state):
-    """{flag: the share of its budget that is spent} of the budgets given."""
+    """Return {flag: the share of its budget that is spent} for the budgets given."""
     budgets = {"--max-steps": (state["step"], args.max_steps),
                "--max-tokens": (state["tokens"], args.max_tokens),
                "--max-flops": (state["flops"], args.max_flops)}
@@ -127,12 +126,12 @@ def shares_spent(args, state):
 
 
 def spent(args, state):
-    """The share of the budget that is spent, 0 to 1."""
+    """Return the share of the budget that is spent, 0 to 1."""
     return min(1, max(shares_spent(args, state).values()))
 
 
 def draw_depths(model, args, progress, step_seed):
-    """Loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
+    """Return the loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
     size, generator = args.batch_size, torch.Generator().manual_seed(step_seed)
     if progress < args.loop_from or not model.config.n_recurrent:
         return torch.ones(size, dtype=torch.int64)
@@ -177,7 +176,7 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
 
 def update(model, optimizers, args, loss, progress, step):
     """Clip the gradient and step the optimisers, at the rates for a share `progress` of the budget;
-    skip what is not finite. Returns (loss, gradient norm, whether they are finite)."""
+    skip what is not finite. Return (loss, gradient norm, whether they are finite)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     loss, norm = torch.stack([loss, norm]).tolist()
     finite = math.isfinite(loss + norm)
@@ -196,7 +195,7 @@ def update(model, optimizers, args, loss, progress, step):
 
 
 def add_step(state, args, model, depths, seconds):
-    """Add a step to what is spent. Returns its tokens, and its exact FLOPs: MFU is of those,
+    """Add a step to what is spent. Return its tokens, and its exact FLOPs: MFU is of those,
     whatever --accounting counts for the budget."""
     tokens = args.batch_size * model.config.block_size
     # FLOPs are linear in the loops, so those of the mean are the mean of those of the rows
@@ -403,20 +402,10 @@ def report(s):
     for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
 
-    looped = config.n_recurrent and mean > 1
-    loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
+    loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
     print(f"\n{what_it_says(config, values['val_loss'])}\nnext:\n"
           f'  python sample.py --run {run} --prompt "def "{loops}\n'
           f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
-    if looped and not args.resume:
-        print(f"is the loop worth its time? The same layers, run once:\n  {run_once(args)}")
-
-
-def run_once(args):
-    """Return the command that began a run, changed to train the same layers without the loop."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    return shlex.join(["python", "train.py", *words, "--mean-recurrence", "1",
-                       "--out", f"{args.out}-once"])
 
 
 def what_it_says(config, losses):

@@ -36,6 +36,7 @@ BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
 
 
 def make_parser(about):
+    """Return the parser of train.py's flags; about: the head of --help."""
     parser = Parser(description=about)
     add = parser.add_argument
     add("--out", type=new_directory, default="out/default", metavar="DIR",
@@ -79,20 +80,17 @@ def make_parser(about):
         help="peak learning rate of AdamW (default: as for Muon)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
-    add("--weight-decay", type=number(float, 0), default=0.2,
-        help="of Muon, falls to 0 over the run; only where the update shrinks a weight anyway "
-        "(default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.2, help="of Muon, falls to 0; only "
+        "where the update shrinks a weight anyway (default: %(default)s)")
     add("--grad-clip", type=POSITIVE, default=1.0,
         help="largest gradient norm (default: %(default)s)")
-    add("--seed", type=SEED, default=0,
-        help="of weights, data order and depths (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, data order and depths (default: 0)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=COUNT, default=400, metavar="N",
         help="steps between evaluations and checkpoints (default: %(default)s)")
     add("--eval-sequences", type=COUNT, default=64, metavar="N",
-        help="val sequences read by an evaluation; by the last, 8 times as many "
-        "(default: %(default)s)")
+        help="val sequences of an evaluation; the last reads 8 times as many (default: 64)")
     add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops (default: 1 2 4 8 16)")
 
@@ -163,7 +161,8 @@ def resumed(parser, words, file):
     if not isinstance(stored, dict) or not isinstance(model, dict):
         raise UserError(f"{file} is not that of a run: it has no settings, or no model")
     try:
-        saved = parser.checked({name: value for name, value in stored.items() if name != "out"})
+        saved = parser.checked({name: value for name, value in stored.items()
+                                if name != "out" and value is not None})
     except UserError as error:
         raise UserError(f"{file}, settings: {error}") from None
     # without "data" the default would be another text
