@@ -87,8 +87,7 @@ def whole_directory(path, check):
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent, patience=60):  # another process may be moving its own there
-        check(path)
+    check(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
     new.mkdir()  # mkdtemp's directory is for the owner alone

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from parts.cli import UserError
+from parts.errors import UserError
 
 # dense FLOP/s in bfloat16, from data sheets; of several names that fit, the first counts
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12,

@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from parts.cli import UserError
+from parts.errors import UserError
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
 
 

@@ -34,6 +34,7 @@ from parts.reading import fit_weights, load_checkpoint, read_json, read_json_lin
 from parts.tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
+STATES = {"muon": {"momentum", "squares"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 MEASURED = ("eval.json", "core.json")  # what tools/evaluate.py and tools/core.py measure of ckpt.pt
 
 
@@ -255,13 +256,11 @@ class Run:
                 raise UserError(f"{file} is damaged: state {name} is {found!r}, "
                                 "must be a number from 0")
         fit_weights(self.model, checkpoint["model"], f"{file} does not fit these settings")
-        if began_with_torch_muon(optimizers):
-            say("goes on, but not exactly: the run began with PyTorch's Muon, so its optimisers "
-                "start anew")
-        elif state["step"] > state["skipped"]:  # before the first update there is nothing to load
+        if state["step"] > state["skipped"]:  # before the first update there is nothing to load
             for name, optimizer in self.optimizers.items():
-                load_optimizer(optimizer, optimizers.get(name), f"{file} is damaged: the state of "
-                               f"the optimiser {name} is missing or does not fit the model")
+                complaint = (f"{file}: the state of the optimiser {name} is damaged, or of another "
+                             f"version of this code: start from it with --init-from {self.path}")
+                load_optimizer(optimizer, optimizers.get(name), STATES[name], complaint)
         self.state = {name: state[name] for name in self.state}
         self.saved = self.state["step"]
         self.read_log()
@@ -280,26 +279,18 @@ class Run:
         self.lines = [line for line in lines if line["step"] <= self.saved]
 
 
-def began_with_torch_muon(optimizers):
-    """Return whether a checkpoint is of before this code had a Muon of its own."""
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
-        return "momentum_buffer" in optimizers["muon"]["state"][0]
-    return False
-
-
-def load_optimizer(optimizer, saved, complaint):
+def load_optimizer(optimizer, saved, names, complaint):
     """Give an optimiser its state again. Raises UserError with the complaint where that does not
-    fit: every parameter has tensors of the same names, each one number, or as large as the
-    parameter, or with one number for each of its rows or columns."""
+    fit: every parameter has tensors of these names, which broadcast to its shape."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         states = [dict(saved["state"][i]) for i in range(len(parameters))]
-        fits = all(state and state.keys() == states[0].keys() for state in states)
+        fits = all(state.keys() == names for state in states)
         for state, p in zip(states, parameters):
             for value in state.values():
-                wide = value.ndim == p.ndim or value.ndim == 0
+                alike = value.dtype == p.dtype and value.ndim in (0, p.ndim)
                 shape = torch.broadcast_shapes(value.shape, p.shape)
-                fits = fits and wide and shape == p.shape and value.dtype == p.dtype
+                fits = fits and alike and shape == p.shape
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         fits = False
     if not fits:

@@ -186,40 +186,31 @@ def model_of(args, tokenizer):
     goes on, or of one that starts from another. Raises UserError."""
     given = {field.name: getattr(args, field.name) for field in model_fields()
              if getattr(args, field.name) is not None}
-    if args.resume:
-        if not same_tokens(load_tokenizer(args.out), tokenizer):
-            raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was "
-                            "trained on")
-        return changed(read_config(args.out), given), None
-    if args.init_from:
-        start = read_start(args.init_from, tokenizer, args.data)
-        config, weights = changed(start.config, given), start.state_dict()
+    source, weights = args.out if args.resume else args.init_from, None
+    if source:
+        config = read_config(source)
+        check_tokens(args, tokenizer, source, config)
+        if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
+            given = {"backprop_depth": None} | given  # half of the new mean, unless that is given
+        config = replace(config, **given)
+        if not args.resume:
+            weights = Parcae.from_pretrained(source).state_dict()
     else:
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
         config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
-        weights = None
     if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
         raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
                         "no loop (--n-recurrent 0)")
     return config, weights
 
 
-def changed(config, given):
-    """Return the config with other values. Half of another mean recurrence gets a gradient, unless
-    the backprop_depth is given, too."""
-    if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
-        given = {"backprop_depth": None} | given
-    return replace(config, **given)
-
-
-def read_start(source, tokenizer, data):
-    """Return the model of --init-from. Raises UserError where it was trained on other tokens."""
-    model = Parcae.from_pretrained(source)
-    there = (Path(source) / "tokenizer.json").exists()
-    if there and not same_tokens(load_tokenizer(source), tokenizer):
-        raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
-                        f"python data.py ... --tokenizer {source}")
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from "
-                        f"{source} {model.config.vocab_size}")
-    return model
+def check_tokens(args, tokenizer, source, config):
+    """Raise UserError where the data has other tokens than a run that is gone on from."""
+    run = f"--out {source}" if args.resume else f"--init-from {source}"
+    if args.resume or (Path(source) / "tokenizer.json").exists():
+        if not same_tokens(load_tokenizer(source), tokenizer):
+            raise UserError(f"--data {args.data} has other tokens than {run}; make it with: "
+                            f"python data.py ... --tokenizer {source}")
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"--data {args.data} has {tokenizer.n_vocab} tokens, the model of {run} "
+                        f"{config.vocab_size}")

@@ -952,6 +952,10 @@ CHECKPOINTS = {
         or c
     ),
     "adamw lacks": lambda c: c["optimizers"]["adamw"]["state"][1].pop("exp_avg") is None or c,
+    "muon of PyTorch": lambda c: [
+        (state.update(momentum_buffer=state.pop("momentum")), state.pop("squares"))
+        for state in c["optimizers"]["muon"]["state"].values()
+    ] and c,
     "muon text": lambda c: c["optimizers"]["muon"]["state"].update({0: "x"}) or c,
 }
 
