@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts.cli import Parser, UserError, number, progress_bar, run_script, some_path
-from parts.files import from_hub, lock, read_json, whole_directory, write_text
+from parts.cli import Parser, in_terminal, number, progress_bar, run_script, some_path
+from parts.errors import UserError, first_line
+from parts.files import lock, whole_directory, write_text
+from parts.reading import read_json
 from parts.sources import SOURCES
 from parts.tokenizer import begin_token, encode, make_tokenizer, save_tokenizer
 
@@ -201,6 +203,24 @@ def check_replaceable(directory):
 
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a dataset on the Hugging Face hub, already in shards
 FINEWEB_SHARDS = 99
+
+
+def from_hub(function, repository, *arguments, **options):
+    """Return the path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
+    UserError."""
+    if not in_terminal():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{repository} is on the Hugging Face hub: "
+                        "pip install huggingface_hub") from None
+    try:
+        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
+    except Exception as error:  # whatever the network or the hub makes of it
+        reason = first_line(error, type(error).__name__)
+        raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
+                        f"{reason}") from None
 
 
 def fetch_fineweb(out, shards):

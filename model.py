@@ -38,10 +38,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parts.cache import KVCache
-from parts.cli import UserError
 from parts.config import PRESETS, ParcaeConfig, read_config
-from parts.files import check_finite, fit_weights, load_checkpoint
+from parts.errors import UserError
 from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm
+from parts.reading import check_finite, fit_weights, load_checkpoint
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
 A0 = math.sqrt(1 / 5)  # A_bar's initial value (published code)

@@ -31,21 +31,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (
-    EVAL_SEED,
-    EVAL_TOKENS,
-    Loader,
-    prepare,
-)
+from data import EVAL_SEED, EVAL_TOKENS, Loader, prepare
 from model import Parcae
 from parts.cli import UserError, progress_bar, run_script
 from parts.comparable import changed_text
-from parts.files import fit_weights, json_text, read_json
+from parts.files import json_text
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
 from parts.ranks import asked_to_stop, common_dtype, rank, say, setup_device, world
-from parts.run_directory import Run, check_free, clear_up, describe, held, inexact
-from parts.settings import DEFAULT_DATA, command_line, model_of, parse_args
+from parts.reading import fit_weights, read_json
+from parts.run_directory import Run, check_free, describe
+from parts.settings import DEFAULT_DATA, model_of, parse_args
 from parts.tokenizer import begin_token, decode_stream, load_tokenizer
 
 MAX_SKIPPED = 10  # steps in a row that are not finite
@@ -63,8 +59,7 @@ class Setup:
     val_loader: Loader
     tokenizer: object
     run: Run
-    before: dict  # what config.json says of a run that goes on, else {}
-    record: dict  # what it says from now on
+    record: dict  # what config.json says
     micro: int  # sequences of a forward pass
 
 
@@ -74,9 +69,10 @@ def setup(args):
     if args.batch_size % (world() * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * "
                         f"--micro-batch ({world()} * {micro})")
-    check_free(args)
+    check_free(args.out, args.resume or args.overwrite or args.dry_run)
     device = setup_device(args)
 
+    # the data, and the tokenizer that it was made with
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
         prepare("stdlib", args.data)
     if world() > 1:
@@ -84,25 +80,28 @@ def setup(args):
     tokenizer = load_tokenizer(args.data)
     begin_token(tokenizer)  # raises where there is none: the closing sample begins with it
     config, weights = model_of(args, tokenizer)
-    use_threads(config.n_embd, args.threads)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
                           for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
 
+    # the model, new or from the weights of another run
+    use_threads(config.n_embd, args.threads)
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
     if weights:
         fit_weights(model, weights,
                     f"--init-from {args.init_from} does not fit these flags of the model")
     model.compute_dtype = common_dtype(device, args.dtype)
+
+    # the run directory
     run = Run(args.out, model, make_optimizers(model, args))
     before = read_json(run.path / "config.json") if args.resume else {}
     record = describe(args, model, before)
-    return Setup(args, model, loader, val_loader, tokenizer, run, before, record, micro)
+    return Setup(args, model, loader, val_loader, tokenizer, run, record, micro)
 
 
 def make_optimizers(model, args):
-    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and injection
-    (appendix E)."""
+    """Return Muon for the matrices of the layers and AdamW for embeddings, head, norms and
+    injection (appendix E)."""
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -110,17 +109,16 @@ def make_optimizers(model, args):
             "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10,
                                        weight_decay=0, fused=True)}
 
-
 # ------------------------------------------------------------------------------- steps
 
 
 def schedule(progress, cooldown):
-    """The learning rate's factor after a share `progress` of the budget: 1, then linearly to 0."""
+    """Return the learning rate's factor after a share of the budget: 1, then linear to 0."""
     return min(1, (1 - progress) / cooldown) if cooldown else 1
 
 
 def shares_spent(args, state):
-    """{flag: the share of its budget that is spent} of the budgets given."""
+    """Return {flag: the share of its budget that is spent} for the budgets given."""
     budgets = {"--max-steps": (state["step"], args.max_steps),
                "--max-tokens": (state["tokens"], args.max_tokens),
                "--max-flops": (state["flops"], args.max_flops)}
@@ -128,12 +126,12 @@ def shares_spent(args, state):
 
 
 def spent(args, state):
-    """The share of the budget that is spent, 0 to 1."""
+    """Return the share of the budget that is spent, 0 to 1."""
     return min(1, max(shares_spent(args, state).values()))
 
 
 def draw_depths(model, args, progress, step_seed):
-    """Loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
+    """Return the loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
     size, generator = args.batch_size, torch.Generator().manual_seed(step_seed)
     if progress < args.loop_from or not model.config.n_recurrent:
         return torch.ones(size, dtype=torch.int64)
@@ -152,22 +150,21 @@ def deal(rows, hands):
 
 
 def backward(model, loader, depths, first_sample, micro, step_seed):
-    """Accumulate the gradient of this rank's rows of a batch; the mean loss over all ranks' rows, a
-    tensor.
-
-    Rows are dealt to ranks, then to micro-batches. Another rank gets the deepest in each step."""
+    """Accumulate the gradient of this rank's rows of a batch. Return the mean loss over all ranks'
+    rows, a tensor."""
+    # deal the rows to ranks, another one gets the deepest in each step; then to micro-batches
     rows = depths.argsort(descending=True, stable=True)
     mine = deal(rows, world())[(rank() + step_seed) % world()]
-    parts = [*deal(mine, len(mine) // micro)]
+    parts = deal(mine, len(mine) // micro)
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
-    for part in parts:
+    for n, part in enumerate(parts, start=1):
         # on mps, what is copied without waiting may be freed before it has arrived
         idx, targets = (t.to(device, non_blocking=device.type == "cuda")
-                        for t in loader.batch(first_sample + part))
+                        for t in loader.batch(first_sample + part))           # (micro, T) each
         torch.manual_seed(step_seed)  # the noise in which the loop starts is the same on every rank
         # ranks add up their gradients once, after the last part
-        wait = world() > 1 and part is not parts[-1]
+        wait = world() > 1 and n < len(parts)
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(idx, targets, depths=depths[part])[1] / len(parts)
             loss.backward()
@@ -179,7 +176,7 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
 
 def update(model, optimizers, args, loss, progress, step):
     """Clip the gradient and step the optimisers, at the rates for a share `progress` of the budget;
-    skip what is not finite. Returns (loss, gradient norm, whether they are finite)."""
+    skip what is not finite. Return (loss, gradient norm, whether they are finite)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     loss, norm = torch.stack([loss, norm]).tolist()
     finite = math.isfinite(loss + norm)
@@ -198,26 +195,28 @@ def update(model, optimizers, args, loss, progress, step):
 
 
 def add_step(state, args, model, depths, seconds):
-    """Add a step to what is spent. Returns its tokens, and its exact FLOPs: MFU is of those,
+    """Add a step to what is spent. Return its tokens, and its exact FLOPs: MFU is of those,
     whatever --accounting counts for the budget."""
-    config = model.config
-    tokens = args.batch_size * config.block_size
+    tokens = args.batch_size * model.config.block_size
+    # FLOPs are linear in the loops, so those of the mean are the mean of those of the rows
     loops = depths.double().mean().item()
-    with_gradient = depths.clamp(max=config.backprop_depth).double().mean().item()
-
-    def flops(accounting):
-        return tokens * model.flops_per_token(loops, with_gradient, accounting=accounting)
+    with_gradient = depths.clamp(max=model.config.backprop_depth).double().mean().item()
+    counted, exact = (tokens * model.flops_per_token(loops, with_gradient, accounting=accounting)
+                      for accounting in (args.accounting, "exact"))
     state["step"] += 1
     state["samples"] += args.batch_size
     state["tokens"] += tokens
-    state["flops"] += flops(args.accounting)
+    state["flops"] += counted
     state["seconds"] += seconds
-    return tokens, flops("exact")
+    return tokens, exact
+
+
+# ------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
 def evaluate(model, loader, sequences, batch_size, recurrence):
-    """What the log has of an evaluation: {metric: {loops: mean}}, and the spectral radius.
+    """Return what the log has of an evaluation: {metric: {loops: mean}}, and the spectral radius.
 
     Every rank reads its share of the sequences. A plain transformer has one entry, for 1 loop."""
     device = model.wte.weight.device
@@ -253,33 +252,51 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
         values["spectral_radius"] = model.injection.spectral_radius().item()
     return dict(values)
 
+
+def still_predicts(s):
+    """Return whether the loss is finite on a val sequence of each rank: that of a step is of the
+    weights before its update, and no checkpoint may be replaced by what predicts nothing."""
+    values = evaluate(s.model, s.val_loader, 1, 1, [s.model.config.mean_recurrence])
+    return all(map(math.isfinite, values["val_loss"].values()))
+
+
+def save_and_evaluate(s, train_loss):
+    """Write a checkpoint on the way, and evaluate at the mean recurrence."""
+    state, mean = s.run.state, s.model.config.mean_recurrence
+    s.run.save()
+    values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
+    s.run.log("eval", **values)
+    if rank() == 0:
+        (loops, val_loss), = values["val_loss"].items()
+        rate = state["tokens"] / state["seconds"]
+        tqdm.write(f"step {state['step']}, {spent(s.args, state):.0%}: train loss "
+                   f"{train_loss:.4f}, val loss {val_loss:.4f} at T = {loops}, {rate:,.0f} tok/s",
+                   file=sys.stdout)
+
 # ------------------------------------------------------------------------------- the run
 
 
 def start_or_resume(s):
-    """Start the run or load its checkpoint. False, and says so, where the run is finished."""
-    args, run, record = s.args, s.run, s.record
-    if args.resume:
-        run.resume()
-        lines = run.read_log()
-        if spent(args, run.state) == 1 and lines and lines[-1]["kind"] == "done":
-            limits = [flag for flag, share in shares_spent(args, run.state).items() if share >= 1]
-            say(f"{args.out} is finished: to go on, give a larger {' and '.join(limits)}")
-            return False
-        run.go_on(record, lines)
-        for line in inexact(s.before, record):
-            say(line)
-    else:
-        run.start(record, s.tokenizer)
+    """Start the run or load its checkpoint. Return False, and say so, where it is finished."""
+    args, run = s.args, s.run
+    if not args.resume:
+        run.start(s.record, s.tokenizer, args.overwrite)
         difference = args.init_from and changed_text(args.init_from, args.data)
         if difference:
             say(difference)
+        return True
+    run.resume()
+    if spent(args, run.state) == 1 and run.lines and run.lines[-1]["kind"] == "done":
+        limits = [flag for flag, share in shares_spent(args, run.state).items() if share >= 1]
+        say(f"{args.out} is finished: to go on, give a larger {' and '.join(limits)}")
+        return False
+    run.go_on(s.record)
     return True
 
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that gets the signals that ask to stop, while the block runs."""
+    """Yield a list that gets the signals that ask to stop, while the block runs."""
     received = []
     before = {number: signal.signal(number, lambda number, frame: received.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
@@ -291,14 +308,12 @@ def caught_signals():
 
 
 def train(s):
-    """Train until the budget is spent or a signal comes. Returns whether it was spent."""
+    """Train until the budget is spent or a signal comes. Return whether it was spent."""
     args, model, run = s.args, s.model, s.run
     state, device = run.state, model.wte.weight.device
     if args.compile:
         model.compile_layers()
-    parallel = model
-    if world() > 1:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
     bar = progress_bar(total=100, initial=100 * spent(args, state), disable=rank() > 0,
                        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", leave=True)
     skipped = 0  # steps in a row
@@ -310,7 +325,7 @@ def train(s):
             step_seed = args.seed * 1_000_003 + state["step"]  # a million steps till seeds meet
 
             # 1. how often each sequence loops
-            depths = draw_depths(model, args, progress, step_seed)
+            depths = draw_depths(model, args, progress, step_seed)            # (batch_size,)
             # 2. forward and backward
             loss = backward(parallel, s.loader, depths, state["samples"], s.micro, step_seed)
             # 3. update the weights, or skip what is not finite
@@ -328,8 +343,8 @@ def train(s):
             bar.update(100 * (spent(args, state) - progress))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
-            stop = asked_to_stop(received, device)
             # 5. now and then save and evaluate, but never over a good checkpoint
+            stop = asked_to_stop(received, device)
             due = state["step"] % args.eval_every == 0 and spent(args, state) < 1 and not stop
             if due and still_predicts(s):
                 save_and_evaluate(s, loss)
@@ -339,100 +354,22 @@ def train(s):
             run.save()  # a second signal does not interrupt it
 
     if not works and not stop:
-        what = "the val loss is not finite"
-        if skipped:
-            what = f"loss or gradient was not finite {skipped} steps in a row"
-        saved = "no checkpoint was saved"
-        if run.saved is not None:
-            saved = f"{run.path / 'ckpt.pt'} is of step {run.saved}"
+        what = (f"loss or gradient was not finite {skipped} steps in a row" if skipped
+                else "the val loss is not finite")
         raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
                         f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo what else "
-                        f"you changed; {saved}")
+                        f"you changed; {run.last_checkpoint()}")
     return not stop
 
-
-def still_predicts(s):
-    """Whether the loss is finite on a val sequence of each rank: that of a step is of the weights
-    before its update, and no checkpoint may be replaced by what predicts nothing."""
-    values = evaluate(s.model, s.val_loader, 1, 1, [s.model.config.mean_recurrence])
-    return all(map(math.isfinite, values["val_loss"].values()))
-
-
-def save_and_evaluate(s, train_loss):
-    """A checkpoint on the way, and an evaluation at the mean recurrence."""
-    state, mean = s.run.state, s.model.config.mean_recurrence
-    s.run.save()
-    values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
-    s.run.log("eval", **values)
-    if rank() == 0:
-        (loops, val_loss), = values["val_loss"].items()
-        rate = state["tokens"] / state["seconds"]
-        tqdm.write(f"step {state['step']}, {spent(s.args, state):.0%}: train loss "
-                   f"{train_loss:.4f}, val loss {val_loss:.4f} at T = {loops}, {rate:,.0f} tok/s",
-                   file=sys.stdout)
-
-
-def report(s):
-    """The last evaluation, over more sequences, and a sample."""
-    args, state = s.args, s.run.state
-    values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro,
-                      args.eval_recurrence)
-    s.run.log("done", **values)
-    if rank() > 0:
-        return
-    print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs "
-          f"({args.accounting}), {state['seconds']:.0f} s, {state['skipped']} steps skipped\n\n"
-          "recurrence T   val loss (nats per token)")
-    for loops, loss in values["val_loss"].items():
-        print(f"{loops:12d}   {loss:.4f}")
-    run, mean = shlex.quote(args.out), s.model.config.mean_recurrence
-    looped = s.model.config.n_recurrent and mean > 1
-    loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
-    print(f"\na sample (more with: python sample.py --run {run}):")
-    for text in decode_stream(s.tokenizer, sample(s)):
-        print(text, end="", flush=True)
-    print(f"\n{what_it_says(s.model.config, values['val_loss'])}\nnext:\n"
-          f'  python sample.py --run {run} --prompt "def "{loops}\n'
-          f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
-    if looped:
-        once = command_line(s.record["settings"], mean_recurrence=1, backprop_depth=None,
-                            out=f"{args.out}-once")
-        print(f"is the loop worth its time? The same layers, run once:\n  {once}")
-
-
-@torch.no_grad()
-def sample(s):
-    """Yield tokens (1, 1) of a new text, at the mean recurrence and temperature 0.7."""
-    model, device, loops = s.model.eval(), s.model.wte.weight.device, s.model.config.mean_recurrence
-    generator = torch.Generator(device).manual_seed(s.args.seed)
-    length = min(300, model.config.block_size - 1)
-    cache = model.new_cache(1, length, loops)
-    token = torch.tensor([[begin_token(s.tokenizer)]], device=device)
-    for _ in range(length):
-        logits, _, _ = model.advance(token, cache, 0, loops)                  # (1, 1, vocab_size)
-        token = torch.multinomial((logits[:, -1] / 0.7).softmax(-1), 1, generator=generator)
-        yield token
-    model.train()
-
-
-def what_it_says(config, losses):
-    """Return a sentence on the losses {loops: nats} of the same weights run once and run as often
-    as in training, or ""."""
-    mean = config.mean_recurrence
-    if mean == 1 or not {1, mean} <= losses.keys():
-        return ""
-    gain = losses[1] - losses[mean]
-    word = "better" if gain > 0 else "worse"
-    return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token {word} "
-            "than run once.\n")
+# ------------------------------------------------------------------------------- what is printed
 
 
 def introduce(s):
     """Print what is trained, on what, and what a loss is to be held against."""
-    config, record, settings = s.model.config, s.record, s.record["settings"]
+    config, record = s.model.config, s.record
     loop = f"a loop of {config.n_recurrent}" if config.n_recurrent else "no loop"
     if config.n_recurrent and config.mean_recurrence > 1:
-        loop += (f" (runs {config.mean_recurrence} times on average, {settings['depth_sampling']}; "
+        loop += (f" (runs {config.mean_recurrence} times on average, {s.args.depth_sampling}; "
                  f"the last {config.backprop_depth} with gradient)")
     tokens = np.asarray(s.loader.shards[0][:1_000_000])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
@@ -447,27 +384,73 @@ def introduce(s):
           "frequent each token is, and nothing else")
 
 
+def report(s):
+    """Evaluate once more, over more sequences; print the losses, a sample and what to try next."""
+    args, state, config = s.args, s.run.state, s.model.config
+    values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro,
+                      args.eval_recurrence)
+    s.run.log("done", **values)
+    if rank() > 0:
+        return
+    print(f"{state['step']} steps, {state['tokens']:,} tokens, {state['flops']:.3e} FLOPs "
+          f"({args.accounting}), {state['seconds']:.0f} s, {state['skipped']} steps skipped\n\n"
+          "recurrence T   val loss (nats per token)")
+    for loops, loss in values["val_loss"].items():
+        print(f"{loops:12d}   {loss:.4f}")
+    run, mean = shlex.quote(args.out), config.mean_recurrence
+    print(f"\na sample (more with: python sample.py --run {run}):")
+    for text in decode_stream(s.tokenizer, sample(s)):
+        print(text, end="", flush=True)
+
+    loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
+    print(f"\n{what_it_says(config, values['val_loss'])}\nnext:\n"
+          f'  python sample.py --run {run} --prompt "def "{loops}\n'
+          f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
+
+
+def what_it_says(config, losses):
+    """Return a sentence on the losses {loops: nats} of the same weights run once and run as often
+    as in training, or ""."""
+    mean = config.mean_recurrence
+    if mean == 1 or not {1, mean} <= losses.keys():
+        return ""
+    gain = losses[1] - losses[mean]
+    word = "better" if gain > 0 else "worse"
+    return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token {word} "
+            "than run once.\n")
+
+
+@torch.no_grad()
+def sample(s):
+    """Yield tokens (1, 1) of a new text, at the mean recurrence and temperature 0.7."""
+    model, device, loops = s.model.eval(), s.model.wte.weight.device, s.model.config.mean_recurrence
+    generator = torch.Generator(device).manual_seed(s.args.seed)
+    length = min(300, model.config.block_size - 1)
+    cache = model.new_cache(1, length, loops)
+    token = torch.tensor([[begin_token(s.tokenizer)]], device=device)
+    for _ in range(length):
+        logits, _, _ = model.advance(token, cache, 0, loops)                  # (1, 1, vocab_size)
+        token = torch.multinomial((logits[:, -1] / 0.7).softmax(-1), 1, generator=generator)
+        yield token
+
+
 def main():
     args = parse_args(__doc__)
     s = setup(args)
     if args.dry_run:
         print(json_text(s.record, indent=1))
         return
-    with held(args.out), s.run.withdrawn_without_a_step():
-        if rank() == 0:
-            check_free(args)  # once more, now that nobody else can write there
-            clear_up(args.out)
+    with s.run.held():
         if start_or_resume(s):
             if rank() == 0:
                 introduce(s)
             if train(s):
                 report(s)
+            elif s.run.saved is None:
+                say("stopped, and nothing was saved")
             else:
-                saved = "nothing was saved"
-                if s.run.saved is not None:
-                    saved = (f"saved at {s.run.saved}; go on with: python train.py --resume --out "
-                             f"{shlex.quote(args.out)}")
-                say(f"stopped at step {s.run.state['step']}, {saved}")
+                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; go on with: "
+                    f"python train.py --resume --out {shlex.quote(args.out)}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
         time.sleep(0.5)  # while it is still on its way out of the barrier, too

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from parts.cli import UserError
+from parts.errors import UserError
 
 
 class KVCache:

@@ -12,18 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-
-class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; `run_script`
-    prints it alone."""
+from parts.errors import UserError, first_line
 
 
 def run_script(main):
     """Call main(). What a user can mend becomes one line and exit code 2, no traceback."""
     open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # consoles that are not UTF-8
     # as Ctrl-C: temporary files are removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -36,9 +30,7 @@ def run_script(main):
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except UserError as error:
-        message = str(error)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = trouble(error)
         if not message:
             raise
@@ -51,13 +43,18 @@ def open_streams():
     """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
     files opened would get their numbers, and what is printed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # gets the lowest number that is free
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # consoles that are not UTF-8
 
 
 def trouble(error):
-    """Return what the system refused, in one line: a file, disk or memory; None for any other
-    error."""
+    """Return what a user can mend in one line: a value, or a file, disk or memory that the system
+    refused; None for any other error."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
         name = error.filename2 or error.filename  # of a rename the file that was to be
         return f"{name}: {error.strerror}" if name else str(error)
@@ -69,11 +66,6 @@ def trouble(error):
     if isinstance(error, MemoryError) or any(words in text for words in no_room):
         return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
     return None
-
-
-def first_line(error, otherwise):
-    """Return the first line of an error's message, or another text where it has none."""
-    return (str(error).splitlines() or [otherwise])[0]
 
 
 LINE_SECONDS = 25  # between two lines about the same work, in a log
@@ -120,6 +112,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(re.sub(r": invalid choice: (.*) \(choose from (.*)\)$",
                                r" is \1, must be one of \2", message))
 
+    def checked(self, values):
+        """Return settings that were read as JSON, a dict, each checked as its flag is. Raises
+        UserError that names the flag."""
+        actions = {action.dest: action for action in self._actions}
+        result = {}
+        for name, value in values.items():
+            action = actions.get(name)
+            switch = action and action.nargs == 0  # a flag without a value
+            if not action or switch and not isinstance(value, bool):
+                self.error(f"{flag_of(name)} cannot be {value!r}")
+            words = value if isinstance(value, list) and action.nargs else [value]
+            try:
+                result[name] = value if switch else self._get_values(action, list(map(str, words)))
+            except argparse.ArgumentError as error:
+                self.error(str(error))
+        return result
+
 
 def number(kind, low, high=math.inf, above=False):
     """Return an argparse type: a finite number from low to high; above: larger than low.
@@ -129,7 +138,7 @@ def number(kind, low, high=math.inf, above=False):
     """
     limits = f"{'above' if above else 'at least'} {low}"
     if high < math.inf:
-        limits = f"at least {low} and at most {high}"
+        limits += f" and at most {high}"
 
     def parse(text):
         try:
@@ -137,12 +146,10 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
-        whole = value.is_integer()
-        if kind is int and whole:
-            value = int(value)
+        value = int(value) if kind is int and value.is_integer() else value
         if not math.isfinite(value) or not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
-        if kind is int and not whole:
+        if not isinstance(value, kind):
             raise argparse.ArgumentTypeError(f"is {value}, must be a whole number, {limits}")
         return value
     return parse

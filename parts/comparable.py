@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from parts.files import read_json
+from parts.reading import read_json
 
 
 def text_of(directory):

@@ -5,8 +5,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.cli import UserError
-from parts.files import read_json
+from parts.errors import UserError
+from parts.reading import read_json
 
 LARGEST = 2 ** 24  # of any size: more is a typing error
 
@@ -86,13 +86,13 @@ class ParcaeConfig:
 
 
 def published_size(layers, channels, heads):
-    """A preset of table 6: as many layers before, in and after the loop."""
+    """Return a preset of table 6: as many layers before, in and after the loop."""
     return dict(n_prelude=layers, n_recurrent=layers, n_coda=layers, n_embd=channels,
                 n_head=heads, value_embeds=True)
 
 
 def without_loop(size):
-    """The plain transformer of a preset: the same layers without loop, injection and C_proj."""
+    """Return the plain transformer of a preset: the same layers without loop, injection, C_proj."""
     layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
     return size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
 
@@ -114,33 +114,26 @@ PRESETS |= {name.replace("parcae", "gpt"): without_loop(size) for name, size in 
 
 
 def parse_config(file, parse):
-    """parse(the JSON object in a file): a ParcaeConfig. Raises UserError that names the file."""
+    """Return parse(the JSON object in a file), a ParcaeConfig. Raises UserError that names the
+    file."""
     try:
-        settings = read_json(file)
-    except UserError as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
-    try:
-        return parse(settings)
+        return parse(read_json(file))
     except KeyError as error:
         raise UserError(f"{file} has no {error}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not the JSON of a model: {error}") from None
-
-
-def config_of_run(settings):
-    """The ParcaeConfig of a run's config.json, a dict. Raises UserError, KeyError."""
-    if "model" not in settings and "n_embd" in settings:
-        raise UserError("a model in another format; python -m tools.published import makes a run "
-                        "of it")
-    return ParcaeConfig(**settings["model"])
+        raise UserError(f"{file} is not the JSON of a model for this code: {error}") from None
 
 
 def read_config(run_directory):
-    """The ParcaeConfig of a run directory. Raises UserError."""
+    """Return the ParcaeConfig of a run directory. Raises UserError."""
     file = Path(run_directory) / "config.json"
     if not file.exists():
         raise UserError(f"{run_directory} holds no model: {file} does not exist; "
                         "train one first: python train.py")
-    return parse_config(file, config_of_run)
+
+    def parse(settings):
+        if "model" not in settings and "n_embd" in settings:
+            raise UserError("a model in another format; python -m tools.published import makes a "
+                            "run of it")
+        return ParcaeConfig(**settings["model"])
+    return parse_config(file, parse)

@@ -1,4 +1,4 @@
-"""Files that appear whole, JSON without NaN, checkpoints that are checked, a lock.
+"""Files and directories that appear whole, JSON without NaN, a lock.
 
 Files are written to a temporary name and renamed, so that whatever happens, a reader finds the old
 file or the new one, never a half.
@@ -12,12 +12,9 @@ import os
 import shutil
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
-import torch
-
-from parts.cli import UserError, first_line, in_terminal
+from parts.errors import UserError
 
 try:
     import fcntl
@@ -27,6 +24,8 @@ except ImportError:  # Windows
 
 # what a file system answers that does not offer a call: mounted buckets, Lustre, FUSE
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# what the lock's system call answers while another process has the file, or has just removed it
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
 
 
 @contextlib.contextmanager
@@ -78,42 +77,6 @@ def with_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def log_line(text):
-    """Return a line of a log, JSON in which null stands for a number that is not finite: NaN.
-    Raises ValueError."""
-    def with_nan(pairs):
-        return {key: math.nan if part is None else part for key, part in pairs}
-    return json.loads(text, object_pairs_hook=with_nan)
-
-
-def read_json_lines(path):
-    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
-    values, bad = [], 0
-    for line in filter(None, Path(path).read_bytes().split(b"\n")):
-        try:
-            value = log_line(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            values.append(value)
-        else:
-            bad += 1
-    return values, bad
-
-
-def read_json(path):
-    """Return the JSON object in a file, a dict. Raises UserError that names the file."""
-    try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 @contextlib.contextmanager
 def whole_directory(path, check):
     """Yield an empty temporary directory that takes path's place when the block ends well.
@@ -124,8 +87,7 @@ def whole_directory(path, check):
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent, patience=60):  # another process may be moving its own there
-        check(path)
+    check(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
     new.mkdir()  # mkdtemp's directory is for the owner alone
@@ -153,84 +115,6 @@ def check_place(path):
         raise UserError(f"--out {path} is the current directory: choose a name of its own")
 
 
-def load_checkpoint(path):
-    """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
-    also where a byte has changed since: the archive has sums, which torch.load does not check."""
-    try:
-        if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise UserError(f"the sum of {damaged} in it is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        reason = first_line(error, "it is empty")
-        raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
-
-
-def misfits(expected, weights):
-    """Return what is wrong, in words, with tensors that are to be loaded: names that are missing or
-    unknown, other shapes, and other dtypes, which would be cast without a word.
-
-    expected, weights: {name: tensor}."""
-    problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
-    for name in filter(weights.__contains__, expected):
-        wanted, w = expected[name], weights[name]
-        plain = w.layout == torch.strided and w.device.type != "meta"
-        found = tuple(w.shape) if plain else "not a plain tensor"
-        if found != tuple(wanted.shape):
-            problems.append(f"{name} is {found}, must be {tuple(wanted.shape)}")
-        elif w.dtype != wanted.dtype:
-            problems.append(f"{name} is {w.dtype}, must be {wanted.dtype}")
-    return problems
-
-
-def fit_weights(model, weights, complaint):
-    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
-    does not fit, see misfits, or differs from another name of the same weights."""
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{complaint}: they are not a state dict of names and tensors")
-    problems = misfits(model.state_dict(), weights)
-    if problems:
-        raise UserError(f"{complaint}: {'; '.join(problems)}")
-    names = {}  # {address: the first name there}: a tied head is the embedding
-    for name, w in model.state_dict().items():
-        first = names.setdefault(w.data_ptr(), name)
-        if first != name and not torch.allclose(weights[first], weights[name], rtol=0, atol=0,
-                                                equal_nan=True):
-            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
-                            "differ there: one would be lost")
-    model.load_state_dict(weights)
-
-
-def check_finite(model, path):
-    """Raise UserError where a weight of a model that comes from `path` is not finite."""
-    for name, w in model.state_dict().items():
-        if not w.isfinite().all():
-            raise UserError(f"the weights in {path} are damaged: {name} is not finite")
-
-
-def from_hub(function, repository, *arguments, **options):
-    """Return the path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
-    UserError."""
-    if not in_terminal():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f"{repository} is on the Hugging Face hub: "
-                        "pip install huggingface_hub") from None
-    try:
-        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
-    except Exception as error:  # whatever the network or the hub makes of it
-        reason = first_line(error, type(error).__name__)
-        raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
-                        f"{reason}") from None
-
-
 @contextlib.contextmanager
 def lock(directory, patience=0):
     """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
@@ -253,9 +137,6 @@ def lock(directory, patience=0):
         with contextlib.suppress(OSError):  # Windows removes no open file
             path.unlink()
         file.close()
-
-
-BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
 
 
 def try_lock(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from parts.cli import UserError
+from parts.errors import UserError
 
 # dense FLOP/s in bfloat16, from data sheets; of several names that fit, the first counts
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12,
@@ -23,13 +23,11 @@ CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
 
 
 def pick_device(device="auto", compiled=False):
-    """A torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises UserError, also
-    where the model is to be compiled and what that needs is missing."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    """Return a torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises
+    UserError, also where the model is to be compiled and what that needs is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    available = [name for name, is_there in there.items() if is_there]
     if device == "auto":
         device = available[0]
     name, _, index = device.partition(":")
@@ -54,8 +52,8 @@ def check_compiler(kind):
 
 
 def pick_dtype(device, dtype="auto"):
-    """A torch.dtype for activations; "auto" is bfloat16 where the device multiplies it faster, else
-    float32."""
+    """Return a torch.dtype for activations; "auto" is bfloat16 where the device multiplies it
+    faster, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
@@ -75,19 +73,16 @@ def matmul_peak(device, dtype, size=1024):
             return known[0]
         size = 8 * size  # a small product ends before the host has heard of it
     a = torch.randn(size, size, device=device, dtype=dtype)
-    best, begin = float("inf"), time.perf_counter()
-    for _ in range(8):
+    seconds = []
+    while len(seconds) < 8 and sum(seconds) < 0.5:
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the device
-        stop = time.perf_counter()
-        best = min(best, stop - start)
-        if stop - begin > 0.5:
-            break
-    return 2 * size ** 3 / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(seconds)
 
 
 def machine_name(device):
-    """The name of a GPU, or of the processor as far as the system tells it."""
+    """Return the name of a GPU, or of the processor as far as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -98,12 +93,11 @@ def machine_name(device):
 
 
 def use_threads(channels, asked=None):
-    """Compute with the number of threads asked for. With None small models take one, others what
+    """Compute with the number of threads asked for; with None small models take one, others what
     PyTorch takes: OMP_NUM_THREADS, or a thread for each core.
 
-    One thread rounds alike on any number of cores. It trains the default model at two thirds of
-    the speed of two threads on two idle cores; but where other programs hold the cores, two
-    threads wait for each other, and one is more than twice as fast."""
+    One thread rounds alike on any number of cores. On two idle cores it is a third slower than two
+    threads; where other programs hold the cores, two wait for each other and are the slower."""
     if asked is None and channels <= SMALL:
         asked = 1
     if asked is not None:

@@ -8,21 +8,20 @@ import os
 import torch
 import torch.distributed as dist
 
-from parts.cli import UserError
+from parts.errors import UserError
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
 
 
 def ranks():
     """Return (the number of this process, how many train together), as torchrun tells; (0, 1) where
     nobody does. Raises UserError where the environment does not say how several find each other."""
-    found = {name: os.environ.get(name, "")
-             for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    rank, world = found["RANK"] or "0", found["WORLD_SIZE"] or "1"
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
     advice = "start several ranks with torchrun; else: unset RANK WORLD_SIZE"
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment, must be "
                         f"whole numbers with RANK below WORLD_SIZE: {advice}")
-    missing = [name for name, value in found.items() if not value]
     if int(world) > 1 and missing:
         raise UserError(f"WORLD_SIZE is {world} in the environment, and {' and '.join(missing)} "
                         f"not set there: {advice}")
@@ -50,10 +49,8 @@ def setup_device(args):
     device = pick_device(args.device, args.compile)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        index = device.index or 0
-        if world() > 1:
-            index = os.environ.get("LOCAL_RANK", index)
-        device = pick_device(f"cuda:{index}")
+        own = os.environ.get("LOCAL_RANK") if world() > 1 else None
+        device = pick_device(f"cuda:{own or device.index or 0}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()

@@ -1,11 +1,10 @@
-"""The settings of a training run: the command line of train.py, and reading it back.
+"""The settings of a training run: the command line of train.py, and reading them back.
 
-A run stores its settings in config.json. `--resume` reads them back as a command line, so that they
-are checked as one; what is then given on the command line comes on top.
+A run stores its settings in config.json. `--resume` reads them from there, each checked by its
+flag's type; what is given on the command line comes on top.
 """
 
 import argparse
-import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from parts.cli import (
     some_path,
 )
 from parts.config import read_config
-from parts.files import read_json
 from parts.machine import SMALL
-from parts.run_directory import finish_replacing
+from parts.reading import read_json
+from parts.run_directory import mend_before_reading
 from parts.tokenizer import load_tokenizer, same_tokens
 
 DEFAULT_DATA = "data/stdlib"
@@ -37,6 +36,7 @@ BATCH = number(int, 1, 2 ** 20)  # more is a typing error, and fills the memory
 
 
 def make_parser(about):
+    """Return the parser of train.py's flags; about: the head of --help."""
     parser = Parser(description=about)
     add = parser.add_argument
     add("--out", type=new_directory, default="out/default", metavar="DIR",
@@ -80,20 +80,17 @@ def make_parser(about):
         help="peak learning rate of AdamW (default: as for Muon)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last part of the run, in which both rates fall to 0 (default: %(default)s)")
-    add("--weight-decay", type=number(float, 0), default=0.2,
-        help="of Muon, falls to 0 over the run; only where the update shrinks a weight anyway "
-        "(default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.2, help="of Muon, falls to 0; only "
+        "where the update shrinks a weight anyway (default: %(default)s)")
     add("--grad-clip", type=POSITIVE, default=1.0,
         help="largest gradient norm (default: %(default)s)")
-    add("--seed", type=SEED, default=0,
-        help="of weights, data order and depths (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, data order and depths (default: 0)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=COUNT, default=400, metavar="N",
         help="steps between evaluations and checkpoints (default: %(default)s)")
     add("--eval-sequences", type=COUNT, default=64, metavar="N",
-        help="val sequences read by an evaluation; by the last, 8 times as many "
-        "(default: %(default)s)")
+        help="val sequences of an evaluation; the last reads 8 times as many (default: 64)")
     add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
         help="loops (default: 1 2 4 8 16)")
 
@@ -115,39 +112,34 @@ def add_model_flags(parser):
     default = ParcaeConfig(**PRESETS[DEFAULT_PRESET])
     group = parser.add_argument_group(f"model (defaults: those of {DEFAULT_PRESET}; another "
                                       "--preset has others; then what is given here)")
-    for field in fields(ParcaeConfig)[1:]:  # vocab_size comes with the data
-        flag = flag_of(field.name)
-        value = getattr(default, field.name)
-        if field.default is None:  # it follows from others, as mlp_width does
-            value = None
-        about = field.metadata.get("about", "")
-        if field.name == "injection":
-            about += f": {', '.join(INJECTIONS)}"
-        about += f" (default: {value})"
+    for field in model_fields():
+        # a default of None follows from other values, as mlp_width does
+        value = None if field.default is None else getattr(default, field.name)
+        names = f": {', '.join(INJECTIONS)}" if field.name == "injection" else ""
+        how = {"help": f"{field.metadata.get('about', '')}{names} (default: {value})"}
         if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+            how |= {"action": argparse.BooleanOptionalAction}
         elif field.type is str:
-            group.add_argument(flag, metavar="NAME", help=about)
+            how |= {"metavar": "NAME"}
         else:
-            kind = float if field.type is float else int  # int of int | None
-            group.add_argument(flag, type=kind, metavar="N", help=about)
+            how |= {"metavar": "N", "type": float if field.type is float else int}
+        group.add_argument(flag_of(field.name), **how)
+
+
+def model_fields():
+    """Return the fields of ParcaeConfig that have flags: vocab_size comes with the data."""
+    return fields(ParcaeConfig)[1:]
 
 
 def parse_args(about, words=None):
-    """The settings of a run: those of the command line; with --resume those that the run has, then
-    the command line's. about: the head of --help."""
+    """Return the settings of a run: those of the command line; with --resume those that the run
+    has, then the command line's. about: the head of --help. Raises UserError."""
     parser = make_parser(about)
     args = parser.parse_args(words)
     if args.resume:
         check_idle(parser, args, ["overwrite"], "--resume goes on with the run, it replaces none")
-        finish_replacing(args.out)
-        file = Path(args.out) / "config.json"
-        saved, model = stored_settings(parser, file)
-        known = argparse.Namespace(**vars(saved) | {"out": args.out})
-        args = parser.parse_args(words, namespace=known)
-        if args.data is None:
-            raise UserError(f"{file} names no data that the run read: give --data DIR")
-        check_unchanged(saved, args, model)
+        mend_before_reading(args.out)
+        args = resumed(parser, words, Path(args.out) / "config.json")
     elif args.init_from:
         check_idle(parser, args, ["preset"], "--init-from takes the place of --preset")
     if not (args.max_steps or args.max_tokens or args.max_flops):
@@ -159,104 +151,66 @@ def parse_args(about, words=None):
     return args
 
 
-def words_of(parser, settings):
-    """Settings, a dict, as words of a command line; what is None is left out."""
-    words = []
-    for name, value in settings.items():
-        flag = flag_of(name)
-        if value is True:
-            words.append(flag)
-        elif value is False:
-            words.append(flag.replace("--", "--no-", 1))
-        elif isinstance(value, list) and isinstance(parser.get_default(name), list):
-            words += [flag, *map(str, value)]
-        elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
-
-
-def command_line(settings, **changes):
-    """The command that trains with the settings of a run, a dict, and these changes; for a shell.
-    Defaults are left out."""
-    parser = make_parser("")
-    given = {name: value for name, value in (settings | changes).items()
-             if value != parser.get_default(name)}
-    return shlex.join(["python", "train.py", *words_of(parser, given)])
-
-
-def stored_settings(parser, file):
-    """The settings in a run's config.json, read as a command line: they are checked as one; and all
-    of its model's values, a dict. Raises UserError."""
+def resumed(parser, words, file):
+    """Return the settings in a run's config.json, changed by those of the command line. Raises
+    UserError, also where these change what the run's checkpoint computes."""
     if not file.exists():
         raise UserError(f"--out {file.parent} holds no run to resume: {file} does not exist")
     config = read_json(file)
-    if not isinstance(config.get("settings"), dict):
-        raise UserError(f"{file} is not that of a run: it has no settings")
-    stored = {name: value for name, value in config["settings"].items() if name != "out"}
-    words = words_of(parser, stored)
-    model = config.get("model")
+    stored, model = config.get("settings"), config.get("model")
+    if not isinstance(stored, dict) or not isinstance(model, dict):
+        raise UserError(f"{file} is not that of a run: it has no settings, or no model")
     try:
-        saved = parser.parse_args(words)
-        if config["settings"].get("data") is None:
-            saved.data = None  # the default is another text
-        return saved, model if isinstance(model, dict) else {}
+        saved = parser.checked({name: value for name, value in stored.items()
+                                if name != "out" and value is not None})
     except UserError as error:
         raise UserError(f"{file}, settings: {error}") from None
+    # without "data" the default would be another text
+    args = parser.parse_args(words, argparse.Namespace(**{"data": None} | saved))
+    if args.data is None:
+        raise UserError(f"{file} names no data that the run read: give --data DIR")
 
-
-def check_unchanged(saved, args, model):
-    """Raise UserError where a flag changes what the checkpoint of a resumed run computes.
-
-    saved, model: what stored_settings returns."""
     may_change = ("mean_recurrence", "backprop_depth")
-    fixed = [field.name for field in fields(ParcaeConfig)[1:] if field.name not in may_change]
+    fixed = [field.name for field in model_fields() if field.name not in may_change]
     for name in ("preset", "init_from", "seed", "accounting", *fixed):
-        before, now = getattr(saved, name), getattr(args, name)
+        before, now = saved.get(name, parser.get_default(name)), getattr(args, name)
         if now not in (before, model.get(name)):  # its preset's value may be named as a flag
-            was = "not given" if before is None else before
             raise UserError(f"{flag_of(name)} is {now}, in the run that goes on it is "
-                            f"{was}: its checkpoint does not fit these settings")
+                            f"{'not given' if before is None else before}: its checkpoint does not "
+                            "fit these settings")
+    return args
 
 
 def model_of(args, tokenizer):
     """Return (the ParcaeConfig of a run, weights to start from or None): of a new run, of one that
     goes on, or of one that starts from another. Raises UserError."""
-    given = {field.name: getattr(args, field.name) for field in fields(ParcaeConfig)[1:]
+    given = {field.name: getattr(args, field.name) for field in model_fields()
              if getattr(args, field.name) is not None}
-    if args.resume:
-        if not same_tokens(load_tokenizer(args.out), tokenizer):
-            raise UserError(f"--data {args.data} has other tokens than the run in {args.out} was "
-                            "trained on")
-        return changed(read_config(args.out), given), None
-    if args.init_from:
-        start = read_start(args.init_from, tokenizer, args.data)
-        config, weights = changed(start.config, given), start.state_dict()
+    source, weights = args.out if args.resume else args.init_from, None
+    if source:
+        config = read_config(source)
+        check_tokens(args, tokenizer, source, config)
+        if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
+            given = {"backprop_depth": None} | given  # half of the new mean, unless that is given
+        config = replace(config, **given)
+        if not args.resume:
+            weights = Parcae.from_pretrained(source).state_dict()
     else:
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-        config, weights = ParcaeConfig(**PRESETS[args.preset] | given
-                                       | {"vocab_size": vocab_size}), None
+        config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
     if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
         raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
                         "no loop (--n-recurrent 0)")
     return config, weights
 
 
-def changed(config, given):
-    """The config with other values. Half of another mean recurrence gets a gradient, unless the
-    backprop_depth is given, too."""
-    if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
-        given = {"backprop_depth": None} | given
-    return replace(config, **given)
-
-
-def read_start(source, tokenizer, data):
-    """The model of --init-from. Raises UserError where it was trained on other tokens."""
-    model = Parcae.from_pretrained(source)
-    there = (Path(source) / "tokenizer.json").exists()
-    if there and not same_tokens(load_tokenizer(source), tokenizer):
-        raise UserError(f"--data {data} has other tokens than --init-from {source}; make it with: "
-                        f"python data.py ... --tokenizer {source}")
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"--data {data} has {tokenizer.n_vocab} tokens, the model of --init-from "
-                        f"{source} {model.config.vocab_size}")
-    return model
+def check_tokens(args, tokenizer, source, config):
+    """Raise UserError where the data has other tokens than a run that is gone on from."""
+    run = f"--out {source}" if args.resume else f"--init-from {source}"
+    if args.resume or (Path(source) / "tokenizer.json").exists():
+        if not same_tokens(load_tokenizer(source), tokenizer):
+            raise UserError(f"--data {args.data} has other tokens than {run}; make it with: "
+                            f"python data.py ... --tokenizer {source}")
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"--data {args.data} has {tokenizer.n_vocab} tokens, the model of {run} "
+                        f"{config.vocab_size}")

@@ -15,7 +15,8 @@ import numpy as np
 
 from parts.cli import UserError
 from parts.comparable import say_differences
-from parts.files import lock, log_line, read_json, whole_file
+from parts.files import lock, whole_file
+from parts.reading import log_line, read_json
 
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 

@@ -16,7 +16,8 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from parts.cli import UserError, progress_bar
-from parts.files import read_json, write_text
+from parts.files import write_text
+from parts.reading import read_json
 
 EOT = "<|endoftext|>"
 BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it

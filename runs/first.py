@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import Parser, run_script
-from parts.files import read_json
+from parts.reading import read_json
 from parts.tables import write_csv
 from runs.half import finished, finished_rows
 

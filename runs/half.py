@@ -19,7 +19,7 @@ from model import Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
 from parts.comparable import say_differences
-from parts.files import read_json
+from parts.reading import read_json
 from parts.tables import last_line, write_csv
 
 NAMES = {

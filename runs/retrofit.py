@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from model import Parcae
 from parts.cli import Parser, UserError, run_script
-from parts.files import read_json, whole_directory, whole_file, write_json
+from parts.files import whole_directory, whole_file, write_json
 from parts.generation import check_predicts
+from parts.reading import read_json
 
 
 @torch.no_grad()

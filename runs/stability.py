@@ -11,7 +11,7 @@ from pathlib import Path
 from parts import figures
 from parts.cli import Parser, UserError, run_script
 from parts.comparable import say_differences
-from parts.files import read_json_lines
+from parts.reading import read_json_lines
 from parts.tables import write_csv
 
 

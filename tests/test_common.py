@@ -15,17 +15,9 @@ from conftest import OUR_FILES, ROOT, script
 
 from parts import cli, files, machine
 from parts.cli import UserError, new_directory, new_file, progress_bar
-from parts.files import (
-    load_checkpoint,
-    lock,
-    log_line,
-    read_json,
-    whole_directory,
-    whole_file,
-    write_json,
-    write_text,
-)
+from parts.files import lock, whole_directory, whole_file, write_json, write_text
 from parts.machine import matmul_peak, pick_device
+from parts.reading import load_checkpoint, log_line, read_json
 
 IMPORTS = ("import sys; sys.argv = ['x.py']; from parts.cli import *; "
            "from parts.files import *")

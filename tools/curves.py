@@ -17,7 +17,7 @@ import numpy as np
 from parts import figures
 from parts.cli import Parser, UserError, new_file, run_script, some_path
 from parts.comparable import say_differences
-from parts.files import read_json, read_json_lines
+from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log

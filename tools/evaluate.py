@@ -34,10 +34,11 @@ from parts.cli import (
     some_path,
 )
 from parts.comparable import changed_text, text_of
-from parts.files import read_json, write_json
+from parts.files import write_json
 from parts.generation import EXIT_RULES, check_predicts, settle
 from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
+from parts.reading import read_json
 from parts.sources import read_text
 from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 

@@ -18,20 +18,12 @@ from pathlib import Path
 
 import torch
 
+from data import from_hub
 from model import Parcae
 from parts.cli import Parser, UserError, run_script, some_path
 from parts.config import ParcaeConfig, parse_config
-from parts.files import (
-    check_finite,
-    fit_weights,
-    from_hub,
-    load_checkpoint,
-    misfits,
-    read_json,
-    whole_directory,
-    whole_file,
-    write_json,
-)
+from parts.files import whole_directory, whole_file, write_json
+from parts.reading import check_finite, fit_weights, load_checkpoint, misfits, read_json
 from parts.tokenizer import checked_encoding, load_tokenizer, save_tokenizer
 
 WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")

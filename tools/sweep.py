@@ -1,18 +1,15 @@
 """Train a grid of budgets and mean recurrences at equal FLOPs, and collect their losses in a table.
 
     python -m tools.sweep --budgets 1e12 2e12 --recurrences 1 2 4 8 --jobs 2 --n-embd 32
-    python -m tools.sweep ... --dry-run              print the plan: tokens, steps, minutes of a run
+    python -m tools.sweep ... --dry-run              print the plan: tokens, steps and hours
     python -m tools.sweep ... --table results/x.csv  a table that several sweeps or machines share
     python -m tools.sweep ... --print                print the commands, for a cluster's scheduler
 
 Flags that are not the sweep's go to train.py. The same command resumes a sweep that was stopped:
-finished runs are not repeated. A run is finished if its directory says so, or if the table has a
-row with its model, accounting, budget (within 3%), recurrence, mu_bwd and seed. The table knows a
-model by its layers, width and parameters, and nothing of learning rates or text: sweeps that differ
-in anything else need tables of their own.
-
---print writes one `python train.py ...` for each run that is not finished, and trains nothing. Once
-the scheduler has run them, the command without --print adds their rows to the table.
+it does not repeat a run that is finished, or that has a row in the table with its model,
+accounting, budget (within 3%), recurrence, mu_bwd and seed. The table knows a model by its layers,
+width and parameters alone: sweeps that differ in anything else need tables of their own. After the
+commands of --print have run, the command without --print adds their rows to the table.
 """
 
 import contextlib
@@ -27,19 +24,11 @@ from pathlib import Path
 
 import torch
 
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    SEED,
-    Parser,
-    UserError,
-    number,
-    progress_bar,
-    run_script,
-    some_path,
-)
+from parts.cli import COUNT, LOOPS, SEED, Parser, number, progress_bar, run_script, some_path
 from parts.comparable import texts_differ
-from parts.files import lock, read_json
+from parts.errors import UserError
+from parts.files import lock
+from parts.reading import read_json
 from parts.settings import parse_args
 from parts.tables import (
     SAME_BUDGET,
@@ -144,24 +133,22 @@ def make_cells(args, flags):
 # ------------------------------------------------------------------------------- the plan
 
 
-def flops_per_second(cells, jobs):
-    """Return (the FLOP/s that a run may reach, whether that was measured on runs of this sweep);
-    else it is a share of the matmul peak."""
+def hours(cells, todo, jobs):
+    """Return about how many hours the cells to do take: as fast as the runs so far, or, where there
+    are none, at 30% of the matmul peak."""
     lines = [cell.last_line() for cell in cells]
     speeds = [line["flops"] / line["seconds"] for line in lines if line.get("seconds")]
+    speed = 0.3 * cells[0].plan["peak_flops"] * min(jobs, max(1, torch.cuda.device_count()))
     if speeds:
-        return sum(speeds) / len(speeds), True
-    devices = min(jobs, max(1, torch.cuda.device_count()))
-    return 0.3 * cells[0].plan["peak_flops"] * devices / jobs, False
+        speed = jobs * sum(speeds) / len(speeds)
+    return sum(cell.flops for cell in todo) / speed / 3600
 
 
 def print_plan(cells, todo, jobs):
-    """Print what each cell trains on and how long it may take."""
-    speed, measured = flops_per_second(cells, jobs)
-    to_spend = sum(cell.flops for cell in todo)
+    """Print what each cell trains on and how long all may take."""
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, "
-          f"{to_spend:.3g} FLOPs to spend\n")
-    print("    FLOPs   mu_rec   mu_bwd   seed   FLOPs a token       tokens     steps   minutes")
+          f"{sum(cell.flops for cell in todo):.3g} FLOPs to spend\n\n"
+          "    FLOPs   mu_rec   mu_bwd   seed   FLOPs a token       tokens     steps")
     all_steps = []
     for cell in cells:
         settings, model = cell.plan["settings"], cell.plan["model"]
@@ -169,15 +156,13 @@ def print_plan(cells, todo, jobs):
         tokens = cell.flops / per_token
         steps = tokens / settings["batch_size"] / model["block_size"]
         all_steps.append(steps)
-        mu_bwd = min(cell.mu, model["backprop_depth"])
-        minutes = f"{cell.flops / speed / 60:7.1f}" if cell in todo else "   done"
-        print(f"{cell.flops:9.3g}   {cell.mu:6d}   {mu_bwd:6d}   {cell.seed:4d}   "
-              f"{per_token:13,.0f}   {tokens:10,.0f}   {steps:7,.0f}   {minutes}")
+        print(f"{cell.flops:9.3g}   {cell.mu:6d}   {min(cell.mu, model['backprop_depth']):6d}   "
+              f"{cell.seed:4d}   {per_token:13,.0f}   {tokens:10,.0f}   {steps:7,.0f}"
+              f"{'' if cell in todo else '   done'}")
     if min(all_steps) < 1 / (SAME_BUDGET - 1):
         print(f"{min(all_steps):,.0f} steps are few: a run may overshoot its budget by more than "
               f"{SAME_BUDGET - 1:.0%}, and count as one of another budget")
-    caveat = "" if measured else ", if training reaches 30% of the matmul peak measured here"
-    print(f"about {to_spend / speed / jobs / 3600:.1f} hours with {jobs} jobs{caveat}")
+    print(f"about {hours(cells, todo, jobs):.1f} hours with {jobs} jobs")
 
 # ------------------------------------------------------------------------------- running
 
@@ -185,10 +170,8 @@ def print_plan(cells, todo, jobs):
 def share(slot, jobs):
     """Return the environment of the runs in one of `jobs` slots: their share of the threads and
     GPUs that this process was given. Threads that the user gave are those of each run."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // jobs)
     environment = {"OMP_NUM_THREADS": str(threads)}
     count = torch.cuda.device_count()
@@ -286,9 +269,8 @@ def sweep(args, flags):
         print(f"failed: {cell.path}: {failure}", file=sys.stderr)
     if stopped:
         print("stopped; the same command goes on")
-        sys.exit(130)
-    if failed:
-        sys.exit(1)
+    if stopped or failed:
+        sys.exit(130 if stopped else 1)
 
 
 def sweep_args():

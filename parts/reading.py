@@ -1,0 +1,105 @@
+"""Reading what was written before: JSON, logs, checkpoints. Each is checked before it is used."""
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import torch
+
+from parts.errors import UserError, first_line
+
+
+def read_json(path):
+    """Return the JSON object in a file, a dict. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def log_line(text):
+    """Return a line of a log, JSON in which null stands for NaN. Raises ValueError."""
+    def with_nan(pairs):
+        return {key: math.nan if part is None else part for key, part in pairs}
+    return json.loads(text, object_pairs_hook=with_nan)
+
+
+def read_json_lines(path):
+    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
+    values, bad = [], 0
+    for line in filter(None, Path(path).read_bytes().split(b"\n")):
+        try:
+            value = log_line(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            values.append(value)
+        else:
+            bad += 1
+    return values, bad
+
+
+def load_checkpoint(path):
+    """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
+    also where a byte has changed since: the archive has sums, which torch.load does not check."""
+    try:
+        if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"the sum of {damaged} in it is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = first_line(error, "it is empty")
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
+
+
+def misfits(expected, weights):
+    """Return what is wrong, in words, with tensors that are to be loaded: missing and unknown
+    names, other shapes, and other dtypes, which would be cast without a word.
+
+    expected, weights: {name: tensor}."""
+    problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
+    for name in filter(weights.__contains__, expected):
+        wanted, w = expected[name], weights[name]
+        plain = w.layout == torch.strided and w.device.type != "meta"
+        found = tuple(w.shape) if plain else "not a plain tensor"
+        if found != tuple(wanted.shape):
+            problems.append(f"{name} is {found}, must be {tuple(wanted.shape)}")
+        elif w.dtype != wanted.dtype:
+            problems.append(f"{name} is {w.dtype}, must be {wanted.dtype}")
+    return problems
+
+
+def fit_weights(model, weights, complaint):
+    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
+    does not fit, see misfits, or differs from another name of the same weights."""
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{complaint}: they are not a state dict of names and tensors")
+    problems = misfits(model.state_dict(), weights)
+    if problems:
+        raise UserError(f"{complaint}: {'; '.join(problems)}")
+    names = {}  # {address: the first name there}: a tied head is the embedding
+    for name, w in model.state_dict().items():
+        first = names.setdefault(w.data_ptr(), name)
+        if first != name and not torch.allclose(weights[first], weights[name], rtol=0, atol=0,
+                                                equal_nan=True):
+            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
+                            "differ there: one would be lost")
+    model.load_state_dict(weights)
+
+
+def check_finite(model, path):
+    """Raise UserError where a weight of a model that comes from `path` is not finite."""
+    for name, w in model.state_dict().items():
+        if not w.isfinite().all():
+            raise UserError(f"the weights in {path} are damaged: {name} is not finite")
