@@ -29,7 +29,7 @@ from train import schedule
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = (
     "--preset parcae-nano --muon-lr 3e-2 --adamw-lr 3e-2 --n-embd 32 --n-head 2 "
-    "--block-size 64 --batch-size 8 --eval-sequences 8 --device cpu "
+    "--block-size 32 --batch-size 8 --eval-sequences 2 --device cpu "
     "--dtype float32"
 ).split()
 
@@ -94,7 +94,8 @@ def weights(path):
 
 
 def test_a_run_learns_and_writes_its_directory(train):
-    run, out = train("a", "--max-steps", 150, "--eval-every", 100), train.out / "a"
+    sizes = "--block-size", 64, "--eval-sequences", 8
+    run, out = train("a", *sizes, "--max-steps", 150, "--eval-every", 100), train.out / "a"
     assert (
         losses(out)[0] > 5 and sum(losses(out)[-10:]) / 10 < 2.7
     )  # bytes of Python; their unigram entropy is above 3
