@@ -10,8 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tiktoken", "tqdm", "matplotlib.pyplot", "pytest"])
+if sys.platform == "win32":  # it cannot fork: each process imports torch
+    CONTEXT = multiprocessing.get_context("spawn")
+else:
+    CONTEXT = multiprocessing.get_context("forkserver")
+    CONTEXT.set_forkserver_preload(["torch._dynamo", "tiktoken", "matplotlib.pyplot", "pytest"])
 
 
 class Forked(CONTEXT.Process):
