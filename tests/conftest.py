@@ -72,6 +72,12 @@ def script(name, *args, stdin=b"", cwd="."):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    """Runs measure the machine's peak, half a second each; those in processes of their own do."""
+    monkeypatch.setattr("parts.run_directory.matmul_peak", lambda *arguments: 1e11)
+
+
 def save_run(model, directory, **settings):
     """What other scripts read of a run directory of train.py, but for the tokenizer."""
     directory.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import OUR_FILES, ROOT, script
+from forks import Forked
 
 from parts import cli, files, machine
 from parts.cli import UserError, new_directory, new_file, progress_bar
@@ -19,8 +20,7 @@ from parts.files import lock, whole_directory, whole_file, write_json, write_tex
 from parts.machine import matmul_peak, pick_device
 from parts.reading import load_checkpoint, log_line, read_json
 
-IMPORTS = ("import sys; sys.argv = ['x.py']; from parts.cli import *; "
-           "from parts.files import *")
+IMPORTS = "import sys; sys.argv = ['x.py']; from parts.cli import *"  # which needs no torch
 
 
 def python(code, **options):
@@ -188,21 +188,22 @@ def test_every_bar_is_one_of_those():
 
 
 def test_locks_are_of_one_process_and_end_with_it(tmp_path):
-    hold = f"with lock({str(tmp_path)!r}):\n    print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"{IMPORTS}\n{hold}"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    holder.stdout.readline()
-    assert (
-        f"in use by process {holder.pid}".encode()
-        in python(f"run_script(lambda: lock({str(tmp_path)!r}).__enter__())").stderr
-    )
+    place, said = tmp_path / "place", tmp_path / "said.txt"
+    place.mkdir()
+    start = f"{IMPORTS}; import time; from parts.files import lock; place = {str(place)!r}\n"
+
+    def start_and_wait(code):
+        return Forked(["-c", start + code], said, ROOT).wait()
+
+    holder = Forked(["-c", f"{start}with lock(place): print('held', flush=True); time.sleep(500)"],
+                    tmp_path / "held.txt", ROOT)
+    while not (tmp_path / "held.txt").exists() or not (tmp_path / "held.txt").read_text():
+        time.sleep(0.01)
+    assert start_and_wait("run_script(lambda: lock(place).__enter__())") == 2
+    assert f"in use by process {holder.pid}" in said.read_text()
     holder.kill()
     holder.wait()
-    assert python(f"with lock({str(tmp_path)!r}): pass").returncode == 0
+    assert start_and_wait("with lock(place): pass") == 0
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL"])

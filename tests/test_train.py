@@ -1,12 +1,12 @@
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, script
+from forks import Forked
 
 import train as train_module
 from data import open_shard, prepare
@@ -27,7 +28,7 @@ from train import schedule
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = (
     "--preset parcae-nano --muon-lr 3e-2 --adamw-lr 3e-2 --n-embd 32 --n-head 2 "
-    "--block-size 64 --batch-size 8 --eval-sequences 8 --device cpu "
+    "--block-size 32 --batch-size 8 --eval-sequences 2 --device cpu "
     "--dtype float32"
 ).split()
 
@@ -92,7 +93,8 @@ def weights(path):
 
 
 def test_a_run_learns_and_writes_its_directory(train):
-    run, out = train("a", "--max-steps", 150, "--eval-every", 100), train.out / "a"
+    sizes = "--block-size", 64, "--eval-sequences", 8
+    run, out = train("a", *sizes, "--max-steps", 150, "--eval-every", 100), train.out / "a"
     assert (
         losses(out)[0] > 5 and sum(losses(out)[-10:]) / 10 < 2.7
     )  # bytes of Python; their unigram entropy is above 3
@@ -137,29 +139,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     whole, parts = train.out / "whole", train.out / "parts"
     train("whole", "--max-steps", 12, "--eval-every", 4)
     flags = ["--max-steps", "12", "--eval-every", "4"]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            "--data",
-            json.loads((whole / "config.json").read_text())["data"],
-            "--out",
-            parts,
-            *TINY,
-            *flags,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=ONE_THREAD,
-    )
+    data = json.loads((whole / "config.json").read_text())["data"]
+    words = [ROOT / "train.py", "--data", data, "--out", parts, *TINY, *flags]
+    process = Forked(words, train.out / "said.txt", env=ONE_THREAD)
     while (
         not (parts / "log.jsonl").exists()
         or len((parts / "log.jsonl").read_text().splitlines()) < 3
     ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
-    assert process.returncode == 0 and "--resume" in output
+    assert process.wait() == 0 and "--resume" in (train.out / "said.txt").read_text()
     stopped = log(parts)[-1]["step"]
     assert 0 < stopped < 12
     with open(
@@ -223,12 +212,15 @@ def test_ranks_stop_together_whenever_the_signal_comes_and_share_a_dtype(corpus,
     (tmp_path / "pids").mkdir()
     (tmp_path / "signalled.py").write_text(
         SIGNALLED.format(root=str(ROOT), pids=str(tmp_path / "pids")))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         tmp_path / "signalled.py", "--data", corpus, "--out", tmp_path / "r", *TINY,
-         "--max-steps", "40", "--eval-every", "5"],
-        capture_output=True, text=True, env=ONE_THREAD, timeout=120)
-    assert done.returncode == 0 and "stopped at step " in done.stdout, done.stderr[-2000:]
+    words = [tmp_path / "signalled.py", "--data", corpus, "--out", tmp_path / "r", *TINY,
+             "--max-steps", "40", "--eval-every", "5"]
+    with socket.create_server(("localhost", 0)) as free:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [Forked(words, tmp_path / f"{rank}.txt", tmp_path,
+                      ONE_THREAD | address | {"RANK": str(rank), "WORLD_SIZE": "2"})
+               for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in started] == [0, 0]
+    assert "stopped at step " in (tmp_path / "0.txt").read_text()
     assert 5 < weights_step(tmp_path / "r") < 40
     assert [file.read_text() for file in (tmp_path / "pids").iterdir()] == 2 * ["torch.float32"]
 
@@ -316,26 +308,12 @@ def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
     by a resume."""
     flags = ["--max-steps", 120, "--eval-every", 4, "--eval-sequences", 1, "--eval-recurrence", 1]
     train("whole", *flags)
-    context, moment, out = (
-        multiprocessing.get_context("forkserver"),
-        random.Random(0),
-        train.out / "killed",
-    )
-    context.set_forkserver_preload(["torch._dynamo", "tiktoken"])  # the slow imports
-    first = ["--data", corpus, *TINY, *map(str, flags)]
+    moment, out = random.Random(0), train.out / "killed"
+    first = ["--data", corpus, *TINY, *flags]
 
     def start():
-        child = context.Process(
-            target=script,
-            args=(
-                "train.py",
-                "--out",
-                out,
-                *(["--resume"] if (out / "ckpt.pt").exists() else first),
-            ),
-        )
-        child.start()
-        return child
+        rest = ["--resume"] if (out / "ckpt.pt").exists() else first
+        return Forked([ROOT / "train.py", "--out", out, *rest])
 
     def size():
         return (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
@@ -346,11 +324,9 @@ def test_twenty_kills_at_random_moments_change_nothing(train, corpus):
             time.sleep(0.002)
         time.sleep(moment.random() * 0.05)
         child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+        assert child.wait() == -signal.SIGKILL
     (out / ".ckpt.pt.x.tmp").touch()  # as a kill leaves it in the middle of a save
-    child = start()
-    child.join()
+    assert start().wait() == 0
     assert losses(out) == losses(train.out / "whole") and log(out, "done")[0]["step"] == 120
     assert all(
         torch.equal(a, b)
