@@ -8,7 +8,7 @@ are of "Parcae: Scaling Laws For Stable Looped Language Models", arXiv 2604.1294
 
     e       = Norm(prelude(tokens))              once
     h_0     = noise                              in training; zero afterwards
-    h_{t+1} = block(A_bar * h_t + dt * B e)      T times, 0 < A_bar < 1 (eq. 3)
+    h_{t+1} = block(A_bar * h_t + dt * B e)      T times, 0 < A_bar = exp(dt * A) < 1 (eq. 3)
     logits  = head(Norm(coda(C h_T)))            once
 
 Shapes: (B, S, D) is B sequences of S tokens with D channels; H heads; V tokens exist.
@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 D, H, CONTEXT, VOCAB = 64, 2, 256, 320  # tokens: 256 bytes, 256 for "a text begins", 63 unused
-PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # layers before the loop, in it, after it; all
+PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # numbers of layers: before the loop, in it, after it, all
 MEAN_LOOPS, GRADIENT_LOOPS = 4, 2  # mean of T in training; the last loops, which get a gradient
 BATCH, STEPS, RATE, DECAY = 16, 1200, 2e-2, 0.2  # the paper's RATE is 8e-3
 SIGMA, EPS, QK_EPS = math.sqrt(2 / (5 * D)), 1e-5, 2 ** -23  # SIGMA: of noise, initial weights
@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.gate = nn.Linear(32, H, bias=False) if has_table else None
 
     def forward(self, x, idx):
-        """Return x (B, S, D) and what the layer adds to it; idx (B, S): the tokens."""
+        """Return x (B, S, D) plus what the layer computes from it; idx (B, S): the tokens."""
         y = self.norm_1(x)
         q, k, v = (f(y).view(*idx.shape, H, -1) for f in (self.q, self.k, self.v))  # (B, S, H, D/H)
         if self.table:
@@ -102,8 +102,8 @@ class Parcae(nn.Module):
     def loop(self, h, u, idx):
         """Return the state (B, S, D) after one more loop: eq. 3, the paper's contribution.
 
-        A = -exp(log_A) is negative whatever is learned, so 0 < A_bar = exp(dt * A) < 1: a loop
-        shrinks the state before it adds to it. With A_bar = 1 it can grow from loop to loop."""
+        A = -exp(log_A) < 0 < dt whatever is learned, so 0 < A_bar = exp(dt * A) < 1: a loop shrinks
+        the state, then adds u and what its layers compute from normed input, which is bounded."""
         A_bar = torch.exp(-F.softplus(self.dt_bias) * self.log_A.exp())
         return self.run(self.block, A_bar * h + u, idx)
 
@@ -119,8 +119,8 @@ class Parcae(nn.Module):
         return h
 
     def forward(self, idx, targets, depths):
-        """Return the mean loss in nats per token; each sequence loops depths (B,) times. Gradient
-        flows through its last GRADIENT_LOOPS loops alone (§4): memory does not grow with T."""
+        """Return the mean loss in nats per token; sequence i loops depths[i] times. Only
+        its last GRADIENT_LOOPS loops keep activations for backward (§4): memory is flat in T."""
         depths, order = depths.sort(descending=True)
         idx, targets = idx[order], targets[order]
         u = self.read(idx)
@@ -140,9 +140,9 @@ class Parcae(nn.Module):
             yield self.predict(h, idx)
 
     def flops_per_token(self, depths):
-        """Return the training FLOPs per token: two a multiply-add, backward twice forward."""
+        """Return training FLOPs per token. Backward costs two forwards, in the last loops alone."""
         once, loop = (sum(2 * p.numel() for layer in layers for p in layer.matrices())
-                      + len(layers) * 4 * D * CONTEXT  # scores and values of attention
+                      + len(layers) * 4 * D * CONTEXT  # attention: scores and values, masked too
                       for layers in ((*self.prelude, *self.coda), self.block))
         once += 2 * (2 * D * D + D * VOCAB)  # B, C, head
         loops = depths.double().mean() + 2 * depths.clamp(max=GRADIENT_LOOPS).double().mean()
