@@ -402,10 +402,20 @@ def report(s):
     for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
 
-    loops = f" --recurrence 1 {mean} {2 * mean}" if config.n_recurrent and mean > 1 else ""
+    looped = config.n_recurrent > 0 and mean > 1
+    loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
     print(f"\n{what_it_says(config, values['val_loss'])}\nnext:\n"
           f'  python sample.py --run {run} --prompt "def "{loops}\n'
           f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
+    if looped and not args.resume:
+        print("  " + run_once(sys.argv, args.out) + "\n"
+              "                the same layers, trained to run once: is the loop worth its FLOPs?")
+
+
+def run_once(words, out):
+    """Return the command line, a list of words, changed so that the layers are trained to run once.
+    Of a flag that comes twice the last one counts."""
+    return shlex.join(["python", *words, "--mean-recurrence", "1", "--out", f"{out}-once"])
 
 
 def what_it_says(config, losses):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -498,6 +499,18 @@ def test_mistakes_get_one_line(train, flags, message):
     run = train("bad", *flags, code=2)
     assert message in run.stderr and run.stderr.count("\n") == 1
     assert not (train.out / "bad").exists()
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--max-tokens", "1e4", "--max-steps", "1200", "--out", "out/my run"],
+    ["--data", "it's here", "--no-qk-norm", "--compile", "--eval-recurrence", "2", "3",
+     "--injection", "add", "--max-flops", "1e13", "--mean-recurrence", "3", "--out=out/x"]])
+def test_the_command_said_at_the_end_trains_the_same_run_once(words):
+    args = settings.parse_args("", words)
+    command = train_module.run_once(["train.py", *words], args.out)
+    assert command.startswith("python train.py ")
+    again = settings.parse_args("", shlex.split(command)[2:])
+    assert vars(again) == vars(args) | {"mean_recurrence": 1, "out": f"{args.out}-once"}
 
 
 def test_a_sentence_says_what_looping_the_same_weights_gains():
