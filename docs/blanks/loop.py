@@ -1,0 +1,80 @@
+"""Write the loop of training yourself: a depth for each row, a gradient for its last loops.
+
+    python docs/blanks/loop.py    says what is still wrong, or that nothing is
+
+Replace the last line of run_loop. `Parcae.loop` in model.py is one answer: look at it afterwards.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from model import Parcae, ParcaeConfig
+
+
+def run_loop(one_loop, h, depths, with_gradient):
+    """Return the state (B, T, C) after depths[i] loops of row i, from h (B, T, C).
+
+    one_loop(h, rows): the state (n, T, C) of some rows after one more loop of them; h (n, T, C) is
+        their state before, rows (n,) are their numbers in the batch.
+    depths: (B,) int64, at least 1.
+    with_gradient: of each row only so many of its last loops get a gradient (torch.no_grad).
+    A row that is done must not be computed again."""
+    raise NotImplementedError("run_loop is still blank")
+
+
+# ------------------------------------------------------------------------------- what must hold
+
+
+def faults(run_loop):
+    """Return what is wrong with a run_loop, a list of texts."""
+    torch.manual_seed(0)
+    config = ParcaeConfig(vocab_size=16, block_size=4, n_embd=8, n_head=1, n_prelude=1,
+                          n_recurrent=1, n_coda=0)
+    model = Parcae(config).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    inputs, u, h = model.begin(torch.randint(16, (4, 4)))
+    depths, with_gradient = torch.tensor([3, 1, 6, 2]), 2
+    looped = []
+
+    def one_loop(h, rows):
+        looped.append(len(rows))
+        some = inputs.each(lambda ve: ve[rows])
+        return model.recurrent_pass(h, u[rows], some)
+
+    def gradients(state):
+        loss = (state * torch.linspace(-1, 1, state.numel()).view_as(state)).sum()
+        grads = torch.autograd.grad(loss, list(model.recurrent.parameters()), retain_graph=True)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    # each row alone, with nothing clever
+    alone = []
+    for row, depth in enumerate(depths.tolist()):
+        state = h[row:row + 1]
+        for t in range(depth):
+            with torch.set_grad_enabled(t >= depth - with_gradient):
+                state = model.recurrent_pass(state, u[row:row + 1], inputs)
+        alone.append(state)
+    expected = torch.cat(alone)
+
+    found = run_loop(one_loop, h, depths, with_gradient)
+    if found.shape != expected.shape:
+        return [f"the state has shape {tuple(found.shape)}, must be {tuple(expected.shape)}"]
+    if not torch.allclose(found, expected):
+        wrong = [i for i in range(4) if not torch.allclose(found[i], expected[i])]
+        return [f"the state of rows {wrong} is wrong; depths are {depths.tolist()}"]
+    problems = []
+    if not found.requires_grad or not torch.allclose(gradients(found), gradients(expected)):
+        problems.append(f"the gradient is not that of each row's last {with_gradient} loops")
+    if sum(looped) != depths.sum():
+        problems.append(f"{sum(looped)} loops of a row were computed, {depths.sum()} are needed")
+    return problems
+
+
+if __name__ == "__main__":
+    problems = faults(run_loop)
+    print("\n".join(problems) or "right: states, gradients and no loop too many")
+    sys.exit(1 if problems else 0)
