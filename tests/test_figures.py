@@ -76,7 +76,7 @@ def test_a_bound_has_its_interval_in_the_picture_too(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, full_disk):
     with pytest.raises(OSError):
-        figures.fixed_point(tmp_path / "a.png", *PICTURES["fixed_point"])
+        guide.fixed_point(tmp_path / "a.png", *PICTURES["fixed_point"])
     assert not list(tmp_path.iterdir())
 
 
