@@ -84,14 +84,14 @@ class Diagonal(nn.Module):
         return (self.A_bar() * h + u).to(dtype)
 
     def spectral_radius(self):
-        return self.A_bar().max()
+        return self.A_bar().abs().max()
 
 
 class Add(nn.Module):
     """h + e (table 1): as if A_bar were the identity, marginally stable.
 
     A new rule is a class like this one and an entry in INJECTIONS. It says how many d x d matrices
-    it multiplies a token by, once and in every loop, so that FLOPs stay exact."""
+    it multiplies e by, once, and the state by, in every loop, so that FLOPs stay exact."""
 
     products_once = 0
     products_per_loop = 0
@@ -202,7 +202,7 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Give the weights the start of the published code."""
+        """Give the weights the start of the published code; a matrix of your own is orthogonal."""
         for name, p in self.named_parameters():
             if name.startswith("value_embeds."):
                 nn.init.normal_(p)
@@ -233,8 +233,9 @@ class Parcae(nn.Module):
         return inputs, self.injection.input(e), h.expand_as(e)
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """Return the state (B, T, C) after one more loop (eq. 3). t: its number, 0, 1, ..., for all
-        rows or, in training, (B, 1) for each: a vector for each loop is `self.vectors[t]`."""
+        """Return the state (B, T, C) after one more loop (eq. 3). t: the number of this loop, 0, 1,
+        ...: an int or, in training, a tensor (B, 1) with one for each row. Something that depends
+        on it begins with t = torch.as_tensor(t, device=h.device)."""
         if not self.recurrent:
             return u  # of a plain transformer: what the prelude made
         h = self.injection(h, u)
@@ -366,14 +367,14 @@ class Parcae(nn.Module):
 
     # ------------------------------------------------------------------------- depths
 
-    def sample_depths(self, batch_size, generator=None):
+    def sample_depths(self, batch_size, generator=None, mean=None):
         """Return the loops of a training batch, (B,) int64: Poisson(mean_recurrence), at least 1
         (§4), so that their mean is mean_recurrence + exp(-mean_recurrence). A mean_recurrence of 1
         stands for fixed depth: all 1.
 
         Stratified: one draw from each of batch_size equal slices of the distribution, shuffled. A
         row's depth is distributed as an independent draw, yet the sum hardly varies."""
-        mean = self.config.mean_recurrence
+        mean = self.config.mean_recurrence if mean is None else mean
         if mean == 1 or not self.config.n_recurrent:
             return torch.ones(batch_size, dtype=torch.int64)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)

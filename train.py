@@ -162,7 +162,9 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
         # on mps, what is copied without waiting may be freed before it has arrived
         idx, targets = (t.to(device, non_blocking=device.type == "cuda")
                         for t in loader.batch(first_sample + part))           # (micro, T) each
-        torch.manual_seed(step_seed)  # the noise in which the loop starts is the same on every rank
+        # the noise in which the loop starts is the same for every row, on every rank; anything else
+        # that is random, as dropout, repeats from part to part
+        torch.manual_seed(step_seed)
         # ranks add up their gradients once, after the last part
         wait = world() > 1 and n < len(parts)
         with model.no_sync() if wait else contextlib.nullcontext():

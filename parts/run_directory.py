@@ -29,12 +29,13 @@ from parts.cli import UserError, flag_of
 from parts.comparable import text_of, texts_differ
 from parts.files import json_text, lock, whole_file, write_json, write_text
 from parts.machine import machine_name, matmul_peak
+from parts.muon import Muon
 from parts.ranks import rank, say, world
 from parts.reading import fit_weights, load_checkpoint, read_json, read_json_lines
 from parts.tokenizer import save_tokenizer
 
 FILES = ("config.json", "tokenizer.json", "log.jsonl", "ckpt.pt")
-STATES = {"muon": {"momentum", "squares"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+STATES = {Muon: {"momentum", "squares"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 MEASURED = ("eval.json", "core.json")  # what tools/evaluate.py and tools/core.py measure of ckpt.pt
 
 
@@ -260,7 +261,7 @@ class Run:
             for name, optimizer in self.optimizers.items():
                 complaint = (f"{file}: the state of the optimiser {name} is damaged, or of another "
                              f"version of this code: start from it with --init-from {self.path}")
-                load_optimizer(optimizer, optimizers.get(name), STATES[name], complaint)
+                load_optimizer(optimizer, optimizers.get(name), complaint)
         self.state = {name: state[name] for name in self.state}
         self.saved = self.state["step"]
         self.read_log()
@@ -279,12 +280,13 @@ class Run:
         self.lines = [line for line in lines if line["step"] <= self.saved]
 
 
-def load_optimizer(optimizer, saved, names, complaint):
+def load_optimizer(optimizer, saved, complaint):
     """Give an optimiser its state again. Raises UserError with the complaint where that does not
-    fit: every parameter has tensors of these names, which broadcast to its shape."""
+    fit: every parameter has tensors of the same names, which broadcast to its shape."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         states = [dict(saved["state"][i]) for i in range(len(parameters))]
+        names = STATES.get(type(optimizer), states[0].keys())
         fits = all(state.keys() == names for state in states)
         for state, p in zip(states, parameters):
             for value in state.values():

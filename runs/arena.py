@@ -1,18 +1,16 @@
 """Train one loop under the rules of the field: on one text, with seeds and exact FLOPs.
 
-    python -m runs.arena zero-order-hold --seed 1 --out out/arena/zero-order-hold-8e-3-1
-    python -m runs.arena table out/arena results     of runs RULE-RATE-SEED: arena.csv and arena.png
-    python -m runs.arena table results/arena.csv results    the same table and picture again
+    python -m runs.arena --rule zero-order-hold --seed 1 --out out/arena/zero-order-hold-8e-3-1
+    python -m runs.arena --table out/arena results    of runs RULE-RATE-SEED: arena.csv, arena.png
+    python -m runs.arena --table results/arena.csv results    the same table and picture again
 
-A rule is a model with a name in RULES. It changes Parcae from outside, and train.py trains it: what
-follows the rule's name on the command line are flags of train.py. runs/arena.sh has those of the
-table.
+A rule is a model with a name in RULES. It changes Parcae from outside, and train.py trains it: all
+other flags are train.py's. runs/arena.sh has those of the table.
 """
 
 import re
 import sys
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,16 +198,13 @@ class Growing(Parcae):
     """Loops grow during training: a mean of 1, 2, 4, ... in equal parts of it (2609.19107)."""
 
 
-def grow(model, args, progress, step_seed, draw=train.draw_depths):
-    """Return the loops (batch_size,) of a batch as train.draw_depths does, from the mean of this
-    part of the training."""
-    config = model.config
-    stages = config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
+def grow(model, args, progress, step_seed):
+    """Return the loops (batch_size,) of a batch in place of train.draw_depths, with the mean of
+    this part of the training."""
+    stages = model.config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
     mean = 2 ** min(stages - 1, int(progress * stages))
-    model.config = replace(config, mean_recurrence=mean)
-    depths = draw(model, args, progress, step_seed)
-    model.config = config
-    return depths
+    generator = torch.Generator().manual_seed(step_seed)
+    return model.sample_depths(args.batch_size, generator, mean)
 
 
 RULES = {
@@ -315,29 +310,28 @@ def draw(chosen, path):
 
 
 def main():
-    rule, *rest = sys.argv[1:] or ["--help"]
-    if rule in RULES:
-        train.Parcae = RULES[rule]
-        if rule == "growing":
+    parser = Parser(description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rule", choices=RULES, metavar="RULE", help=f"one of {', '.join(RULES)}")
+    what.add_argument("--table", type=Path, nargs=2, metavar=("DIR|CSV", "OUT"),
+                      help="runs, or the table of before; directory for table and picture")
+    args, rest = parser.parse_known_args()
+    if args.rule:
+        train.Parcae = RULES[args.rule]
+        if args.rule == "growing":
             train.draw_depths = grow
         sys.argv[1:] = rest
         train.main()
         return
-    parser = Parser(description=__doc__)
-    parser.add_argument("rule", metavar="RULE|table", help=f"one of {', '.join(RULES)}; or table")
-    parser.add_argument("source", type=Path, metavar="DIR|CSV", help="runs, or the table of before")
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory for table and picture")
-    args = parser.parse_args()
-    if args.rule != "table":
-        raise UserError(f"RULE is {args.rule}, must be table or one of {', '.join(RULES)}")
+    source, out = args.table
     figures.pyplot()
-    if args.source.is_dir():
-        rows = finished_rows(args.source, read_row)
+    if source.is_dir():
+        rows = finished_rows(source, read_row)
         rows.sort(key=lambda row: ([*RULES].index(row["rule"]), row["rate"], row["seed"]))
-        write_csv(args.out / "arena.csv", rows, COLUMNS)
+        write_csv(out / "arena.csv", rows, COLUMNS)
     else:
-        rows = read_table(args.source, COLUMNS)
-    draw(print_table(rows), args.out / "arena.png")
+        rows = read_table(source, COLUMNS)
+    draw(print_table(rows), out / "arena.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ rules=${RULES:-diagonal add concat zero-order-hold euler first-loop loop-vector 
     streams every-loop growing}
 rate=${RATE:-8e-3}
 run() {  # rule rate seed
-    echo "$1" --muon-lr "$2" --adamw-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
+    echo "--rule $1" --muon-lr "$2" --adamw-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
 }
 {
     for other in ${OTHER-4e-3 1.6e-2}; do
@@ -26,4 +26,4 @@ run() {  # rule rate seed
 } | xargs -P "${JOBS:-2}" -I {} sh -c "python -m runs.arena {} --preset parcae-nano --overwrite \
     --compile --no-value-embeds --n-recurrent 4 --mean-recurrence 8 --max-tokens ${TOKENS:-5e6} \
     --eval-every 100000 --eval-sequences 236"
-python -m runs.arena table out/arena "${RESULTS:-out}"
+python -m runs.arena --table out/arena "${RESULTS:-out}"

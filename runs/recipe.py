@@ -1,9 +1,10 @@
 """What does each part of the published recipe do? Training with one of them undone.
 
-    python -m runs.recipe decay --seed 1 --out out/recipe/decay-1     then flags of train.py
-    python -m runs.recipe table out/recipe out        of finished runs PART-SEED: OUT/recipe.csv
+    python -m runs.recipe --undo decay --seed 1 --out out/recipe/decay-1
+    python -m runs.recipe --table out/recipe out     of finished runs PART-SEED: OUT/recipe.csv
 
-A part is undone from outside, by giving a name in train.py's modules its meaning of before.
+A part is undone from outside, by giving a name in train.py's modules its meaning of before. All
+other flags are train.py's.
 """
 
 import sys
@@ -119,23 +120,23 @@ def print_table(rows, loops):
 
 
 def main():
-    part, *rest = sys.argv[1:] or ["--help"]
-    if part in UNDONE:
-        for undo in UNDONE[part]:
+    parser = Parser(description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--undo", choices=UNDONE, metavar="PART",
+                      help="; ".join(f"{part}: {about}" for part, about in ABOUT.items()))
+    what.add_argument("--table", type=Path, nargs=2, metavar=("DIR", "OUT"),
+                      help="finished runs; directory for recipe.csv")
+    args, rest = parser.parse_known_args()
+    if args.undo:
+        for undo in UNDONE[args.undo]:
             undo()
         sys.argv[1:] = rest
         train.main()
         return
-    parser = Parser(description=__doc__)
-    parser.add_argument("part", metavar="PART|table", help=f"one of {', '.join(UNDONE)}, or table")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of finished runs")
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory for recipe.csv")
-    args = parser.parse_args()
-    if args.part != "table":
-        raise UserError(f"PART is {args.part}, must be table or one of {', '.join(UNDONE)}")
-    rows = finished_rows(args.folder, row_of)
+    folder, out = args.table
+    rows = finished_rows(folder, row_of)
     rows.sort(key=lambda row: ([*UNDONE].index(row["undone"]), row["seed"]))
-    write_csv(args.out / "recipe.csv", rows, rows[0])
+    write_csv(out / "recipe.csv", rows, rows[0])
     print_table(rows, 4)
 
 

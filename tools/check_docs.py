@@ -37,7 +37,8 @@ SKIP = {  # what a command matches: why --full does not run it
     r"fineweb|urllib|chinchilla": "needs the network",
     r"pip download|--find-links|index-url": "needs the network, or wheels fetched before",
     r"book\.txt|my-notes\.txt|data/mine|eval_data": "needs a file of the reader's own"}
-PASSES_ON = {"tools/sweep.py": "train.py"}  # flags that it does not know are for this one
+PASSES_ON = {"tools/sweep.py": "train.py", "runs/arena.py": "train.py",
+             "runs/recipe.py": "train.py"}  # flags that it does not know are for this one
 
 RUNS = re.compile(r"(\w+=\S* +)*(python|bash|pip|torchrun) ")
 SETS = re.compile(r"\w+=(\"[^\"]*\"|'[^']*')\s*(#.*)?$")
