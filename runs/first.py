@@ -31,16 +31,22 @@ def row_of(path):
 
 
 def gains(rows):
-    """Yield (layers, mean recurrence, rate, {seed: gain}) of each looped model."""
-    def model_of(row):
-        return row["layers"], row["mean_recurrence"], row["rate"]
-    once = {(*model_of(row), row["seed"]): row["val_loss_1"] for row in rows}
-    for layers, loops, rate in sorted({model_of(row) for row in rows}):
-        by_seed = {row["seed"]: once[layers, 1, rate, row["seed"]] - row[f"val_loss_{loops}"]
-                   for row in rows if model_of(row) == (layers, loops, rate)
-                   and (layers, 1, rate, row["seed"]) in once}
-        if loops > 1 and by_seed:
-            yield layers, loops, rate, by_seed
+    """Yield (layers, mean recurrence, rate, what is equal, {seed: gain}) of each looped model."""
+    for layers, loops, rate in sorted({(row["layers"], row["mean_recurrence"], row["rate"])
+                                       for row in rows if row["mean_recurrence"] > 1}):
+        alike = [row for row in rows if (row["layers"], row["rate"]) == (layers, rate)]
+        for equal in ("tokens", "flops"):
+            by_seed = {}
+            for looped in alike:
+                for once in alike:
+                    pair = looped["mean_recurrence"], once["mean_recurrence"]
+                    ratio = float(once[equal]) / float(looped[equal])
+                    if (pair == (loops, 1) and looped["seed"] == once["seed"]
+                            and abs(ratio - 1) < 0.01):
+                        gain = once["val_loss_1"] - looped[f"val_loss_{loops}"]
+                        by_seed[looped["seed"]] = gain
+            if by_seed:
+                yield layers, loops, rate, equal, by_seed
 
 
 def main():
@@ -49,15 +55,17 @@ def main():
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
     rows = finished_rows(args.folder, row_of)
-    rows.sort(key=lambda row: [row[name] for name in ("layers", "mean_recurrence", "rate", "seed")])
+    order = ("layers", "mean_recurrence", "rate", "seed", "tokens")
+    rows.sort(key=lambda row: [row[name] for name in order])
     write_csv(args.out / "first.csv", rows, rows[0])
-    print("| layers | mean recurrence | rates | gain, mean | standard error | by seed |")
-    print("|---|---|---|---|---|---|")
-    for layers, loops, rate, by_seed in gains(rows):
+    print("| layers | mean recurrence | rates | equal | gain, mean | standard error | by seed |")
+    print("|---|---|---|---|---|---|---|")
+    for layers, loops, rate, equal, by_seed in gains(rows):
         values = [*by_seed.values()]
         error = f"{np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
         each = ", ".join(f"{gain:.3f}" for gain in values)
-        print(f"| {layers} | {loops} | {rate:g} | {np.mean(values):.4f} | {error} | {each} |")
+        cells = [layers, loops, f"{rate:g}", equal, f"{np.mean(values):.4f}", error, each]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

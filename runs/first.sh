@@ -18,6 +18,10 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         for rate in 4e-3 1.6e-2 3.2e-2 6.4e-2; do run 0 $rate $loops $one; done  # rates
         for seed in 0 1 2 3 4; do run $seed 2e-2 $loops $one; done  # the default
     done
+    for seed in 0 1 2 3 4; do  # as many FLOPs as the looped default
+        echo --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --mean-recurrence 1 $one \
+            --max-flops 7.2e12 --out out/first/flops-$seed
+    done
     run 0 8e-3 8 $one
     run 0 1.28e-1 4 $one
 } | xargs -P "${JOBS:-2}" -L 1 python train.py --overwrite --eval-every 100000
