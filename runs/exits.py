@@ -7,14 +7,26 @@ threshold. Beside them: the same number of loops for every token. All read the s
 that what a rule loses against all `--most` loops has a small standard error.
 """
 
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from model import Parcae
 from parts import figures
 from parts.cli import Parser, UserError, number, progress_bar, run_script, some_path
+from parts.generation import settle
 from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
-from tools.evaluate import add_text_flags, bits_per_byte, early_exit, open_text, token_losses
+from tools.evaluate import (
+    add_text_flags,
+    bits_per_byte,
+    loss_of,
+    open_text,
+    read_all,
+    row_of,
+    token_losses,
+)
 
 THRESHOLDS = {  # of each rule, from a late stop to an early one
     "kl": (0.003, 0.01, 0.03, 0.1, 0.3),
@@ -22,6 +34,28 @@ THRESHOLDS = {  # of each rule, from a late stop to an early one
     "entropy": (0.03, 0.1, 0.3, 1, 2),
 }
 COLUMNS = ["rule", "threshold", "loops", "val_loss", "standard_error", "above", "above_error"]
+
+
+@torch.no_grad()
+def early_exit_losses(model, idx, targets, most, threshold, rule):
+    """Return {"loss": nats of each target, "loops": that its token took}, (1, T) each, where each
+    token's loop ends as soon as its prediction settles (generation.settle)."""
+    cache = model.new_cache(*idx.shape, most, "shared")
+    losses, loops_used = [], []
+    for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
+        logits, loops = settle(model, token, most, cache, threshold, rule)
+        losses.append(loss_of(logits, target, loops))
+        loops_used.append(loops)
+    return {"loss": torch.cat(losses, dim=1), "loops": torch.tensor([loops_used])}
+
+
+def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
+    """Return the row of a threshold; its "recurrence" is the mean of the loops used.
+
+    batches: of one sequence each, see read_all; baseline: see row_of."""
+    losses_of = partial(early_exit_losses, most=most, threshold=threshold, rule=rule)
+    sums, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
+    return row_of(sum(sums["loops"]) / sum(tokens), sums["loss"], tokens, n_bytes, baseline)
 
 
 def row_of_table(rule, threshold, row):

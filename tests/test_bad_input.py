@@ -204,7 +204,6 @@ FLAGS = [
     (EVALUATE, "--data", "t.txt"),
     (EVALUATE, "--text", "none.txt"),
     (EVALUATE, "--text", "d"),
-    (EVALUATE, "--exit-threshold", "nan"),
     (TRAIN, "--seed", "-1"),
     (TRAIN, "--muon-lr", "1e400"),
     (TRAIN, "--adamw-lr", "inf"),

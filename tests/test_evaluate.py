@@ -9,6 +9,7 @@ from conftest import ROOT, save_run, script
 from data import prepare
 from parts.cli import UserError
 from parts.tokenizer import load_tokenizer
+from runs import exits
 from tools import evaluate
 
 
@@ -49,25 +50,13 @@ def test_losses_through_the_cache(build, tokens, kv_cache, same):
     assert torch.allclose(once, shared, atol=1e-4)  # one loop: nothing to share either
 
 
-def test_exit_thresholds(run):
-    done = call(
-        "--run",
-        run,
-        "--recurrence",
-        4,
-        "--sequences",
-        3,
-        "--exit-threshold",
-        0,
-        1e9,
-        "--dtype",
-        "float32",
-    )
-    saved = json.loads((run / "eval.json").read_text())
-    assert done.returncode == 0 and [row["recurrence"] for row in saved["exit"]] == [4, 2], (
-        done.stderr
-    )
-    assert saved["exit"][0]["val_loss"] != saved["exit"][1]["val_loss"]
+def test_exit_thresholds(run, tokens):
+    model = evaluate.Parcae.from_pretrained(run)
+    windows = [(one[None], one[None]) for one in tokens]
+    rows = [exits.early_exit(model, windows, load_tokenizer(run), 4, threshold, "kl")
+            for threshold in (0, 1e9)]
+    assert [row["recurrence"] for row in rows] == [4, 2]
+    assert rows[0]["val_loss"] != rows[1]["val_loss"]
 
 
 def test_a_loss_that_is_off_the_scale_has_a_perplexity_all_the_same():
@@ -102,7 +91,7 @@ def test_a_model_that_predicts_nothing_gets_one_line_and_no_number(run, build):
         assert "after 16 loops is not finite" in done.stderr
     idx = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(UserError, match="after 16 loops is not finite"):
-        evaluate.early_exit_losses(model.eval(), idx, idx, 16, 0, "state")
+        exits.early_exit_losses(model.eval(), idx, idx, 16, 0, "state")
     assert (run / "eval.json").read_text() == before
 
 
@@ -165,7 +154,6 @@ def test_mistakes_get_one_line(run, tmp_path):
     for flags, message in (
         (["--run", "nowhere"], "nowhere holds no model"),
         (["--run", run, "--recurrence", 0], "--recurrence is 0"),
-        (["--run", run, "--exit-rule", "state"], "--exit-rule does nothing without --exit-thresh"),
         (["--run", run, "--data", tmp_path / "none"], "has no val_"),
     ):
         done = call(*flags)

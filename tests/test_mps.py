@@ -82,7 +82,7 @@ def test_evaluating(on_mps, run, dtype):
 
 def test_evaluating_token_by_token(on_mps, run):
     on_mps(evaluate.main, "--run", run, "--recurrence", 2, "--sequences", 1, *MACHINE, "bfloat16",
-           "--kv-cache", "shared", "--exit-threshold", 0.1)
+           "--kv-cache", "shared")
 
 
 def test_core(on_mps, run, tmp_path):

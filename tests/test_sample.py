@@ -113,8 +113,7 @@ def test_a_prompt_longer_than_the_context_says_what_is_read(run_directory):
 def test_only_a_model_that_loops_has_a_draft_or_an_exit(build, tmp_path):
     save_run(build(vocab_size=320, n_recurrent=0, n_prelude=2), tmp_path)
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "tokenizer.json")
-    for name, *flags in (("sample.py", "--draft", 1), ("sample.py", "--exit-threshold", 1),
-                         ("tools/evaluate.py", "--exit-threshold", 1)):
+    for name, *flags in (("sample.py", "--draft", 1), ("sample.py", "--exit-threshold", 1)):
         done = script(name, "--run", tmp_path, "--device", "cpu", *flags)
         assert done.returncode == 2 and f"{flags[0]} needs a model that loops" in done.stderr
 

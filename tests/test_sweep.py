@@ -86,7 +86,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path, monkeypatch):
     budgets = 4e8, 2e9
     args = ["--budgets", *budgets, "--recurrences", "1", "3", "--out", "sweep",
             "--eval-recurrence", "2", "--data", tmp_path / "data", *SMALL]
-    plan = run(*args, "--dry-run", cwd=tmp_path).stdout
+    plan = run(*args, "--print", cwd=tmp_path).stderr
     assert "4 cells, 0 of them finished, 4.8e+09 FLOPs to spend" in plan
 
     # What a scheduler takes: a command a line. It runs half of them.
@@ -144,7 +144,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path, monkeypatch):
 def test_recurrences_of_a_model_without_a_loop_are_refused(tmp_path):
     prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
     error = run("--budgets", "4e9", "--recurrences", "2", "--data", "data", *SMALL, "--preset",
-                "gpt-nano", "--dry-run", cwd=tmp_path, code=2).stderr
+                "gpt-nano", "--print", cwd=tmp_path, code=2).stderr
     assert "--mean-recurrence is 2, must be 1: this model has no loop" in error
 
 
@@ -261,7 +261,7 @@ def test_sweeps_share_a_table(tmp_path):
     assert (tmp_path / "shared" / "t.csv").read_text() == text
 
     # Cells that are not there yet are still to do.
-    plan = run(*args, "--seeds", 0, 1, 2, "--out", "third", "--dry-run", cwd=tmp_path).stdout
+    plan = run(*args, "--seeds", 0, 1, 2, "--out", "third", "--print", cwd=tmp_path).stderr
     assert "3 cells, 2 of them finished, 1e+09 FLOPs" in plan
 
 
@@ -275,7 +275,7 @@ def test_rows_that_many_add_at_once_are_all_kept(rows, tmp_path):
 
     def add(some):
         for row in some:
-            sweep.add_rows(table, [row])
+            tables.add_rows(table, [row])
     threads = [threading.Thread(target=add, args=[rows[i::6]]) for i in range(6)]
     for thread in threads:
         thread.start()
@@ -291,14 +291,14 @@ def test_adding_rows_leaves_what_is_there(rows, tmp_path):
     tables.write_csv(table, [row | {"note": "mine, all mine"} for row in rows[:3]],
                       [*tables.COLUMNS, "note"])
     text = table.read_text()
-    sweep.add_rows(table, rows[:5])
+    tables.add_rows(table, rows[:5])
     assert table.read_text().startswith(text) and len(table.read_text().splitlines()) == 6
     assert tables.read_csv(table)[4]["tokens"] == pytest.approx(rows[4]["tokens"])
 
     # What is no table is not replaced.
     table.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="has no column model"):
-        sweep.add_rows(table, rows)
+        tables.add_rows(table, rows)
     assert table.read_text() == "a,b\n1,2\n"
 
 

@@ -3,14 +3,11 @@
     python -m tools.core eval_data --run out/default --recurrence 1 4 8 --max-per-task 100
 
 CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the centred accuracy, (accuracy -
-baseline) / (1 - baseline). The folder is the public bundle's eval_data. There are three kinds of
-task. Multiple choice (one context, several continuations) and schema (several contexts, one
-continuation) are right where the right option has the lowest mean loss over the continuation;
-language modelling where greedy decoding gives the whole continuation. Options that tie for the
-lowest loss share the point: options may be the same tokens once their contexts are cut to the
-model's context. Predictions that are not finite are refused.
-
-Writes core.json in the run directory, which names the step of the weights and the items read.
+baseline) / (1 - baseline). The folder is the public bundle's eval_data. Multiple choice (one
+context, several continuations) and schema (several contexts, one continuation) are right where the
+right option has the lowest mean loss over the continuation; options that tie share the point.
+Language modelling is right where greedy decoding gives the whole continuation. Predictions that are
+not finite are refused. Writes core.json in the run directory.
 """
 
 import hashlib
@@ -33,8 +30,7 @@ from tools.evaluate import add_run_flags, open_run
 ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
 # name: (the file's, kind, examples shown, what comes between context and continuation, baseline in
-# %). The baselines are those with which CORE has been reported: some are the largest class's
-# share, and DCLM corrected some later (its issue 114).
+# %, as CORE has been reported: DCLM's issue 114 corrected some later)
 TASKS = {
     "hellaswag_zeroshot": ("hellaswag", "choice", 0, " ", 25),
     "jeopardy": ("jeopardy_all", "language", 10, "\nAnswer: ", 0),
@@ -68,7 +64,7 @@ def read_task(file, kind, delimiter):
     """Return the items of a task as of `options`, shuffled. Raises UserError that names the file
     and the line."""
     items = []
-    for line_number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -76,11 +72,10 @@ def read_task(file, kind, delimiter):
             if not all(isinstance(text, str) for pair in pairs for text in pair):
                 raise TypeError("an option is not text")
             if type(gold) is not int or not 0 <= gold < len(pairs):
-                raise ValueError(f"gold is {gold!r}, must be the number of one of {len(pairs)} "
-                                 "options")
+                raise ValueError(f"gold is {gold!r}, must be the number of an option")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} has an item that is not of kind {kind} in line "
-                            f"{line_number}: {error}") from None
+            raise UserError(f"{file} has an item that is not of kind {kind} in line {number}: "
+                            f"{error}") from None
         items.append((pairs, gold))
     if not items:
         raise UserError(f"{file} has no items")
@@ -100,8 +95,6 @@ def options(item, kind, delimiter):
 
 @dataclass
 class Question:
-    """An item in tokens, ready to be scored."""
-
     rows: list  # of each option: its tokens, after the examples and the context
     starts: list  # of each option: where the scored part starts
     gold: int  # the right option
@@ -159,13 +152,14 @@ def score(model, questions, recurrence):
     """Return for each question, for each option: (mean loss of the scored part in nats per token,
     whether greedy decoding gives it). Raises UserError where a prediction is not finite.
 
-    The prefix that a question's options share, up to 10 examples long, runs once for each question,
-    into a KV cache, from which every option then reads: several times as fast as running every
-    option whole. Options are padded at their ends, which nothing before the padding sees."""
+    The prefix that a question's options share, up to 10 examples long, runs once, into a KV cache
+    from which every option then reads. Padding comes last, where nothing before it sees it."""
     device = model.wte.weight.device
-    # of all options: the number of the question, the tokens, where the scored part starts
-    owner, rows, starts = zip(*((number, *option) for number, question in enumerate(questions)
-                                for option in zip(question.rows, question.starts)))
+    owner, rows, starts = [], [], []  # of all options; owner: the number of the question
+    for number, question in enumerate(questions):
+        owner += [number] * len(question.rows)
+        rows += question.rows
+        starts += question.starts
 
     # the prefixes, one row a question; n: tokens that every question's options share
     n = min(question.prefix for question in questions)
@@ -195,44 +189,32 @@ def score(model, questions, recurrence):
 def credit(question, scores):
     """Return what a question with several options earns, 0 to 1: the options with the lowest loss
     share the point. scores: as of `score`."""
-    # The same tokens have the same loss: rounding must not decide between them.
-    losses = {}
-    for row, start, (loss, _) in zip(question.rows, question.starts, scores):
-        losses.setdefault((start, *row), loss)
+    losses = {}  # the same tokens have the same loss: rounding must not decide between them
+    parts = [(start, *row) for start, row in zip(question.starts, question.rows)]
+    for part, (loss, _) in zip(parts, scores):
+        losses.setdefault(part, loss)
     lowest = min(losses.values())
-    tied = [math.isclose(losses[start, *row], lowest, rel_tol=ROUNDING)
-            for row, start in zip(question.rows, question.starts)]
+    tied = [math.isclose(losses[part], lowest, rel_tol=ROUNDING) for part in parts]
     return tied[question.gold] / sum(tied)
 
 
-def accuracy(model, questions, kind, recurrence, batch_size=32, name=""):
+def accuracy(model, questions, kind, recurrence, batch_size=32):
     """Return the share of questions that the model gets right; a tie counts in part, see credit.
-
-    batch_size: options at a time. name: of the task, for the progress bar."""
+    batch_size: options at a time."""
     # questions of like length stand side by side
     questions = sorted(questions, key=lambda one: (one.prefix, max(map(len, one.rows))))
     size = max(1, batch_size // max(len(one.rows) for one in questions))
     right = 0
-    for i in progress_bar(range(0, len(questions), size), desc=f"{name}, T = {recurrence}"):
+    for i in progress_bar(range(0, len(questions), size), desc=f"{kind}, T = {recurrence}"):
         batch = questions[i:i + size]
         for question, scores in zip(batch, score(model, batch, recurrence)):
             right += scores[0][1] if kind == "language" else credit(question, scores)
     return right / len(questions)
 
 
-def files_of(folder):
-    """Return {task: its file} of the tasks that are in the folder. Raises UserError."""
-    files = {name: [*Path(folder).glob(f"*/{task[0]}.jsonl")] for name, task in TASKS.items()}
-    there = {name: found[0] for name, found in files.items() if found}
-    if not there:
-        raise UserError(f"{folder} holds none of the tasks, such as "
-                        "language_understanding/hellaswag.jsonl")
-    return there
-
-
 def core(model, tokenizer, files, recurrence, batch_size, limit):
     """Return {task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}}
-    of the tasks in files_of; "cut" counts the items longer than the context. Raises UserError."""
+    of {task: file}; "cut" counts the items longer than the context. Raises UserError."""
     tasks = {name: read_task(file, TASKS[name][1], TASKS[name][3]) for name, file in files.items()}
     results = {}
     for name, items in tasks.items():
@@ -240,13 +222,11 @@ def core(model, tokenizer, files, recurrence, batch_size, limit):
         baseline = percent / 100
         questions = [make_question(i, items, kind, shots, tokenizer, model.config.block_size)
                      for i in range(len(items))[:limit]]
-        right = {T: accuracy(model, questions, kind, T, batch_size, name) for T in recurrence}
+        right = {T: accuracy(model, questions, kind, T, batch_size) for T in recurrence}
         centered = {T: (share - baseline) / (1 - baseline) for T, share in right.items()}
         results[name] = {"items": len(questions), "cut": sum(one.cut for one in questions),
                          "baseline": baseline, "accuracy": right, "centered": centered}
     return results
-
-# ------------------------------------------------------------------------------- command line
 
 
 def show(results, recurrence):
@@ -256,18 +236,15 @@ def show(results, recurrence):
     for name, task in results.items():
         cells = [f"{task['accuracy'][T]:9.3f} ({task['centered'][T]:+.3f})" for T in recurrence]
         print(f"{name:35s}  {task['items']:7d}{''.join(cells)}")
-    missing = [name for name in TASKS if name not in results]
-    label = "CORE" if not missing else f"mean of {len(results)} of the 22 tasks, not CORE"
-    mean = {}
-    for T in recurrence:
-        mean[T] = sum(task["centered"][T] for task in results.values()) / len(results)
+    tasks, missing = results.values(), [name for name in TASKS if name not in results]
+    mean = {T: sum(task["centered"][T] for task in tasks) / len(tasks) for T in recurrence}
+    label = f"mean of {len(tasks)} of the 22 tasks, not CORE" if missing else "CORE"
     print(f"{label:44s}" + "".join(f"{'':9s} ({mean[T]:+.3f})" for T in recurrence))
     if missing:
         print("missing:", ", ".join(missing))
-    items, cut = (sum(task[key] for task in results.values()) for key in ("items", "cut"))
-    if cut:
-        print(f"{cut} of {items} items are longer than the model's context and lost their "
-              "beginnings")
+    if cut := sum(task["cut"] for task in tasks):
+        print(f"{cut} of {sum(task['items'] for task in tasks)} items are longer than the model's "
+              "context and lost their beginnings")
     return label, mean
 
 
@@ -281,16 +258,19 @@ def main():
     add("--batch-size", type=COUNT, default=32, metavar="N",
         help="options at a time (default: %(default)s)")
     args = parser.parse_args()
+    files = {name: file for name, task in TASKS.items()
+             for file in Path(args.folder).glob(f"*/{task[0]}.jsonl")}
+    if not files:
+        raise UserError(f"{args.folder} holds none of the tasks, such as "
+                        "language_understanding/hellaswag.jsonl")
     model, tokenizer, recurrence = open_run(args)
-    files = files_of(args.folder)
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files.values())).hexdigest()
     tasks = core(model, tokenizer, files, recurrence, args.batch_size, args.max_per_task)
     label, mean = show(tasks, recurrence)
-    record = {"step": model.step, "text": {"source": str(args.folder), "sha256": digest},
-              "sequences": sum(task["items"] for task in tasks.values()),
-              "label": label, "mean": mean, "max_per_task": args.max_per_task,
-              "dtype": str(model.dtype), "tasks": tasks}
-    write_json(Path(args.run) / "core.json", record)
+    write_json(Path(args.run) / "core.json", {
+        "step": model.step, "text": {"source": str(args.folder), "sha256": digest},
+        "sequences": sum(task["items"] for task in tasks.values()), "label": label, "mean": mean,
+        "max_per_task": args.max_per_task, "dtype": str(model.dtype), "tasks": tasks})
 
 
 if __name__ == "__main__":

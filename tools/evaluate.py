@@ -3,7 +3,6 @@
     python -m tools.evaluate --run out/default --recurrence 1 2 4 8 16
     python -m tools.evaluate --run out/default --text book.txt
     python -m tools.evaluate --run out/default --kv-cache shared     the price of the smaller cache
-    python -m tools.evaluate --run out/default --exit-threshold 0.1 0.01 0.001 --sequences 32
 
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
 Brackets hold the standard error over the sequences read. The results go to eval.json in the run
@@ -13,29 +12,23 @@ where a state has grown without bound, is refused, and nothing is written: leave
 
 import hashlib
 import math
-from collections import defaultdict, namedtuple
+from collections import defaultdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
-from parts.cli import (
-    COUNT,
-    LOOPS,
-    Parser,
-    UserError,
-    check_needs,
-    number,
-    progress_bar,
-    run_script,
-    some_path,
-)
+from parts.cli import COUNT, LOOPS, Parser, progress_bar, run_script, some_path
 from parts.comparable import changed_text, text_of
+from parts.errors import UserError
 from parts.files import write_json
-from parts.generation import EXIT_RULES, check_predicts, settle
+from parts.generation import check_predicts
 from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
 from parts.reading import read_json
@@ -67,44 +60,31 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
 
 
 def loss_of(logits, targets, loops):
-    """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size) after so many
-    loops. Raises UserError where one is not finite."""
+    """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size). Raises UserError
+    where one is not finite."""
     loss = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
     return loss
 
 
-@torch.no_grad()
-def early_exit_losses(model, idx, targets, most, threshold, rule):
-    """Return the loss in nats (1, T) of each target where each token's loop ends as soon as its
-    prediction settles (generation.settle), and a list of the loops that the T tokens took."""
-    cache = model.new_cache(*idx.shape, most, "shared")
-    losses, loops_used = [], []
-    for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
-        logits, loops = settle(model, token, most, cache, threshold, rule)
-        losses.append(loss_of(logits, target, loops))
-        loops_used.append(loops)
-    return torch.cat(losses, dim=1), loops_used
-
-
 def read_all(model, batches, tokenizer, losses_of):
-    """Return ({name: nats of each sequence}, tokens of each sequence, bytes of all).
+    """Return ({name: sum over each sequence}, tokens of each sequence, bytes of all).
 
-    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(idx, targets): {name: loss
-    in nats (B, T)}."""
-    device, nats, tokens, n_bytes = model.wte.weight.device, defaultdict(list), [], 0
+    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(model, idx, targets):
+    {name: what is summed, as losses in nats, (B, T)}."""
+    device, sums, tokens, n_bytes = model.wte.weight.device, defaultdict(list), [], 0
     length = {i: len(token) for token, i in tokenizer._mergeable_ranks.items()}
     for idx, targets in batches:
         tokens += [targets.shape[1]] * len(targets)
         n_bytes += sum(length.get(i, 0) for i in targets.flatten().tolist())  # 0: between texts
-        for name, loss in losses_of(idx.to(device), targets.to(device)).items():
-            nats[name] += loss.cpu().double().sum(1).tolist()  # mps has no float64
-    return nats, tokens, n_bytes
+        for name, values in losses_of(model, idx.to(device), targets.to(device)).items():
+            sums[name] += values.cpu().double().sum(1).tolist()  # mps has no float64
+    return sums, tokens, n_bytes
 
 
 def standard_error(nats, tokens):
-    """Return the standard error of a mean loss, None for a single sequence. nats, tokens: their
-    sums over each of independent sequences, (sequences,)."""
+    """Return the standard error of a mean loss, None for a single sequence. nats, tokens: of each
+    sequence, (sequences,)."""
     n = len(nats)
     if n < 2:
         return None
@@ -132,33 +112,29 @@ def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
 
 def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
     """Return rows for each number of loops, and the tokens and bytes read. batches: see read_all"""
-    def losses_of(idx, targets):
-        return token_losses(model, idx, targets, recurrence, kv_cache)
-
+    losses_of = partial(token_losses, recurrence=recurrence, kv_cache=kv_cache)
     nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
     baseline = nats[recurrence[0]]
     rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
     return rows, sum(tokens), n_bytes
 
-
-def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
-    """Return the row of a threshold; its "recurrence" is the mean of the loops used.
-
-    batches: of one sequence each, see read_all; baseline: see row_of."""
-    def losses_of(idx, targets):
-        loss, loops = early_exit_losses(model, idx, targets, most, threshold, rule)
-        return {"loss": loss, "loops": torch.tensor([loops])}
-
-    sums, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
-    mean_loops = sum(sums["loops"]) / sum(tokens)
-    row = row_of(mean_loops, sums["loss"], tokens, n_bytes, baseline)
-    return row | {"exit_rule": rule, "exit_threshold": threshold, "most": most}
-
 # ------------------------------------------------------------------------------- text
 
-# name: of a file or a data directory; fingerprint: a dict, or None where it is not known;
-# sequences: how many; batches: a function of a batch size that yields them
-Text = namedtuple("Text", "name fingerprint sequences batches")
+
+class Text(NamedTuple):
+    """What is read: the name of a file or a data directory, and its sequences."""
+
+    name: str
+    fingerprint: dict | None  # None where it is not known
+    windows: list  # arrays of block_size + 1 tokens, a sequence and its targets; the last: shorter
+
+    def batches(self, size):
+        """Return a list of (idx, targets), (B, T) int64 each, B at most `size`."""
+        found = []
+        for _, alike in groupby(self.windows, len):
+            for tokens in torch.from_numpy(np.stack(list(alike))).split(size):
+                found.append((tokens[:, :-1], tokens[:, 1:]))
+        return found
 
 
 def add_text_flags(add, sequences):
@@ -171,54 +147,35 @@ def add_text_flags(add, sequences):
 
 
 def open_text(args, model, tokenizer):
-    """Return the Text that the flags of add_text_flags name. Raises UserError."""
-    block_size = model.config.block_size
-    if args.text and args.data:
+    """Return the Text that the flags of add_text_flags name; of a file no more is read than it
+    needs. Raises UserError."""
+    block_size, file = model.config.block_size, args.text
+    if file and args.data:
         raise UserError("--text is read in place of --data: leave out one of them")
-    if args.text:
-        return text_file(args.text, tokenizer, block_size, args.sequences)
-    data, loader = open_data(args, tokenizer, block_size)
-    samples = range(min(args.sequences, len(loader)))
+    if not file:
+        data, loader = open_data(args, tokenizer, block_size)
+        windows = [loader.window(i) for i in range(min(args.sequences, len(loader)))]
+        return Text(data, text_of(data), windows)
 
-    def batches(batch_size):
-        for start in progress_bar(samples[::batch_size], desc="evaluating", unit="batch"):
-            yield loader.batch(samples[start:start + batch_size])
-
-    return Text(data, text_of(data), len(samples), batches)
-
-
-def text_file(file, tokenizer, block_size, sequences):
-    """Return the Text of the beginning of a file, cut into sequences; the last one is shorter where
-    the file ends. No more of the file is read than they need. Raises UserError."""
-    tokens = [begin_token(tokenizer)]
+    tokens, most = [begin_token(tokenizer)], args.sequences * block_size + 1
     for part in encode(tokenizer, read_text(file)):
         tokens += part.tolist()
-        if len(tokens) > sequences * block_size:
+        if len(tokens) >= most:
             break
-    tokens = tokens[:sequences * block_size + 1]
+    tokens = np.array(tokens[:most])
     if len(tokens) < 2:
         raise UserError(f"--text {file} is empty")
-    read = hashlib.sha256(tokenizer.decode_bytes(tokens[1:]))
-    windows = [torch.tensor(tokens[i:i + block_size + 1])
-               for i in range(0, len(tokens) - 1, block_size)]
-
-    def batches(batch_size):
-        for _, alike in groupby(windows, len):
-            for some in torch.stack(list(alike)).split(batch_size):
-                yield some[:, :-1], some[:, 1:]
-
-    return Text(file, {"source": file, "sha256": read.hexdigest()}, len(windows), batches)
+    digest = hashlib.sha256(tokenizer.decode_bytes(tokens[1:].tolist())).hexdigest()
+    windows = [tokens[i:i + block_size + 1] for i in range(0, len(tokens) - 1, block_size)]
+    return Text(file, {"source": file, "sha256": digest}, windows)
 
 
 def open_data(args, tokenizer, block_size):
     """Return the data directory that --data names, or the run's own, and a Loader of its val
     tokens; print a line where its text is not the run's. Raises UserError."""
-    config = Path(args.run) / "config.json"
-    data = args.data or read_json(config).get("data")
-    if data is None:
-        raise UserError(f"{args.run} names no data: give --data DIR or --text FILE")
+    data = args.data or read_json(Path(args.run) / "config.json").get("data")
     if not isinstance(data, str):
-        raise UserError(f"{config}: data is {data!r}, must be the name of a directory")
+        raise UserError(f"{args.run} names no data: give --data DIR or --text FILE")
     there = (Path(data) / "tokenizer.json").exists()
     if there and not same_tokens(load_tokenizer(data), tokenizer):
         raise UserError(f"{data} has other tokens than {args.run} was trained on")
@@ -244,8 +201,7 @@ def add_run_flags(add):
 
 
 def open_run(args):
-    """Return (model, tokenizer, loops to evaluate at) of the run that args name. Raises
-    UserError."""
+    """Return (model, tokenizer, loops to evaluate at) of the run that args name."""
     keep_freed_memory()
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run).to(device)
@@ -261,11 +217,11 @@ def open_run(args):
 
 def line_of(row):
     """Return a row as text; in brackets the standard error, - where there is none."""
-    error, of_gain = ("-" if row.get(name) is None else f"{row[name]:.4f}"
+    error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"
                       for name in ("standard_error", "gain_standard_error"))
-    gain = f"   {row['gain']:+.4f} ({of_gain})" if row.get("gain") else ""  # none on itself
-    return (f"{row['recurrence']:12.4g}   {row['val_loss']:.4f} ({error})  "
-            f"{row['perplexity']:10.3f}   {row['bits_per_byte']:13.4f}{gain}")
+    gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # none on itself
+    return (f"{row['recurrence']:12}   {row['val_loss']:.4f} ({error})  {row['perplexity']:10.3f}"
+            f"   {row['bits_per_byte']:13.4f}{gain}")
 
 
 def main():
@@ -278,39 +234,23 @@ def main():
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
         "last loop's keys and values only")
-    add("--exit-threshold", type=number(float, 0), nargs="+", metavar="EPS",
-        help="also with a depth of its own for each token: its loop ends, at the largest "
-        "--recurrence at the latest, when --exit-rule falls below EPS (shared cache, token by "
-        "token)")
-    add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
     args = parser.parse_args()
-    check_needs(args, exit_rule="exit_threshold")
     model, tokenizer, recurrence = open_run(args)
-    if args.exit_threshold and not model.config.n_recurrent:
-        raise UserError("--exit-threshold needs a model that loops: this is a plain transformer")
     text = open_text(args, model, tokenizer)
 
-    batch_size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
-    rows, tokens, n_bytes = bits_per_byte(model, text.batches(batch_size), tokenizer, recurrence,
-                                          args.kv_cache)
+    size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
+    bar = progress_bar(text.batches(size), desc="evaluating", unit="batch")
+    rows, tokens, n_bytes = bits_per_byte(model, bar, tokenizer, recurrence, args.kv_cache)
     print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "
-          f"{args.kv_cache}")
-    print(f"recurrence T   nats per token   perplexity   bits per byte   gain over T = "
-          f"{recurrence[0]}")
+          f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
+          f"gain over T = {recurrence[0]}")
     for row in rows:
         print(line_of(row))
-    record = {"step": model.step, "data": text.name, "text": text.fingerprint,
-              "sequences": text.sequences, "tokens": tokens, "bytes": n_bytes,
-              "kv_cache": args.kv_cache, "dtype": str(model.dtype),
-              "weights": str(model.lm_head.weight.dtype), "results": rows}
-
-    most = max(recurrence)
-    for threshold in args.exit_threshold or ():
-        row = early_exit(model, text.batches(1), tokenizer, most, threshold,
-                         args.exit_rule or "kl")
-        print(f"{line_of(row)}   exit threshold {threshold:g}: mean of loops used, at most {most}")
-        record.setdefault("exit", []).append(row)
-    write_json(Path(args.run) / "eval.json", record)
+    write_json(Path(args.run) / "eval.json", {
+        "step": model.step, "data": text.name, "text": text.fingerprint,
+        "sequences": len(text.windows), "tokens": tokens, "bytes": n_bytes,
+        "kv_cache": args.kv_cache, "dtype": str(model.dtype),
+        "weights": str(model.lm_head.weight.dtype), "results": rows})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Train a grid of budgets and mean recurrences at equal FLOPs, and collect their losses in a table.
 
     python -m tools.sweep --budgets 1e12 2e12 --recurrences 1 2 4 8 --jobs 2 --n-embd 32
-    python -m tools.sweep ... --dry-run              print the plan: tokens, steps and hours
     python -m tools.sweep ... --table results/x.csv  a table that several sweeps or machines share
     python -m tools.sweep ... --print                print the commands, for a cluster's scheduler
 
-Flags that are not the sweep's go to train.py. The same command resumes a sweep that was stopped:
-it does not repeat a run that is finished, or that has a row in the table with its model,
-accounting, budget (within 3%), recurrence, mu_bwd and seed. The table knows a model by its layers,
-width and parameters alone: sweeps that differ in anything else need tables of their own. After the
-commands of --print have run, the command without --print adds their rows to the table.
+Flags that are not the sweep's go to train.py. The same command resumes a sweep that was stopped. It
+does not repeat a run that is finished, or that has a row in the table with its model (layers, width
+and parameters alone), accounting, budget (within 3%), recurrence, mu_bwd and seed: sweeps that
+differ in anything else need tables of their own. After the commands of --print have run, the
+command without --print adds their rows to the table.
 """
 
 import contextlib
@@ -24,22 +23,13 @@ from pathlib import Path
 
 import torch
 
+from parts import tables
 from parts.cli import COUNT, LOOPS, SEED, Parser, number, progress_bar, run_script, some_path
 from parts.comparable import texts_differ
 from parts.errors import UserError
 from parts.files import lock
 from parts.reading import read_json
 from parts.settings import parse_args
-from parts.tables import (
-    SAME_BUDGET,
-    add_rows,
-    distinct_budgets,
-    last_line,
-    model_columns,
-    read_csv,
-    rows_of_run,
-    same_budget,
-)
 from train import caught_signals, setup
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -66,7 +56,7 @@ class Cell:
 
     def __init__(self, folder, flops, mu, seed, flags, plan):
         self.path = folder / f"C{flops:.3g}-mu{mu}-seed{seed}"
-        self.flops, self.mu, self.seed, self.plan = flops, mu, seed, plan
+        self.flops, self.seed, self.plan = flops, seed, plan
         self.flags = ["--out", str(self.path), "--max-flops", repr(flops),
                       "--mean-recurrence", str(mu), "--seed", str(seed), *flags]
 
@@ -76,7 +66,7 @@ class Cell:
 
     def last_line(self):
         """Return the last line of its log: {"kind": "train", "eval" or "done", "flops", ...}."""
-        return last_line(self.path / "log.jsonl")
+        return tables.last_line(self.path / "log.jsonl")
 
     def is_done(self):
         return self.last_line()["kind"] == "done"
@@ -86,10 +76,10 @@ class Cell:
         the last step overshoots."""
         accounting = self.plan["settings"]["accounting"]
         cost = self.plan["cost"][accounting]
-        own = model_columns(self.plan["model"]) | {
+        own = tables.model_columns(self.plan["model"]) | {
             "accounting": accounting, "seed": self.seed,
             "params_core": cost["params_core"], "params_noncore": cost["params_noncore"]}
-        return any(own.items() <= row.items() and same_budget(row["flops"], self.flops)
+        return any(own.items() <= row.items() and tables.same_budget(row["flops"], self.flops)
                    for row in rows)
 
     def check_directory(self):
@@ -97,9 +87,8 @@ class Cell:
         if self.path.exists():
             with lock(self.path):  # refused while another process trains there
                 pass
-        if not (self.path / "config.json").exists():
-            return
-        before = {"settings": {}, "model": {}} | read_json(self.path / "config.json")
+        file = self.path / "config.json"
+        before = {"settings": {}, "model": {}} | read_json(file) if file.exists() else self.plan
         other = [name for part in ("settings", "model") for name, value in self.plan[part].items()
                  if name not in MAY_DIFFER and before[part].get(name) != value]
         if texts_differ(before.get("text"), self.plan["text"]):
@@ -116,7 +105,7 @@ def make_cells(args, flags):
         if flag.split("=")[0] in OWN_FLAGS:
             raise UserError(f"{flag} is not for a sweep, which sets --out, --budgets, "
                             "--recurrences and --seeds of its runs")
-    budgets, folder = distinct_budgets(args.budgets), Path(args.out)
+    budgets, folder = tables.distinct_budgets(args.budgets), Path(args.out)
     recurrences, seeds = sorted({*args.recurrences}), sorted({*args.seeds})
     loops = sorted({*args.eval_recurrence, *recurrences})
     flags = [*flags, "--eval-recurrence", *map(str, loops)]
@@ -129,40 +118,6 @@ def make_cells(args, flags):
                         "choose some of them with CUDA_VISIBLE_DEVICES")
     return [Cell(folder, flops, mu, seed, flags, plans[mu])
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
-
-# ------------------------------------------------------------------------------- the plan
-
-
-def hours(cells, todo, jobs):
-    """Return about how many hours the cells to do take: as fast as the runs so far, or, where there
-    are none, at 30% of the matmul peak."""
-    lines = [cell.last_line() for cell in cells]
-    speeds = [line["flops"] / line["seconds"] for line in lines if line.get("seconds")]
-    speed = 0.3 * cells[0].plan["peak_flops"] * min(jobs, max(1, torch.cuda.device_count()))
-    if speeds:
-        speed = jobs * sum(speeds) / len(speeds)
-    return sum(cell.flops for cell in todo) / speed / 3600
-
-
-def print_plan(cells, todo, jobs):
-    """Print what each cell trains on and how long all may take."""
-    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, "
-          f"{sum(cell.flops for cell in todo):.3g} FLOPs to spend\n\n"
-          "    FLOPs   mu_rec   mu_bwd   seed   FLOPs a token       tokens     steps")
-    all_steps = []
-    for cell in cells:
-        settings, model = cell.plan["settings"], cell.plan["model"]
-        per_token = cell.plan["cost"][settings["accounting"]]["flops_per_token"]
-        tokens = cell.flops / per_token
-        steps = tokens / settings["batch_size"] / model["block_size"]
-        all_steps.append(steps)
-        print(f"{cell.flops:9.3g}   {cell.mu:6d}   {min(cell.mu, model['backprop_depth']):6d}   "
-              f"{cell.seed:4d}   {per_token:13,.0f}   {tokens:10,.0f}   {steps:7,.0f}"
-              f"{'' if cell in todo else '   done'}")
-    if min(all_steps) < 1 / (SAME_BUDGET - 1):
-        print(f"{min(all_steps):,.0f} steps are few: a run may overshoot its budget by more than "
-              f"{SAME_BUDGET - 1:.0%}, and count as one of another budget")
-    print(f"about {hours(cells, todo, jobs):.1f} hours with {jobs} jobs")
 
 # ------------------------------------------------------------------------------- running
 
@@ -196,7 +151,7 @@ def collect(cell, table):
         said = (cell.path / "output.txt").read_text(errors="replace").strip().splitlines()
         return said[-1] if said else "it printed nothing"
     try:
-        add_rows(table, rows_of_run(cell.path))
+        tables.add_rows(table, tables.rows_of_run(cell.path))
     except (UserError, OSError) as error:
         return str(error)
     return None
@@ -239,8 +194,7 @@ def run_cells(cells, jobs, table):
                 if failure and not told:
                     failed.append((cell, failure))
             bar.n = spent(cells)
-            ended = len(cells) - len(waiting) - len(running)
-            bar.set_postfix_str(f"{ended} of {len(cells)} cells, {len(failed)} failed")
+            bar.set_postfix_str(f"{len(waiting)} cells wait, {len(failed)} failed")
     return failed, bool(received)
 
 
@@ -250,18 +204,20 @@ def sweep(args, flags):
     cells = make_cells(args, flags)
     for cell in cells:
         cell.check_directory()
-    rows = read_csv(table) if table.exists() else []
+    rows = tables.read_csv(table) if table.exists() else []
     new = [cell for cell in cells if not cell.has_row(rows)]
     todo = [cell for cell in new if not cell.is_done()]
+    flops = sum(cell.flops for cell in todo)
+    speed = 0.3 * cells[0].plan["peak_flops"] * min(args.jobs, max(1, torch.cuda.device_count()))
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, {flops:.3g} FLOPs to "
+          f"spend, about {flops / speed / 3600:.1f} hours at 30% of the matmul peak",
+          file=sys.stderr if args.print else None)
     if args.print:
         for cell in todo:
             print(shlex.join(["python", "train.py", *cell.words()]))
         return
-    print_plan(cells, todo, args.jobs)
-    if args.dry_run:
-        return
     # what others trained, or a sweep that was killed before it wrote the rows
-    add_rows(table, [row for cell in new for row in rows_of_run(cell.path)])
+    tables.add_rows(table, [row for cell in new for row in tables.rows_of_run(cell.path)])
     failed, stopped = run_cells(todo, args.jobs, table)
     if table.exists():
         print(f"wrote {table}; fit it with: python scaling.py fit {table}")
@@ -290,11 +246,9 @@ def sweep_args():
         help="directory of the runs (default: %(default)s)")
     add("--table", type=some_path, metavar="FILE",
         help="CSV file that rows are added to (default: table.csv in --out)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true",
-                     help="print the plan and stop (the default text is made where it is missing)")
-    how.add_argument("--print", action="store_true",
-                     help="print the command of each unfinished run, one a line, and stop")
+    add("--print", action="store_true",
+        help="print the command of each unfinished run, one a line, and stop (the default text is "
+        "made where it is missing)")
     return parser.parse_known_args()
 
 
