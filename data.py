@@ -20,15 +20,15 @@ import operator
 import os
 import platform
 import re
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from parts.cli import Parser, in_terminal, number, progress_bar, run_script, some_path
+from parts.cli import Parser, number, progress_bar, run_script, some_path
 from parts.errors import UserError, first_line
-from parts.files import lock, whole_directory, write_text
+from parts.files import whole_directory, write_text
 from parts.reading import read_json
 from parts.sources import SOURCES
 from parts.tokenizer import begin_token, encode, make_tokenizer, save_tokenizer
@@ -129,8 +129,7 @@ class Loader:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.shards = [open_shard(path) for path in self.paths]
         lengths = np.array([len(shard) for shard in self.shards])
-        # Small data is checked before the work; of large data, what it takes an instant to read,
-        # and each window as it comes.
+        # The first shards are checked before the work, and each window of any as it comes.
         for path, shard, end in zip(self.paths, self.shards, lengths.cumsum()):
             if end - len(shard) < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
@@ -176,8 +175,7 @@ def fingerprint(directory, source, files):
     for path in sorted(directory.glob("*.bin")):
         with open(path, "rb") as file:
             file.seek(HEADER_BYTES)
-            while part := file.read(1 << 20):
-                digest.update(part)
+            hashlib.file_digest(file, lambda: digest)
     return {"source": source, "python": platform.python_version(), "files": files,
             "sha256": digest.hexdigest()}
 
@@ -206,10 +204,7 @@ FINEWEB_SHARDS = 99
 
 
 def from_hub(function, repository, *arguments, **options):
-    """Return the path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
-    UserError."""
-    if not in_terminal():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Return the path that a function of huggingface_hub fetches to. Raises UserError."""
     try:
         import huggingface_hub
     except ImportError:
@@ -225,29 +220,24 @@ def from_hub(function, repository, *arguments, **options):
 
 def fetch_fineweb(out, shards):
     """Fetch shards of FineWeb-Edu to the directory `out`, each by itself: a long download goes on
-    where it was interrupted. Return how many train shards are there. Raises UserError."""
-    out = Path(os.path.realpath(out))
+    with the first that is missing. Raises UserError."""
     check_replaceable(out)
     saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}
     if saved.exists() and read_json(saved) not in (made, {"name": "gpt2"}):
         raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.hub")  # huggingface_hub keeps here what has arrived
-    staging.mkdir(exist_ok=True)
-    with lock(staging):
-        # theirs count from 1, ours from 0; the validation shard comes first
-        names = {"finewebedu_val_000000.bin": out / "val_000000.bin"}
-        for i in range(shards):
-            names[f"finewebedu_train_{i + 1:06d}.bin"] = out / f"train_{i:06d}.bin"
-        for name, path in progress_bar(names.items(), desc="fetching", unit="shard"):
-            if not path.exists():
-                arrived = from_hub("hf_hub_download", FINEWEB, name, repo_type="dataset",
-                                   local_dir=staging)
+    names = {"val_000000.bin": "finewebedu_val_000000.bin"}
+    for i in range(shards):  # theirs count from 1
+        names[f"train_{i:06d}.bin"] = f"finewebedu_train_{i + 1:06d}.bin"
+    with tempfile.TemporaryDirectory(prefix=".hub-", dir=out.resolve().parent) as arriving:
+        for name, theirs in progress_bar(names.items(), desc="fetching", unit="shard"):
+            if not (out / name).exists():
+                arrived = from_hub("hf_hub_download", FINEWEB, theirs, repo_type="dataset",
+                                   local_dir=arriving)
                 open_shard(arrived)  # checks it
-                os.replace(arrived, path)
-        write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
-        shutil.rmtree(staging, ignore_errors=True)
-    return len(list(out.glob("train_*.bin")))
+                os.replace(arrived, out / name)
+    write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
+    print(f"{out}: {len(list(out.glob('train_*.bin')))} train and 1 val shard, tokenizer gpt2")
 
 
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
@@ -255,8 +245,7 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     Raises UserError."""
     out = Path(out or Path("data") / source)
     if source == "fineweb-edu":
-        there = fetch_fineweb(out, shards)
-        print(f"{out}: {there} train and 1 val shard, tokenizer gpt2")
+        fetch_fineweb(out, shards)
         return out
     with whole_directory(out, check_replaceable) as new:
         train, val = SOURCES[source](files) if files else SOURCES[source]()

@@ -14,8 +14,8 @@ import numpy as np
 
 from parts.cli import UserError, progress_bar
 
-# What some distributions of Python leave out, or make anew for each machine: without it classmates
-# get the same text from the same version of Python.
+# What some distributions of Python leave out or make anew: without it, the same version of Python
+# gives the same text everywhere.
 NOT_EVERYWHERE = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
     "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
@@ -65,10 +65,12 @@ def read_text(path):
 
 
 class TextFile:
-    """The characters start to stop of a UTF-8 file, read a part at a time."""
+    """The characters start to stop (None: all) of a UTF-8 file, read a part at a time; all of it is
+    read once more to check it and to count its characters. Raises UserError."""
 
-    def __init__(self, path, start, stop):
-        self.path, self.start, self.stop = path, start, stop
+    def __init__(self, path, start=0, stop=None):
+        self.path, self.start = path, start
+        self.stop = sum(map(len, read_text(path))) if stop is None else stop
 
     def __len__(self):
         return self.stop - self.start
@@ -80,9 +82,17 @@ class TextFile:
             at += len(part)
 
 
-def whole_text(file):
-    """Return a UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
-    return TextFile(file, 0, sum(map(len, read_text(file))))
+def text_docs(files):
+    """Return (train, val), lists of the texts of files, each cut in two, and of folders. Raises
+    UserError, OSError."""
+    train, val = [], []
+    for file in map(Path, files):
+        if file.is_fifo():
+            raise UserError(f"{file} is read twice, as a pipe cannot be")
+        parts = folder_docs(file) if file.is_dir() else cut([TextFile(file)])
+        train += parts[0]
+        val += parts[1]
+    return train, val
 
 
 def cut(texts):
@@ -98,29 +108,14 @@ def cut(texts):
     return train, val
 
 
-def text_docs(files):
-    """Return (train, val), lists of texts, of files (see cut) and folders (see folder_docs). Raises
-    UserError, OSError."""
-    train, val = [], []
-    for file in map(Path, files):
-        if file.is_fifo():
-            raise UserError(f"{file} is read twice, as a pipe cannot be")
-        parts = folder_docs(file) if file.is_dir() else cut([whole_text(file)])
-        train += parts[0]
-        val += parts[1]
-    return train, val
-
-
 def folder_docs(folder):
-    """Return (train, val), lists of the texts in a folder and in the folders below it.
-
-    A file is for training or for validation as a whole. Where that leaves one of them less than a
-    hundredth of the text, as in a folder of few files, each file is cut. Files that are not UTF-8
-    are left out, and named. Raises UserError."""
+    """Return (train, val), lists of the texts in a folder and in the folders below it, each file
+    for one of the two. Where that leaves one of them less than a hundredth of the text, as with few
+    files, each file is cut. Files that are not UTF-8 are left out and named. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
-            (val if for_validation(name) else train).append(whole_text(folder / name))
+            (val if for_validation(name) else train).append(TextFile(folder / name))
         except UserError:
             bad.append(name.as_posix())
     if bad:
