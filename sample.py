@@ -13,7 +13,7 @@ from itertools import chain, takewhile
 import torch
 
 from model import Parcae, UserError
-from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, run_script, some_path
+from parts.cli import COUNT, LOOPS, SEED, Parser, run_script, some_path
 from parts.draft import draft_stream
 from parts.generation import EXIT_RULES, check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
@@ -72,8 +72,11 @@ def parse_args():
     args = parser.parse_args()
 
     # flags that do nothing, or do not go together
-    check_needs(args, exit_rule="exit_threshold", ahead="draft")
     exits = args.exit_threshold is not None
+    if args.exit_rule and not exits:
+        raise UserError("--exit-rule does nothing without --exit-threshold")
+    if args.ahead and not args.draft:
+        raise UserError("--ahead does nothing without --draft")
     if args.draft and (args.kv_cache == "shared" or exits):
         raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
                         "--exit-threshold")

@@ -27,7 +27,6 @@ from parts.cli import (
     LOOPS,
     Parser,
     UserError,
-    check_needs,
     number,
     progress_bar,
     run_script,
@@ -284,7 +283,8 @@ def main():
         "token)")
     add("--exit-rule", choices=EXIT_RULES, help="see sample.py (default: kl)")
     args = parser.parse_args()
-    check_needs(args, exit_rule="exit_threshold")
+    if args.exit_rule and args.exit_threshold is None:
+        raise UserError("--exit-rule does nothing without --exit-threshold")
     model, tokenizer, recurrence = open_run(args)
     if args.exit_threshold and not model.config.n_recurrent:
         raise UserError("--exit-threshold needs a model that loops: this is a plain transformer")
