@@ -47,9 +47,8 @@ class ParcaeConfig:
             self.backprop_depth = math.ceil(self.mean_recurrence / 2)
 
         self.need(self.norm_eps > 0, "norm_eps", "above 0")
-        self.need(self.rope_base >= 1, "rope_base", "at least 1")
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width",
-                     "mean_recurrence", "backprop_depth"):
+                     "mean_recurrence", "backprop_depth", "rope_base"):
             self.need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("n_prelude", "n_recurrent", "n_coda"):
             self.need(getattr(self, name) >= 0, name, "at least 0")

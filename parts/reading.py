@@ -64,9 +64,7 @@ def load_checkpoint(path):
 
 def misfits(expected, weights):
     """Return what is wrong, in words, with tensors that are to be loaded: missing and unknown
-    names, other shapes, and other dtypes, which would be cast without a word.
-
-    expected, weights: {name: tensor}."""
+    names, other shapes and dtypes. expected, weights: {name: tensor}."""
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
     for name in filter(weights.__contains__, expected):
