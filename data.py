@@ -4,7 +4,6 @@
     python data.py stdlib --tokenizer bpe:4096
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
-    python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
 
 A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
 magic 20240520, version 1, number of tokens; then the tokens as uint16; or 20240801, 7 and uint32

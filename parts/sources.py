@@ -10,8 +10,6 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 from parts.cli import UserError, progress_bar
 
 # What some distributions of Python leave out or make anew: without it, the same version of Python
@@ -143,45 +141,4 @@ def files_in(folder):
     return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
-def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
-    """Return (train, val), lists of random strings with questions about them (p-hop induction,
-    Sanford et al. 2024, arXiv 2402.09268).
-
-    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
-    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
-    rng = np.random.default_rng(seed)
-    # steps of 1 to symbols - 1: never the same symbol twice in a row
-    steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
-    strings = steps.cumsum(axis=1) % symbols
-    rows = zip(strings, rng.random(strings.shape))
-    docs = [p_hop_doc(string.tolist(), chances.tolist(), hops) for string, chances in
-            progress_bar(rows, total=len(strings), desc="p-hop", unit="doc")]
-    return docs[:n_train], docs[n_train:]
-
-
-def p_hop_doc(string, chances, hops):
-    """Return a text with a question for each symbol of a string, a list of ints; chances in [0, 1)
-    choose how many hops, at most `hops` and at most what the string so far allows.
-
-    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
-    '0aA0bB1aB0cC'
-    """
-    last = {}  # symbol: where it came last
-    hop = []  # of each place, where a hop from it leads; None: its symbol is new
-    longest = []  # of each place, how many hops can be made from it
-    text = ""
-    for i, symbol in enumerate(string):
-        hop.append(last[symbol] + 1 if symbol in last else None)
-        longest.append(0 if hop[i] is None else longest[hop[i]] + 1)
-        last[symbol] = i
-
-        p = int(chances[i] * (min(longest[i], hops) + 1))
-        at = i
-        for _ in range(p):
-            at = hop[at]
-        text += f"{p}{chr(ord('a') + symbol)}{chr(ord('A') + string[at])}"
-    return text
-
-
-# That of "text" gets the FILEs of the command line.
-SOURCES = {"stdlib": stdlib_docs, "p-hop": p_hop_docs, "text": text_docs}
+SOURCES = {"stdlib": stdlib_docs, "text": text_docs}  # the last gets the command line's FILEs
