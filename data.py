@@ -11,11 +11,10 @@ for vocabularies of more than 65,536) and tokenizer.json. Every document begins 
 end-of-text token, which also serves as "begin of text".
 """
 
+import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import operator
 import os
 import platform
 import re
@@ -48,30 +47,23 @@ def write_shards(directory, split, arrays, n_vocab):
     small, large = FORMATS
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
-    total = 0
-    for shard, parts in itertools.groupby(cut_at_shards(arrays), key=operator.itemgetter(0)):
-        count = 0
-        with open(directory / f"{split}_{shard:06d}.bin", "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for _, part in parts:
-                file.write(part.astype(dtype).tobytes())
-                count += len(part)
-            file.seek(0)  # the header, now that the length is known
+    total, files = 0, []
+    with contextlib.ExitStack() as stack:
+        for tokens in arrays:
+            while len(tokens):
+                room = SHARD_TOKENS - total % SHARD_TOKENS
+                if room == SHARD_TOKENS:  # a new shard begins
+                    path = directory / f"{split}_{len(files):06d}.bin"
+                    files.append(stack.enter_context(open(path, "wb")))
+                    files[-1].write(bytes(HEADER_BYTES))
+                files[-1].write(tokens[:room].astype(dtype).tobytes())
+                total += len(tokens[:room])
+                tokens = tokens[room:]
+        for i, file in enumerate(files):  # the headers, now that the lengths are known
+            count = min(SHARD_TOKENS, total - i * SHARD_TOKENS)
+            file.seek(0)
             file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
-        total += count
     return total
-
-
-def cut_at_shards(arrays):
-    """Yield (number of the shard, tokens) for arrays of tokens, cut where a shard is full."""
-    total = 0
-    for tokens in arrays:
-        while len(tokens):
-            shard, there = divmod(total, SHARD_TOKENS)
-            part = tokens[:SHARD_TOKENS - there]
-            yield shard, part
-            tokens = tokens[len(part):]
-            total += len(part)
 
 
 def tokens_of(docs, tokenizer, title):
@@ -83,8 +75,7 @@ def tokens_of(docs, tokenizer, title):
 
 
 def open_shard(path):
-    """Return the tokens of a shard, a read-only memory map. Raises UserError where the file is not
-    a whole shard."""
+    """Return the tokens of a shard, a read-only memory map. Raises UserError if it is damaged."""
     header = np.fromfile(path, dtype=np.int32, count=256).tolist()
     magic, version, count = header[:3] if len(header) == 256 else ["missing"] * 3
     if magic not in FORMATS:
@@ -108,8 +99,7 @@ def check_tokens(tokens, path, vocab_size):
 
 @functools.lru_cache(maxsize=4)  # a batch may touch two epochs, of train and of val
 def epoch_order(seed, epoch, count):
-    """Return what an epoch draws: a permutation of its `count` windows, and in [0, 1) how far the
-    windows of every shard are moved."""
+    """Return an epoch's order of its windows, and how far they are moved, in [0, 1)."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(count), rng.random()
 
@@ -117,9 +107,9 @@ def epoch_order(seed, epoch, count):
 class Loader:
     """Windows of block_size tokens and their targets, by sample number.
 
-    Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
-    share the work by asking for different ones. Within an epoch every window comes once, in random
-    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
+    Sample i depends on (seed, i) alone: training resumes by remembering a number, and ranks ask for
+    different ones. In an epoch every window comes once, in random order; each epoch cuts the shards
+    at other places. Raises UserError on missing or bad shards."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
@@ -158,8 +148,7 @@ class Loader:
         return tokens
 
     def batch(self, samples):
-        """Return (idx, targets), each (len(samples), block_size) int64, for an iterable of sample
-        numbers."""
+        """Return (idx, targets), each (len(samples), block_size) int64; samples: their numbers."""
         samples = [int(i) for i in samples]
         windows = {i: self.window(i) for i in sorted(samples)}  # one epoch after the other
         tokens = torch.from_numpy(np.stack([windows[i] for i in samples]))
@@ -182,19 +171,17 @@ def fingerprint(directory, source, files):
 def check_replaceable(directory):
     """Raise UserError where a directory holds anything that data.py did not make: it is replaced
     as a whole."""
-    names = []
-    for path in sorted(Path(directory).glob("*")):
-        names.append(path.name)
+    paths = sorted(Path(directory).glob("*"))
+    for path in paths:
         ours = False
         if path.name == "tokenizer.json":
             ours = "name" in read_json(path)  # those of others have a model
         elif re.fullmatch(r"(train|val)_\d{6}\.bin", path.name):
-            magic = np.fromfile(path, dtype=np.int32, count=1)
-            ours = len(magic) == 1 and magic[0] in FORMATS
+            ours = np.fromfile(path, dtype=np.int32, count=1).tolist() in [[m] for m in FORMATS]
         if not ours:
             raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: "
                             "choose another directory")
-    if names == ["tokenizer.json"]:
+    if [path.name for path in paths] == ["tokenizer.json"]:
         raise UserError(f"--out {directory} holds a tokenizer alone: choose another directory")
 
 
@@ -206,11 +193,10 @@ def from_hub(function, repository, *arguments, **options):
     """Return the path that a function of huggingface_hub fetches to. Raises UserError."""
     try:
         import huggingface_hub
+        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except ImportError:
         raise UserError(f"{repository} is on the Hugging Face hub: "
                         "pip install huggingface_hub") from None
-    try:
-        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except Exception as error:  # whatever the network or the hub makes of it
         reason = first_line(error, type(error).__name__)
         raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
@@ -242,7 +228,7 @@ def fetch_fineweb(out, shards):
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     """Make the data directory `out` (default data/<source>), whole or not at all. Return its path.
     Raises UserError."""
-    out = Path(out or Path("data") / source)
+    out = Path(out or f"data/{source}")
     if source == "fineweb-edu":
         fetch_fineweb(out, shards)
         return out
@@ -262,8 +248,6 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
           f"({encoding.n_vocab:,} tokens, {characters:.2f} characters each)\n"
           f"Python {text['python']}, {text['files']:,} documents, sha256 {text['sha256'][:16]}")
     return out
-
-# ----------------------------------------------------------------------------- command line
 
 
 def main():

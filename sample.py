@@ -21,11 +21,9 @@ from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
-# ------------------------------------------------------------------------------- command line
-
 
 def add_prompt_flags(parser):
-    """Add the flags for the model and the text that it continues."""
+    """Add the flags for the run and the prompt."""
     parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
                         help="run directory of train.py (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT",
@@ -41,7 +39,7 @@ def parse_args():
     add("--samples", type=COUNT, default=1, metavar="N",
         help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
-        help="new tokens, at most; fewer if the text ends (default: %(default)s)")
+        help="new tokens, fewer if the text ends (default: %(default)s)")
     add("--temperature", type=float, default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
@@ -52,7 +50,7 @@ def parse_args():
         help="end each token's loop once it changes the prediction by less than EPS nats, after "
         "--recurrence loops at the latest")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops, verify with --recurrence: the same text, faster")
+        help="draft with T loops, verify with --recurrence: exact, faster in small models")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -75,11 +73,10 @@ def parse_args():
 
 
 def read_prompt(args, tokenizer):
-    """Return the prompt, a text, and the tokens (1, T) that are read, of which the first is the one
-    that begins a document. Raises UserError."""
+    """Return the prompt, a text, and what is read, (1, T): the token that begins a document, then
+    the prompt's. Raises UserError."""
     if args.prompt == "":
-        raise UserError("--prompt is empty, must hold at least one character (leave it out for a "
-                        "new document)")
+        raise UserError("--prompt is empty: leave it out for a new document")
     prompt = args.prompt or ""
     tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
     return prompt, torch.tensor([[begin_token(tokenizer), *tokens]])
@@ -91,15 +88,11 @@ def recurrences_of(args, config):
         flag = "--draft" if args.draft else "--exit-threshold"
         if args.draft or args.exit_threshold is not None:
             raise UserError(f"{flag} needs a model that loops: this is a plain transformer")
-        if args.recurrence:
-            print("a plain transformer: nothing loops, --recurrence has no effect")
         return [1]
     recurrences = args.recurrence or [config.mean_recurrence]
     if args.draft and args.draft >= min(recurrences):
         raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
     return recurrences
-
-# ------------------------------------------------------------------------------- text
 
 
 def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
@@ -138,10 +131,9 @@ def main():
     device = pick_device(args.device, args.compile)
     model = Parcae.from_pretrained(args.run)
     use_threads(model.config.n_embd)
-    # token by token bfloat16 is no faster for small models on a CPU
-    in_float32 = device.type == "cpu" and args.dtype == "auto"
-    dtype = torch.float32 if in_float32 else pick_dtype(device, args.dtype)
-    prepare_weights(model, device, dtype)
+    if device.type == "cpu" and args.dtype == "auto":
+        args.dtype = "float32"  # token by token, bfloat16 is no faster there
+    prepare_weights(model, device, pick_dtype(device, args.dtype))
     speed_up(model, args.compile)
 
     tokenizer = load_tokenizer(args.run)

@@ -38,8 +38,8 @@ def run_script(main):
 
 
 def open_streams():
-    """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
-    files opened would get their numbers, and what is printed."""
+    """Lead closed standard streams to nowhere: else the next files opened would get their numbers,
+    and what is printed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -103,8 +103,7 @@ class Parser(argparse.ArgumentParser):
                                r" is \1, must be one of \2", message))
 
     def checked(self, values):
-        """Return settings that were read as JSON, a dict, each checked as its flag is. Raises
-        UserError that names the flag."""
+        """Return settings, a dict read as JSON, each checked as its flag is. Raises UserError."""
         actions = {action.dest: action for action in self._actions}
         result = {}
         for name, value in values.items():
@@ -152,8 +151,7 @@ def flag_of(name):
 
 
 def check_idle(parser, args, names, why):
-    """Raise UserError for the flags among `names` that are given (not at their defaults), since
-    they do nothing: why."""
+    """Raise UserError for the flags among `names` that are not at their defaults: why."""
     idle = [flag_of(name) for name in names if getattr(args, name) != parser.get_default(name)]
     if idle:
         raise UserError(f"{why}: leave out {', '.join(idle)}")

@@ -113,8 +113,7 @@ PRESETS |= {name.replace("parcae", "gpt"): without_loop(size) for name, size in 
 
 
 def parse_config(file, parse):
-    """Return parse(the JSON object in a file), a ParcaeConfig. Raises UserError that names the
-    file."""
+    """Return parse(the JSON object in a file). Raises UserError that names the file."""
     try:
         return parse(read_json(file))
     except KeyError as error:
@@ -129,10 +128,4 @@ def read_config(run_directory):
     if not file.exists():
         raise UserError(f"{run_directory} holds no model: {file} does not exist; "
                         "train one first: python train.py")
-
-    def parse(settings):
-        if "model" not in settings and "n_embd" in settings:
-            raise UserError("a model in another format; python -m tools.published import makes a "
-                            "run of it")
-        return ParcaeConfig(**settings["model"])
-    return parse_config(file, parse)
+    return parse_config(file, lambda settings: ParcaeConfig(**settings["model"]))

@@ -38,10 +38,10 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
 def accept(tokens, given, wanted, generator):
     """Return the drafts that stay and one token more, (1, kept + 1).
 
-    tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
-    full model's, (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all
-    before it stay. The first that does not is replaced by a draw from max(0, wanted - given), what
-    the draft gave too little of: together that is a draw from `wanted`."""
+    tokens: (1, k), drawn from `given` (k, vocab_size); wanted: the full model's distributions,
+    (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all before it
+    stay. The first that does not is replaced by a draw from max(0, wanted - given), what the draft
+    gave too little of: together that is a draw from `wanted`."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)

@@ -1,7 +1,6 @@
 """Files and directories that appear whole, JSON without NaN, a lock.
 
-Files are written to a temporary name and renamed, so that whatever happens, a reader finds the old
-file or the new one, never a half.
+Files are written to a temporary name and renamed: a reader finds the old file or the new one.
 """
 
 import contextlib

@@ -51,8 +51,7 @@ def check_compiler(kind):
 
 
 def pick_dtype(device, dtype="auto"):
-    """Return a torch.dtype for activations; "auto" is bfloat16 where the device multiplies it
-    faster, else float32."""
+    """Return a torch.dtype for activations; "auto": bfloat16 where that is faster, or float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones

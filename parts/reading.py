@@ -47,7 +47,7 @@ def read_json_lines(path):
 
 def load_checkpoint(path):
     """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
-    also where a byte has changed since: the archive has sums, which torch.load does not check."""
+    also where a byte has changed since, by the archive's sums."""
     try:
         if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
             with zipfile.ZipFile(path) as archive:

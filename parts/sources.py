@@ -1,7 +1,6 @@
 """Where text comes from: each source gives two lists of documents, to train on and to validate.
 
-A document is a string, or an object with a length that yields parts of one (TextFile). A source of
-your own is a function like these and an entry in SOURCES.
+A document is a string or a TextFile. A source of your own is a function and an entry in SOURCES.
 """
 
 import codecs
@@ -47,8 +46,7 @@ def stdlib_docs():
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
-    byte order mark). Raises UserError."""
+    """Yield the text of a UTF-8 file in parts, without a byte order mark. Raises UserError."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open(path, "rb") as file:
         part = True
@@ -63,8 +61,8 @@ def read_text(path):
 
 
 class TextFile:
-    """The characters start to stop (None: all) of a UTF-8 file, read a part at a time; all of it is
-    read once more to check it and to count its characters. Raises UserError."""
+    """The characters start to stop of a UTF-8 file, read a part at a time; with stop None all, read
+    once more to count and to check them. Raises UserError."""
 
     def __init__(self, path, start=0, stop=None):
         self.path, self.start = path, start

@@ -47,8 +47,8 @@ def make_tokenizer(name, docs=()):
 
 PIECE = 1 << 17  # characters given to a tokenizer at once: tiktoken fails on 999,999 spaces
 LONGEST_WORD = 1000  # characters, in training a tokenizer
-# Up to the last place where every tokenizer cuts: after the end of a line, before a letter; or
-# between a letter and a single space with a letter behind it.
+# Up to the last place where every tokenizer cuts: between the end of a line and a letter, or
+# between a letter and a single space before another.
 UP_TO_CUT = regex.compile(r"(?s).+(?:(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L}))")
 
 
@@ -143,8 +143,8 @@ def train_bpe(docs, vocab_size):
 
 
 def save_tokenizer(tokenizer, path, text=None):
-    """Write a tiktoken.Encoding as JSON, one that tiktoken knows by name as that name; text: the
-    fingerprint of the data."""
+    """Write a tiktoken.Encoding as JSON, or its name where tiktoken knows it; text: the fingerprint
+    of the data."""
     saved = {"name": tokenizer.name} | ({"text": text} if text else {})
     if tokenizer.name not in tiktoken.list_encoding_names():
         ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -203,8 +203,8 @@ def begin_token(tokenizer):
 
 
 def decode_stream(tokenizer, tokens):
-    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, numbers
-    that are no token (a model's vocabulary is rounded up) as nothing."""
+    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, ids of no
+    token (a model's vocabulary is rounded up) as nothing."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         with contextlib.suppress(KeyError):
