@@ -24,23 +24,22 @@ def read_json(path):
 
 
 def log_line(text):
-    """Return a line of a log, JSON in which null stands for NaN. Raises ValueError."""
+    """Return a line of a log, a JSON object in which null stands for NaN. Raises ValueError."""
     def with_nan(pairs):
         return {key: math.nan if part is None else part for key, part in pairs}
-    return json.loads(text, object_pairs_hook=with_nan)
+    value = json.loads(text, object_pairs_hook=with_nan)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
 
 
 def read_json_lines(path):
-    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
+    """Return (the lines of a log, see log_line, and how many are damaged)."""
     values, bad = [], 0
     for line in filter(None, Path(path).read_bytes().split(b"\n")):
         try:
-            value = log_line(line)
+            values.append(log_line(line))
         except ValueError:
-            value = None
-        if isinstance(value, dict):
-            values.append(value)
-        else:
             bad += 1
     return values, bad
 
@@ -89,10 +88,9 @@ def fit_weights(model, weights, complaint):
     names = {}  # {address: the first name there}: a tied head is the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
-        if first != name and not torch.allclose(weights[first], weights[name], rtol=0, atol=0,
-                                                equal_nan=True):
-            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
-                            "differ there: one would be lost")
+        if first != name and not torch.equal(weights[first], weights[name]):
+            raise UserError(f"{complaint}: {first} and {name} are one tensor here, and differ "
+                            "there: one would be lost")
     model.load_state_dict(weights)
 
 

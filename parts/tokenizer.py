@@ -87,13 +87,14 @@ def encode(tokenizer, text, bar=None):
 
 def count_words(docs):
     """Return how often each word comes in docs, a Counter; of a long word its parts count."""
-    whole, counts = Counter(), Counter()
+    counts = Counter()
     with progress_bar(total=sum(map(len, docs)), desc="counting words", unit="char",
                       unit_scale=True) as bar:
         for doc in docs:
             for piece in pieces(doc, bar):
-                whole.update(regex.findall(WORDS, piece))
-    for word, count in whole.items():
+                counts.update(regex.findall(WORDS, piece))
+    for word in [word for word in counts if len(word) > LONGEST_WORD]:
+        count = counts.pop(word)
         for i in range(0, len(word), LONGEST_WORD):
             counts[word[i:i + LONGEST_WORD]] += count
     return counts
