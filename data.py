@@ -4,7 +4,6 @@
     python data.py stdlib --tokenizer bpe:4096
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
-    python data.py p-hop                      a task that takes p steps in a row: see p_hop_docs
 
 A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
 magic 20240520, version 1, number of tokens; then the tokens as uint16; or 20240801, 7 and uint32
@@ -12,23 +11,22 @@ for vocabularies of more than 65,536) and tokenizer.json. Every document begins 
 end-of-text token, which also serves as "begin of text".
 """
 
+import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import operator
 import os
 import platform
 import re
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from parts.cli import Parser, in_terminal, number, progress_bar, run_script, some_path
+from parts.cli import Parser, number, progress_bar, run_script, some_path
 from parts.errors import UserError, first_line
-from parts.files import lock, whole_directory, write_text
+from parts.files import whole_directory, write_text
 from parts.reading import read_json
 from parts.sources import SOURCES
 from parts.tokenizer import begin_token, encode, make_tokenizer, save_tokenizer
@@ -49,30 +47,23 @@ def write_shards(directory, split, arrays, n_vocab):
     small, large = FORMATS
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
-    total = 0
-    for shard, parts in itertools.groupby(cut_at_shards(arrays), key=operator.itemgetter(0)):
-        count = 0
-        with open(directory / f"{split}_{shard:06d}.bin", "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for _, part in parts:
-                file.write(part.astype(dtype).tobytes())
-                count += len(part)
-            file.seek(0)  # the header, now that the length is known
+    total, files = 0, []
+    with contextlib.ExitStack() as stack:
+        for tokens in arrays:
+            while len(tokens):
+                room = SHARD_TOKENS - total % SHARD_TOKENS
+                if room == SHARD_TOKENS:  # a new shard begins
+                    path = directory / f"{split}_{len(files):06d}.bin"
+                    files.append(stack.enter_context(open(path, "wb")))
+                    files[-1].write(bytes(HEADER_BYTES))
+                files[-1].write(tokens[:room].astype(dtype).tobytes())
+                total += len(tokens[:room])
+                tokens = tokens[room:]
+        for i, file in enumerate(files):  # the headers, now that the lengths are known
+            count = min(SHARD_TOKENS, total - i * SHARD_TOKENS)
+            file.seek(0)
             file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
-        total += count
     return total
-
-
-def cut_at_shards(arrays):
-    """Yield (number of the shard, tokens) for arrays of tokens, cut where a shard is full."""
-    total = 0
-    for tokens in arrays:
-        while len(tokens):
-            shard, there = divmod(total, SHARD_TOKENS)
-            part = tokens[:SHARD_TOKENS - there]
-            yield shard, part
-            tokens = tokens[len(part):]
-            total += len(part)
 
 
 def tokens_of(docs, tokenizer, title):
@@ -84,8 +75,7 @@ def tokens_of(docs, tokenizer, title):
 
 
 def open_shard(path):
-    """Return the tokens of a shard, a read-only memory map. Raises UserError where the file is not
-    a whole shard."""
+    """Return the tokens of a shard, a read-only memory map. Raises UserError if it is damaged."""
     header = np.fromfile(path, dtype=np.int32, count=256).tolist()
     magic, version, count = header[:3] if len(header) == 256 else ["missing"] * 3
     if magic not in FORMATS:
@@ -109,8 +99,7 @@ def check_tokens(tokens, path, vocab_size):
 
 @functools.lru_cache(maxsize=4)  # a batch may touch two epochs, of train and of val
 def epoch_order(seed, epoch, count):
-    """Return what an epoch draws: a permutation of its `count` windows, and in [0, 1) how far the
-    windows of every shard are moved."""
+    """Return an epoch's order of its windows, and how far they are moved, in [0, 1)."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(count), rng.random()
 
@@ -118,9 +107,9 @@ def epoch_order(seed, epoch, count):
 class Loader:
     """Windows of block_size tokens and their targets, by sample number.
 
-    Sample i is a function of (seed, i) alone: training resumes by remembering a number, and ranks
-    share the work by asking for different ones. Within an epoch every window comes once, in random
-    order; each epoch cuts the shards at other places. Raises UserError on missing or bad shards."""
+    Sample i depends on (seed, i) alone: training resumes by remembering a number, and ranks ask for
+    different ones. In an epoch every window comes once, in random order; each epoch cuts the shards
+    at other places. Raises UserError on missing or bad shards."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
@@ -129,8 +118,7 @@ class Loader:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.shards = [open_shard(path) for path in self.paths]
         lengths = np.array([len(shard) for shard in self.shards])
-        # Small data is checked before the work; of large data, what it takes an instant to read,
-        # and each window as it comes.
+        # The first shards are checked before the work, and each window of any as it comes.
         for path, shard, end in zip(self.paths, self.shards, lengths.cumsum()):
             if end - len(shard) < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
@@ -160,8 +148,7 @@ class Loader:
         return tokens
 
     def batch(self, samples):
-        """Return (idx, targets), each (len(samples), block_size) int64, for an iterable of sample
-        numbers."""
+        """Return (idx, targets), each (len(samples), block_size) int64; samples: their numbers."""
         samples = [int(i) for i in samples]
         windows = {i: self.window(i) for i in sorted(samples)}  # one epoch after the other
         tokens = torch.from_numpy(np.stack([windows[i] for i in samples]))
@@ -176,8 +163,7 @@ def fingerprint(directory, source, files):
     for path in sorted(directory.glob("*.bin")):
         with open(path, "rb") as file:
             file.seek(HEADER_BYTES)
-            while part := file.read(1 << 20):
-                digest.update(part)
+            hashlib.file_digest(file, lambda: digest)
     return {"source": source, "python": platform.python_version(), "files": files,
             "sha256": digest.hexdigest()}
 
@@ -185,19 +171,17 @@ def fingerprint(directory, source, files):
 def check_replaceable(directory):
     """Raise UserError where a directory holds anything that data.py did not make: it is replaced
     as a whole."""
-    names = []
-    for path in sorted(Path(directory).glob("*")):
-        names.append(path.name)
+    paths = sorted(Path(directory).glob("*"))
+    for path in paths:
         ours = False
         if path.name == "tokenizer.json":
             ours = "name" in read_json(path)  # those of others have a model
         elif re.fullmatch(r"(train|val)_\d{6}\.bin", path.name):
-            magic = np.fromfile(path, dtype=np.int32, count=1)
-            ours = len(magic) == 1 and magic[0] in FORMATS
+            ours = np.fromfile(path, dtype=np.int32, count=1).tolist() in [[m] for m in FORMATS]
         if not ours:
             raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: "
                             "choose another directory")
-    if names == ["tokenizer.json"]:
+    if [path.name for path in paths] == ["tokenizer.json"]:
         raise UserError(f"--out {directory} holds a tokenizer alone: choose another directory")
 
 
@@ -206,17 +190,13 @@ FINEWEB_SHARDS = 99
 
 
 def from_hub(function, repository, *arguments, **options):
-    """Return the path that huggingface_hub's `function` fetches to; it resumes and checks. Raises
-    UserError."""
-    if not in_terminal():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Return the path that a function of huggingface_hub fetches to. Raises UserError."""
     try:
         import huggingface_hub
+        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except ImportError:
         raise UserError(f"{repository} is on the Hugging Face hub: "
                         "pip install huggingface_hub") from None
-    try:
-        return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except Exception as error:  # whatever the network or the hub makes of it
         reason = first_line(error, type(error).__name__)
         raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
@@ -225,38 +205,32 @@ def from_hub(function, repository, *arguments, **options):
 
 def fetch_fineweb(out, shards):
     """Fetch shards of FineWeb-Edu to the directory `out`, each by itself: a long download goes on
-    where it was interrupted. Return how many train shards are there. Raises UserError."""
-    out = Path(os.path.realpath(out))
+    with the first that is missing. Raises UserError."""
     check_replaceable(out)
     saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}
     if saved.exists() and read_json(saved) not in (made, {"name": "gpt2"}):
         raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.hub")  # huggingface_hub keeps here what has arrived
-    staging.mkdir(exist_ok=True)
-    with lock(staging):
-        # theirs count from 1, ours from 0; the validation shard comes first
-        names = {"finewebedu_val_000000.bin": out / "val_000000.bin"}
-        for i in range(shards):
-            names[f"finewebedu_train_{i + 1:06d}.bin"] = out / f"train_{i:06d}.bin"
-        for name, path in progress_bar(names.items(), desc="fetching", unit="shard"):
-            if not path.exists():
-                arrived = from_hub("hf_hub_download", FINEWEB, name, repo_type="dataset",
-                                   local_dir=staging)
+    names = {"val_000000.bin": "finewebedu_val_000000.bin"}
+    for i in range(shards):  # theirs count from 1
+        names[f"train_{i:06d}.bin"] = f"finewebedu_train_{i + 1:06d}.bin"
+    with tempfile.TemporaryDirectory(prefix=".hub-", dir=out.resolve().parent) as arriving:
+        for name, theirs in progress_bar(names.items(), desc="fetching", unit="shard"):
+            if not (out / name).exists():
+                arrived = from_hub("hf_hub_download", FINEWEB, theirs, repo_type="dataset",
+                                   local_dir=arriving)
                 open_shard(arrived)  # checks it
-                os.replace(arrived, path)
-        write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
-        shutil.rmtree(staging, ignore_errors=True)
-    return len(list(out.glob("train_*.bin")))
+                os.replace(arrived, out / name)
+    write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
+    print(f"{out}: {len(list(out.glob('train_*.bin')))} train and 1 val shard, tokenizer gpt2")
 
 
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
     """Make the data directory `out` (default data/<source>), whole or not at all. Return its path.
     Raises UserError."""
-    out = Path(out or Path("data") / source)
+    out = Path(out or f"data/{source}")
     if source == "fineweb-edu":
-        there = fetch_fineweb(out, shards)
-        print(f"{out}: {there} train and 1 val shard, tokenizer gpt2")
+        fetch_fineweb(out, shards)
         return out
     with whole_directory(out, check_replaceable) as new:
         train, val = SOURCES[source](files) if files else SOURCES[source]()
@@ -274,8 +248,6 @@ def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
           f"({encoding.n_vocab:,} tokens, {characters:.2f} characters each)\n"
           f"Python {text['python']}, {text['files']:,} documents, sha256 {text['sha256'][:16]}")
     return out
-
-# ----------------------------------------------------------------------------- command line
 
 
 def main():

@@ -13,19 +13,17 @@ from itertools import chain, takewhile
 import torch
 
 from model import Parcae, UserError
-from parts.cli import COUNT, LOOPS, SEED, Parser, check_needs, run_script, some_path
+from parts.cli import COUNT, LOOPS, SEED, Parser, run_script, some_path
 from parts.draft import draft_stream
-from parts.generation import EXIT_RULES, check, stream
+from parts.generation import check, stream
 from parts.machine import pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
-# ------------------------------------------------------------------------------- command line
-
 
 def add_prompt_flags(parser):
-    """Add the flags for the model and the text that it continues."""
+    """Add the flags for the run and the prompt."""
     parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
                         help="run directory of train.py (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT",
@@ -41,56 +39,44 @@ def parse_args():
     add("--samples", type=COUNT, default=1, metavar="N",
         help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
-        help="new tokens, at most; fewer if the text ends (default: %(default)s)")
+        help="new tokens, fewer if the text ends (default: %(default)s)")
     add("--temperature", type=float, default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
         help="sample from the K likeliest tokens (default: all)")
     add("--top-p", type=float, metavar="P",
         help="sample from the fewest tokens with total probability P (default: all)")
-    add("--kv-cache", choices=("per-loop", "shared"),
-        help="shared: keep keys and values of the last loop only, less memory, not exact "
-        "(default: per-loop)")
     add("--exit-threshold", type=float, metavar="EPS",
-        help="end each token's loop when --exit-rule falls below EPS; --recurrence is then the "
-        "most it may take. Uses the shared cache")
-    add("--exit-rule", choices=EXIT_RULES,
-        help="kl: nats that the last loop changed the prediction by; entropy: nats that it is "
-        "unsure of; state: change of the state, a share (default: kl)")
+        help="end each token's loop once it changes the prediction by less than EPS nats, after "
+        "--recurrence loops at the latest")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft tokens with T loops, verify them with --recurrence: exact, and faster in "
-        "small models")
+        help="draft with T loops, verify with --recurrence: exact, faster in small models")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, which "
-        "pay there with 256 channels or more (see parts/quantize.py; default: auto)")
+        help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, faster "
+        "there with 256 channels or more (default: auto)")
     add("--compile", action="store_true",
-        help="compile the decoding step: 1.4 to 3.3 times as fast after half a minute for each "
-        "number of loops; on a GPU the layers, 1.5 times")
+        help="1.4 to 3.3 times as fast, after half a minute for each number of loops")
     args = parser.parse_args()
 
     # flags that do nothing, or do not go together
-    check_needs(args, exit_rule="exit_threshold", ahead="draft")
     exits = args.exit_threshold is not None
-    if args.draft and (args.kv_cache == "shared" or exits):
-        raise UserError("--draft needs a cache for each loop: leave out --kv-cache and "
-                        "--exit-threshold")
-    if exits and args.kv_cache == "per-loop":
-        raise UserError("--exit-threshold needs the shared cache: leave out --kv-cache")
+    if args.ahead and not args.draft:
+        raise UserError("--ahead does nothing without --draft")
+    if exits and args.draft:
+        raise UserError("--draft needs a cache for each loop: leave out --exit-threshold")
     if exits and args.compile:
-        raise UserError("--exit-threshold goes loop by loop, which --compile does not compile: "
-                        "leave out one of them")
+        raise UserError("--compile does not compile --exit-threshold: leave out one of them")
     return args
 
 
 def read_prompt(args, tokenizer):
-    """Return the prompt, a text, and the tokens (1, T) that are read, of which the first is the one
-    that begins a document. Raises UserError."""
+    """Return the prompt, a text, and what is read, (1, T): the token that begins a document, then
+    the prompt's. Raises UserError."""
     if args.prompt == "":
-        raise UserError("--prompt is empty, must hold at least one character (leave it out for a "
-                        "new document)")
+        raise UserError("--prompt is empty: leave it out for a new document")
     prompt = args.prompt or ""
     tokens = map(int, chain.from_iterable(encode(tokenizer, prompt)))
     return prompt, torch.tensor([[begin_token(tokenizer), *tokens]])
@@ -99,55 +85,45 @@ def read_prompt(args, tokenizer):
 def recurrences_of(args, config):
     """Return the numbers of loops, one block of text for each. Raises UserError."""
     if not config.n_recurrent:
+        flag = "--draft" if args.draft else "--exit-threshold"
         if args.draft or args.exit_threshold is not None:
-            flag = "--draft" if args.draft else "--exit-threshold"
             raise UserError(f"{flag} needs a model that loops: this is a plain transformer")
-        if args.recurrence:
-            print("a plain transformer: nothing loops, --recurrence has no effect")
         return [1]
     recurrences = args.recurrence or [config.mean_recurrence]
     if args.draft and args.draft >= min(recurrences):
         raise UserError(f"--draft is {args.draft}, must be below --recurrence {min(recurrences)}")
     return recurrences
 
-# ------------------------------------------------------------------------------- text
 
-
-def new_tokens(args, model, idx, recurrence, generator, loops_used, counts):
-    """Return the stream of tokens (1, 1) that the flags ask for; see stream, draft_stream."""
+def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
+    """Print the prompt, the tokens that continue idx (1, T) as they come, and how fast they are."""
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p, "generator": generator}
+    loops_used, counts, made = [], {}, []
     if args.draft:
-        return draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
-                            counts=counts, **options)
-    return stream(model, idx, args.tokens, kv_cache=args.kv_cache or "per-loop",
-                  exit_threshold=args.exit_threshold, exit_rule=args.exit_rule or "kl",
-                  loops_used=loops_used, **options)
-
-
-def write_text(args, tokenizer, prompt, tokens, loops_used, counts):
-    """Print the prompt and the tokens that continue it, as they come, then how fast they came."""
-    end, made = begin_token(tokenizer), []
+        tokens = draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
+                              counts=counts, **options)
+    else:
+        tokens = stream(model, idx, args.tokens, exit_threshold=args.exit_threshold,
+                        loops_used=loops_used, **options)
 
     def before_end():
-        for token in takewhile(lambda token: token != end, tokens):
+        for token in takewhile(lambda token: token != begin_token(tokenizer), tokens):
             made.append(token)
             yield token
     print(prompt, end="")
     start = time.perf_counter()
     for text in decode_stream(tokenizer, before_end()):
         print(text, end="", flush=True)
-    seconds = time.perf_counter() - start
+    speed = len(made) / (time.perf_counter() - start)
 
-    notes = f"\n--- {len(made)} tokens, {len(made) / seconds:,.1f} tokens/s"
-    if args.compile:
-        notes += " with compiling"
+    notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{' with compiling' * args.compile}"
     if loops_used:
         notes += f", {sum(loops_used) / len(loops_used):.2f} loops a token"
     if counts:
         notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
                   f"{counts['loops'] / max(1, len(made)):.2f} loops a token, one after the other")
-    print(notes)
+    print(f"\n--- {notes}")
 
 
 def main():
@@ -155,10 +131,9 @@ def main():
     device = pick_device(args.device, args.compile)
     model = Parcae.from_pretrained(args.run)
     use_threads(model.config.n_embd)
-    # token by token bfloat16 is no faster for small models on a CPU
-    in_float32 = device.type == "cpu" and args.dtype == "auto"
-    dtype = torch.float32 if in_float32 else pick_dtype(device, args.dtype)
-    prepare_weights(model, device, dtype)
+    if device.type == "cpu" and args.dtype == "auto":
+        args.dtype = "float32"  # token by token, bfloat16 is no faster there
+    prepare_weights(model, device, pick_dtype(device, args.dtype))
     speed_up(model, args.compile)
 
     tokenizer = load_tokenizer(args.run)
@@ -168,15 +143,12 @@ def main():
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
         print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
-    idx = idx.to(device)
     for recurrence in recurrences:
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(1, args.samples + 1):
             sample = f", sample {i} of {args.samples}" if args.samples > 1 else ""
             print(f"--- recurrence {recurrence}{sample}")
-            loops_used, counts = [], {}
-            tokens = new_tokens(args, model, idx, recurrence, generator, loops_used, counts)
-            write_text(args, tokenizer, prompt, tokens, loops_used, counts)
+            write_sample(args, model, tokenizer, prompt, idx.to(device), recurrence, generator)
 
 
 if __name__ == "__main__":

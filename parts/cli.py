@@ -23,25 +23,23 @@ def run_script(main):
     try:
         main()
         sys.stdout.flush()
-        return
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         message = trouble(error)
-        if not message:
+        if message is None:
             raise
-    message = message.replace("\r", "\\r").replace("\n", "\\n")
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        message = message.replace("\r", "\\r").replace("\n", "\\n")
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def open_streams():
-    """Lead the standard streams that are closed to nowhere, as `2>/dev/null` does: else the next
-    files opened would get their numbers, and what is printed."""
+    """Lead closed standard streams to nowhere: else the next files opened would get their numbers,
+    and what is printed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -51,19 +49,17 @@ def open_streams():
 
 
 def trouble(error):
-    """Return what a user can mend in one line: a value, or a file, disk or memory that the system
+    """Return in one line what a user can mend: a value, or a file, disk or memory that the system
     refused; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save on a full disk
     if isinstance(error, OSError):
         name = error.filename2 or error.filename  # of a rename the file that was to be
         return f"{name}: {error.strerror}" if name else str(error)
-    if isinstance(error.__context__, OSError):
-        # torch.save on a full disk ends in a RuntimeError of its own
-        return trouble(error.__context__)
-    text = str(error)
     no_room = "out of memory", "allocate memory", "PytorchStreamWriter"
-    if isinstance(error, MemoryError) or any(words in text for words in no_room):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in no_room):
         return f"not enough memory or disk: {first_line(error, 'allocation failed')}"
     return None
 
@@ -72,15 +68,13 @@ LINE_SECONDS = 25  # between two lines about the same work, in a log
 
 
 class Lines(tqdm):
-    """A progress bar where there is no terminal: a plain line now and then, none for what is soon
-    done."""
+    """A progress bar for a log: a plain line now and then, none for what is soon done."""
 
     def __init__(self, *arguments, **options):
         self.due = time.monotonic() + LINE_SECONDS
-        # a file for what tqdm itself writes at the end
-        line = {"bar_format": "{l_bar} {elapsed} so far, {remaining} to go{postfix}",
-                "file": io.StringIO()}
-        super().__init__(*arguments, **options | line)
+        options["bar_format"] = "{l_bar} {elapsed} so far, {remaining} to go{postfix}"
+        options["file"] = io.StringIO()  # for what tqdm itself writes at the end
+        super().__init__(*arguments, **options)
 
     def display(self, msg=None, pos=None):
         """Print a line if it is time for one."""
@@ -91,12 +85,8 @@ class Lines(tqdm):
 
 def progress_bar(iterable=None, **options):
     """Return a tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
-    return (tqdm if in_terminal() else Lines)(iterable, **{"leave": False} | options)
-
-
-def in_terminal():
-    """Return whether somebody sees bars move."""
-    return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    bar = tqdm if sys.stderr.isatty() else Lines
+    return bar(iterable, **{"leave": False} | options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,8 +103,7 @@ class Parser(argparse.ArgumentParser):
                                r" is \1, must be one of \2", message))
 
     def checked(self, values):
-        """Return settings that were read as JSON, a dict, each checked as its flag is. Raises
-        UserError that names the flag."""
+        """Return settings, a dict read as JSON, each checked as its flag is. Raises UserError."""
         actions = {action.dest: action for action in self._actions}
         result = {}
         for name, value in values.items():
@@ -146,8 +135,9 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"invalid {kind.__name__} value: {text!r}, must be {limits}") from None
-        value = int(value) if kind is int and value.is_integer() else value
-        if not math.isfinite(value) or not low <= value <= high or above and value == low:
+        if kind is int and value.is_integer():
+            value = int(value)
+        if not low <= value <= high or value == math.inf or above and value == low:
             raise argparse.ArgumentTypeError(f"is {value}, must be {limits}")
         if not isinstance(value, kind):
             raise argparse.ArgumentTypeError(f"is {value}, must be a whole number, {limits}")
@@ -160,33 +150,22 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def check_needs(args, **needs):
-    """Raise UserError for a flag that does nothing without another one. needs: {name: the other};
-    of both, what is not given is None."""
-    for name, other in needs.items():
-        if getattr(args, name) is not None and getattr(args, other) is None:
-            raise UserError(f"{flag_of(name)} does nothing without {flag_of(other)}: give that, "
-                            "too, or leave it out")
-
-
 def check_idle(parser, args, names, why):
-    """Raise UserError for the flags among `names` that are given (not at their defaults), since
-    they do nothing: why."""
+    """Raise UserError for the flags among `names` that are not at their defaults: why."""
     idle = [flag_of(name) for name in names if getattr(args, name) != parser.get_default(name)]
     if idle:
         raise UserError(f"{why}: leave out {', '.join(idle)}")
 
 
 def some_path(text):
-    """Return text, a path that is not empty: an argparse type."""
+    """Return text, an argparse type: a path that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty, must name a file or directory")
     return text
 
 
 def new_file(text):
-    """Return text, a file that can be written, there already or not: an argparse type, asked
-    before the work whose result the file is to hold."""
+    """Return text, an argparse type: a file that can be written, there already or not."""
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
@@ -195,7 +174,7 @@ def new_file(text):
 
 
 def new_directory(text):
-    """Return text, a directory that can be written to, there already or not: an argparse type."""
+    """Return text, an argparse type: a directory that can be written to, there already or not."""
     path = Path(some_path(str(text)))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():

@@ -47,9 +47,8 @@ class ParcaeConfig:
             self.backprop_depth = math.ceil(self.mean_recurrence / 2)
 
         self.need(self.norm_eps > 0, "norm_eps", "above 0")
-        self.need(self.rope_base >= 1, "rope_base", "at least 1")
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "mlp_width",
-                     "mean_recurrence", "backprop_depth"):
+                     "mean_recurrence", "backprop_depth", "rope_base"):
             self.need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("n_prelude", "n_recurrent", "n_coda"):
             self.need(getattr(self, name) >= 0, name, "at least 0")
@@ -114,8 +113,7 @@ PRESETS |= {name.replace("parcae", "gpt"): without_loop(size) for name, size in 
 
 
 def parse_config(file, parse):
-    """Return parse(the JSON object in a file), a ParcaeConfig. Raises UserError that names the
-    file."""
+    """Return parse(the JSON object in a file). Raises UserError that names the file."""
     try:
         return parse(read_json(file))
     except KeyError as error:
@@ -130,10 +128,4 @@ def read_config(run_directory):
     if not file.exists():
         raise UserError(f"{run_directory} holds no model: {file} does not exist; "
                         "train one first: python train.py")
-
-    def parse(settings):
-        if "model" not in settings and "n_embd" in settings:
-            raise UserError("a model in another format; python -m tools.published import makes a "
-                            "run of it")
-        return ParcaeConfig(**settings["model"])
-    return parse_config(file, parse)
+    return parse_config(file, lambda settings: ParcaeConfig(**settings["model"]))

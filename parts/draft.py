@@ -2,14 +2,13 @@
 
     python sample.py --recurrence 8 --draft 1 --ahead 8
 
-A looped model holds a cheap draft of itself: the same weights, fewer loops. `ahead` tokens are
-drafted one by one with `draft` loops. Then all of them go through the remaining loops together, as
-a prompt would, and what the full model would not have said is thrown away (Leviathan et al., arXiv
-2211.17192). What comes out is distributed exactly as without drafting.
+`ahead` tokens are drafted one by one with `draft` loops. Then all of them go through the remaining
+loops together, as a prompt would, and what the full model would not have said is thrown away
+(Leviathan et al., arXiv 2211.17192): the text is distributed exactly as without drafting.
 
 No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
-it, and nothing of later loops or of the coda. So the verification goes on from the draft's states,
-and its cache entries stay. A shared cache, which holds a token's last loop alone, would not do.
+it, and nothing of later loops. So the verification goes on from the draft's states and cache
+entries. A shared cache, which holds a token's last loop alone, would not do.
 """
 
 import torch
@@ -39,10 +38,10 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
 def accept(tokens, given, wanted, generator):
     """Return the drafts that stay and one token more, (1, kept + 1).
 
-    tokens: (1, k). given: the distributions that they were drawn from, (k, vocab_size); wanted: the
-    full model's, (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all
-    before it stay. The first that does not is replaced by a draw from max(0, wanted - given), what
-    the draft gave too little of: together that is a draw from `wanted`."""
+    tokens: (1, k), drawn from `given` (k, vocab_size); wanted: the full model's distributions,
+    (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all before it
+    stay. The first that does not is replaced by a draw from max(0, wanted - given), what the draft
+    gave too little of: together that is a draw from `wanted`."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)
@@ -58,11 +57,10 @@ def accept(tokens, given, wanted, generator):
 @torch.no_grad()
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
-    """Yield n next tokens (1, 1) of idx (1, T), as generation.stream does, but drafted.
-
-    draft: loops of a draft, fewer than `recurrence`; ahead: tokens drafted at a time. counts: a
-    dict that gets "drafted" and "kept" tokens, and "loops", how many ran one after the other.
-    Once the context is full the window slides, and nothing is drafted. Raises UserError."""
+    """Yield n next tokens (1, 1) of idx (1, T), as generation.stream does, but drafted, `ahead`
+    at a time with `draft` loops; none is once the context is full and the window slides. Raises
+    UserError. counts: a dict that gets "drafted" and "kept" tokens, and "loops", how many ran one
+    after the other."""
     check(idx, temperature, top_k, top_p, None)
     if len(idx) != 1:
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")

@@ -1,7 +1,6 @@
 """Files and directories that appear whole, JSON without NaN, a lock.
 
-Files are written to a temporary name and renamed, so that whatever happens, a reader finds the old
-file or the new one, never a half.
+Files are written to a temporary name and renamed: a reader finds the old file or the new one.
 """
 
 import contextlib
@@ -31,8 +30,7 @@ BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
     """Open a file that takes path's place when the block ends well; else no file is left behind.
-
-    Its directory is made where it is missing: what took hours to compute is not lost for that."""
+    Its directory is made where it is missing."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     # not mkstemp: its files are for the owner alone, and chmod fails on mounted buckets
@@ -79,13 +77,16 @@ def with_null(value):
 
 @contextlib.contextmanager
 def whole_directory(path, check):
-    """Yield an empty temporary directory that takes path's place when the block ends well.
-
-    check(path) raises UserError where what is there must not be replaced. The old directory is
-    moved aside, the new one moved in, then the old removed: at any moment one of the two is
-    whole."""
+    """Yield an empty directory that takes path's place when the block ends well: the old one is
+    moved aside, the new one in, then the old removed. check(path) raises UserError where what is
+    there must not be replaced."""
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
-    check_place(path)
+    if path.is_symlink():
+        raise UserError(f"--out {path} is a link to itself (Too many levels of symbolic links)")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is not a directory: choose another name")
+    if path == Path.cwd().resolve():
+        raise UserError(f"--out {path} is the current directory: choose a name of its own")
     path.parent.mkdir(parents=True, exist_ok=True)
     check(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
@@ -104,23 +105,10 @@ def whole_directory(path, check):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_place(path):
-    """Raise UserError where no directory can be made whole; path: without links."""
-    if path.is_symlink():
-        raise UserError(f"--out {path} is a link that leads round in a circle (Too many levels of "
-                        "symbolic links)")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} is not a directory: choose another name")
-    if path == Path.cwd().resolve():
-        raise UserError(f"--out {path} is the current directory: choose a name of its own")
-
-
 @contextlib.contextmanager
 def lock(directory, patience=0):
-    """Hold directory/.lock: one process at a time writes there. Raises UserError that names the
-    holder if it has the lock for `patience` seconds more.
-
-    The system drops the lock with the process, however that ends."""
+    """Hold directory/.lock: one process at a time writes there; the system drops the lock with the
+    process. Raises UserError that names the holder if it has the lock for `patience` seconds."""
     path = Path(directory) / ".lock"
     deadline = time.monotonic() + patience
     while not (file := try_lock(path)):

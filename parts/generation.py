@@ -43,7 +43,7 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
 
 
 def check_predicts(values, loops="so many"):
-    """Raise UserError where logits or losses are not finite. loops: that they come after."""
+    """Raise UserError where logits or losses, made after so many loops, are not finite."""
     if not values.isfinite().all():
         raise UserError(f"what the model predicts after {loops} loops is not finite: its state may "
                         "have grown without bound (docs/guide.md, section 2)")
@@ -94,7 +94,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     """Yield n next tokens (B, 1), each drawn given the last block_size before it.
 
     Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
-    end early. Once the context is full the window slides, which moves every token in it: no cache
+    end early. Once the context is full the window slides, and moves every token in it: no cache
     serves, and each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
     capacity = min(idx.shape[1] + n, model.config.block_size)
@@ -126,10 +126,9 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
 def generate(model, idx, n, **options):
     """Return idx (B, T) int64 continued by n tokens: (B, T + n) int64.
 
-    options: recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep
-    the k likeliest tokens, the fewest with total probability p; generator: a seeded torch.Generator
-    on idx's device; kv_cache: see KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises
-    UserError on an empty prompt and on values out of range."""
+    recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep the k
+    likeliest tokens, the fewest with total probability p; generator: on idx's device; kv_cache: see
+    KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 

@@ -23,13 +23,12 @@ CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
 
 
 def pick_device(device="auto", compiled=False):
-    """Return a torch.device; "auto" is cuda, mps or cpu, whichever is there first. Raises
-    UserError, also where the model is to be compiled and what that needs is missing."""
+    """Return a torch.device; "auto" is the first of cuda, mps and cpu that is there. Raises
+    UserError, also where compiling needs what is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    available = [name for name, is_there in there.items() if is_there]
-    if device == "auto":
-        device = available[0]
+    available = [name for name in there if there[name]]
+    device = available[0] if device == "auto" else device
     name, _, index = device.partition(":")
     if name not in available or device != name and not index.isdecimal():
         raise UserError(f"--device is {device}, must be auto or one of {', '.join(available)}")
@@ -52,8 +51,7 @@ def check_compiler(kind):
 
 
 def pick_dtype(device, dtype="auto"):
-    """Return a torch.dtype for activations; "auto" is bfloat16 where the device multiplies it
-    faster, else float32."""
+    """Return a torch.dtype for activations; "auto": bfloat16 where that is faster, or float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
@@ -64,8 +62,7 @@ def pick_dtype(device, dtype="auto"):
 
 
 def matmul_peak(device, dtype, size=1024):
-    """Return the FLOP/s of large matrix products: the data sheet's where known, else the best of a
-    few measured in half a second."""
+    """Return the FLOP/s of large matrix products: the data sheet's, else the best of a few."""
     if device.type == "cuda":
         name = machine_name(device)
         known = [peak for part, peak in BF16_PEAK.items() if part in name]
@@ -93,11 +90,8 @@ def machine_name(device):
 
 
 def use_threads(channels, asked=None):
-    """Compute with the number of threads asked for; with None small models take one, others what
-    PyTorch takes: OMP_NUM_THREADS, or a thread for each core.
-
-    One thread rounds alike on any number of cores. On two idle cores it is a third slower than two
-    threads; where other programs hold the cores, two wait for each other and are the slower."""
+    """Compute with the threads asked for; with None small models take one, which rounds alike on
+    any number of cores, and others what PyTorch takes (OMP_NUM_THREADS, or one for each core)."""
     if asked is None and channels <= SMALL:
         asked = 1
     if asked is not None:
@@ -105,8 +99,7 @@ def use_threads(channels, asked=None):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory: by default it maps and clears every large activation afresh,
-    which on a CPU costs more than most element-wise operations."""
+    """Have glibc keep freed memory: by default it maps and clears every large activation anew."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc; Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes

@@ -24,30 +24,29 @@ def read_json(path):
 
 
 def log_line(text):
-    """Return a line of a log, JSON in which null stands for NaN. Raises ValueError."""
+    """Return a line of a log, a JSON object in which null stands for NaN. Raises ValueError."""
     def with_nan(pairs):
         return {key: math.nan if part is None else part for key, part in pairs}
-    return json.loads(text, object_pairs_hook=with_nan)
+    value = json.loads(text, object_pairs_hook=with_nan)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
 
 
 def read_json_lines(path):
-    """Return (the lines of a log that are JSON objects, see log_line, and how many are not)."""
+    """Return (the lines of a log, see log_line, and how many are damaged)."""
     values, bad = [], 0
     for line in filter(None, Path(path).read_bytes().split(b"\n")):
         try:
-            value = log_line(line)
+            values.append(log_line(line))
         except ValueError:
-            value = None
-        if isinstance(value, dict):
-            values.append(value)
-        else:
             bad += 1
     return values, bad
 
 
 def load_checkpoint(path):
     """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
-    also where a byte has changed since: the archive has sums, which torch.load does not check."""
+    also where a byte has changed since, by the archive's sums."""
     try:
         if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
             with zipfile.ZipFile(path) as archive:
@@ -64,9 +63,7 @@ def load_checkpoint(path):
 
 def misfits(expected, weights):
     """Return what is wrong, in words, with tensors that are to be loaded: missing and unknown
-    names, other shapes, and other dtypes, which would be cast without a word.
-
-    expected, weights: {name: tensor}."""
+    names, other shapes and dtypes. expected, weights: {name: tensor}."""
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
     for name in filter(weights.__contains__, expected):
@@ -91,10 +88,9 @@ def fit_weights(model, weights, complaint):
     names = {}  # {address: the first name there}: a tied head is the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
-        if first != name and not torch.allclose(weights[first], weights[name], rtol=0, atol=0,
-                                                equal_nan=True):
-            raise UserError(f"{complaint}: {first} and {name} are the same weights here, and "
-                            "differ there: one would be lost")
+        if first != name and not torch.equal(weights[first], weights[name]):
+            raise UserError(f"{complaint}: {first} and {name} are one tensor here, and differ "
+                            "there: one would be lost")
     model.load_state_dict(weights)
 
 

@@ -4,11 +4,8 @@
 
 A token is hundreds of small operations, and on a GPU each takes longer to launch than to compute. A
 CUDA graph records the launches of one call and repeats them at once, with the same shapes, at the
-same addresses. So here
-- what goes in (tokens, state, places in the cache) lives in buffers, written before a replay
-- attention reads the cache's whole capacity and masks what stands behind a token
-
-Other devices make the call each time: tests without a GPU see that fixed shapes change no result.
+same addresses: so what goes in lives in buffers, and attention reads the cache's whole capacity and
+masks what stands behind a token. Other devices make the call each time, with the same shapes.
 """
 
 from functools import partial
@@ -80,8 +77,8 @@ class Recorder:
 
 
 def speed_up(model, compiled, recorded=True):
-    """Have `model` generate faster: compiled, if asked for, and on a GPU recorded. Compiling the
-    layers one by one takes seconds and is enough there; elsewhere all of `advance` is one graph."""
+    """Have `model` generate faster: on a GPU recorded, with its layers compiled one by one if asked
+    for; elsewhere all of `advance` is compiled as one graph."""
     if recorded and model.wte.weight.device.type == "cuda":
         if compiled:
             model.compile_layers()

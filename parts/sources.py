@@ -1,7 +1,6 @@
 """Where text comes from: each source gives two lists of documents, to train on and to validate.
 
-A document is a string, or an object with a length that yields parts of one (TextFile). A source of
-your own is a function like these and an entry in SOURCES.
+A document is a string or a TextFile. A source of your own is a function and an entry in SOURCES.
 """
 
 import codecs
@@ -10,12 +9,10 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 from parts.cli import UserError, progress_bar
 
-# What some distributions of Python leave out, or make anew for each machine: without it classmates
-# get the same text from the same version of Python.
+# What some distributions of Python leave out or make anew: without it, the same version of Python
+# gives the same text everywhere.
 NOT_EVERYWHERE = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
     "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
@@ -29,7 +26,7 @@ def for_validation(name):
 
 
 def stdlib_docs():
-    """Return (train, val), lists of source texts, see for_validation. Raises UserError."""
+    """Return (train, val), lists of source texts, see for_validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     train, val = [], []
@@ -42,15 +39,11 @@ def stdlib_docs():
         except (UnicodeDecodeError, OSError):
             continue
         (val if for_validation(name) else train).append(text)
-    if not train or not val:
-        raise UserError(f"no source text of the standard library in {root}; "
-                        "try: python data.py text FILE...")
     return train, val
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file in parts, without the mark that Windows puts before it (the
-    byte order mark). Raises UserError."""
+    """Yield the text of a UTF-8 file in parts, without a byte order mark. Raises UserError."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open(path, "rb") as file:
         part = True
@@ -65,10 +58,12 @@ def read_text(path):
 
 
 class TextFile:
-    """The characters start to stop of a UTF-8 file, read a part at a time."""
+    """The characters start to stop of a UTF-8 file, read a part at a time; with stop None all, read
+    once more to count and to check them. Raises UserError."""
 
-    def __init__(self, path, start, stop):
-        self.path, self.start, self.stop = path, start, stop
+    def __init__(self, path, start=0, stop=None):
+        self.path, self.start = path, start
+        self.stop = sum(map(len, read_text(path))) if stop is None else stop
 
     def __len__(self):
         return self.stop - self.start
@@ -80,9 +75,17 @@ class TextFile:
             at += len(part)
 
 
-def whole_text(file):
-    """Return a UTF-8 file as a TextFile. It is read to check it, and to count its characters."""
-    return TextFile(file, 0, sum(map(len, read_text(file))))
+def text_docs(files):
+    """Return (train, val), lists of the texts of files, each cut in two, and of folders. Raises
+    UserError, OSError."""
+    train, val = [], []
+    for file in map(Path, files):
+        if file.is_fifo():
+            raise UserError(f"{file} is read twice, as a pipe cannot be")
+        parts = folder_docs(file) if file.is_dir() else cut([TextFile(file)])
+        train += parts[0]
+        val += parts[1]
+    return train, val
 
 
 def cut(texts):
@@ -98,29 +101,14 @@ def cut(texts):
     return train, val
 
 
-def text_docs(files):
-    """Return (train, val), lists of texts, of files (see cut) and folders (see folder_docs). Raises
-    UserError, OSError."""
-    train, val = [], []
-    for file in map(Path, files):
-        if file.is_fifo():
-            raise UserError(f"{file} is read twice, as a pipe cannot be")
-        parts = folder_docs(file) if file.is_dir() else cut([whole_text(file)])
-        train += parts[0]
-        val += parts[1]
-    return train, val
-
-
 def folder_docs(folder):
-    """Return (train, val), lists of the texts in a folder and in the folders below it.
-
-    A file is for training or for validation as a whole. Where that leaves one of them less than a
-    hundredth of the text, as in a folder of few files, each file is cut. Files that are not UTF-8
-    are left out, and named. Raises UserError."""
+    """Return (train, val), lists of the texts in a folder and in the folders below it, each file
+    for one of the two. Where that leaves one of them less than a hundredth of the text, as with few
+    files, each file is cut. Files that are not UTF-8 are left out and named. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
-            (val if for_validation(name) else train).append(whole_text(folder / name))
+            (val if for_validation(name) else train).append(TextFile(folder / name))
         except UserError:
             bad.append(name.as_posix())
     if bad:
@@ -148,45 +136,4 @@ def files_in(folder):
     return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
-def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
-    """Return (train, val), lists of random strings with questions about them (p-hop induction,
-    Sanford et al. 2024, arXiv 2402.09268).
-
-    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
-    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
-    rng = np.random.default_rng(seed)
-    # steps of 1 to symbols - 1: never the same symbol twice in a row
-    steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
-    strings = steps.cumsum(axis=1) % symbols
-    rows = zip(strings, rng.random(strings.shape))
-    docs = [p_hop_doc(string.tolist(), chances.tolist(), hops) for string, chances in
-            progress_bar(rows, total=len(strings), desc="p-hop", unit="doc")]
-    return docs[:n_train], docs[n_train:]
-
-
-def p_hop_doc(string, chances, hops):
-    """Return a text with a question for each symbol of a string, a list of ints; chances in [0, 1)
-    choose how many hops, at most `hops` and at most what the string so far allows.
-
-    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
-    '0aA0bB1aB0cC'
-    """
-    last = {}  # symbol: where it came last
-    hop = []  # of each place, where a hop from it leads; None: its symbol is new
-    longest = []  # of each place, how many hops can be made from it
-    text = ""
-    for i, symbol in enumerate(string):
-        hop.append(last[symbol] + 1 if symbol in last else None)
-        longest.append(0 if hop[i] is None else longest[hop[i]] + 1)
-        last[symbol] = i
-
-        p = int(chances[i] * (min(longest[i], hops) + 1))
-        at = i
-        for _ in range(p):
-            at = hop[at]
-        text += f"{p}{chr(ord('a') + symbol)}{chr(ord('A') + string[at])}"
-    return text
-
-
-# That of "text" gets the FILEs of the command line.
-SOURCES = {"stdlib": stdlib_docs, "p-hop": p_hop_docs, "text": text_docs}
+SOURCES = {"stdlib": stdlib_docs, "text": text_docs}  # the last gets the command line's FILEs

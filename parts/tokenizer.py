@@ -47,14 +47,15 @@ def make_tokenizer(name, docs=()):
 
 PIECE = 1 << 17  # characters given to a tokenizer at once: tiktoken fails on 999,999 spaces
 LONGEST_WORD = 1000  # characters, in training a tokenizer
-# Up to the last place where every tokenizer cuts: after the end of a line, before a letter; or
-# between a letter and a single space with a letter behind it.
+# Up to the last place where every tokenizer cuts: between the end of a line and a letter, or
+# between a letter and a single space before another.
 UP_TO_CUT = regex.compile(r"(?s).+(?:(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L}))")
 
 
-def pieces(text):
+def pieces(text, bar=None):
     """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters that
-    have the tokens of the whole. A text with no place to cut for so long is cut anywhere."""
+    have the tokens of the whole; a progress bar counts them. A text with no place to cut for so
+    long is cut anywhere."""
     rest = ""
     for part in [text] if isinstance(text, str) else text:
         rest += part
@@ -65,14 +66,15 @@ def pieces(text):
             yield rest[at:cut]
             at = cut
         rest = rest[at:]
+        if bar is not None:
+            bar.update(len(part))
     if rest:
         yield rest
 
 
 def encode(tokenizer, text, bar=None):
-    """Yield the tokens of a text (see pieces) in arrays; a progress bar counts its characters.
-    Raises UserError."""
-    for piece in pieces(text):
+    """Yield the tokens of a text in arrays, see pieces. Raises UserError."""
+    for piece in pieces(text, bar):
         try:
             tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
         except KeyboardInterrupt:
@@ -81,8 +83,6 @@ def encode(tokenizer, text, bar=None):
             raise UserError(f"the tokenizer {tokenizer.name} fails on this text: "
                             f"{error}") from None
         yield tokens
-        if bar is not None:
-            bar.update(len(piece))
 
 
 def count_words(docs):
@@ -91,47 +91,22 @@ def count_words(docs):
     with progress_bar(total=sum(map(len, docs)), desc="counting words", unit="char",
                       unit_scale=True) as bar:
         for doc in docs:
-            for piece in pieces(doc):
-                for word in regex.findall(WORDS, piece):
-                    for i in range(0, len(word), LONGEST_WORD):
-                        counts[word[i:i + LONGEST_WORD]] += 1
-                bar.update(len(piece))
+            for piece in pieces(doc, bar):
+                counts.update(regex.findall(WORDS, piece))
+    for word in [word for word in counts if len(word) > LONGEST_WORD]:
+        count = counts.pop(word)
+        for i in range(0, len(word), LONGEST_WORD):
+            counts[word[i:i + LONGEST_WORD]] += count
     return counts
-
-
-def merge(word, pair, new):
-    """Return the ids of a word with each occurrence of a pair, from the left, replaced by `new`.
-
-    >>> merge([5, 6, 5, 6, 7], (5, 6), 9)
-    [9, 9, 7]
-    """
-    merged, i = [], 0
-    while i < len(word):
-        found = tuple(word[i:i + 2]) == pair
-        merged.append(new if found else word[i])
-        i += 2 if found else 1
-    return merged
-
-
-def pop_most_frequent(heap, pair_counts):
-    """Return the most frequent pair (of several, the one with the lowest ids), None where none is
-    left, and take it from a heap of (-count, pair). Counts may have fallen since: such entries go
-    back with the count of today."""
-    while heap:
-        count, pair = heapq.heappop(heap)
-        if pair_counts[pair] == -count != 0:
-            return pair
-        if pair_counts[pair] > 0:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-    return None
 
 
 def train_bpe(docs, vocab_size):
     """Return byte-pair ranks {bytes: id} of at most vocab_size tokens: the most frequent pair of
-    neighbours becomes a token, again and again (Sennrich et al. 2016)."""
-    # each different word once, as a list of ids, first of its bytes
+    neighbours (of several, the one with the lowest ids) becomes a token, again and again (Sennrich
+    et al. 2016)."""
+    # each different word once, as a string in which the character chr(i) is token i
     word_counts = count_words(docs)
-    words = [list(word.encode()) for word in word_counts]
+    words = [word.encode().decode("latin-1") for word in word_counts]
     counts = list(word_counts.values())
 
     # how often a pair comes, and in which words: a merge looks at those alone
@@ -145,12 +120,16 @@ def train_bpe(docs, vocab_size):
 
     tokens = [bytes([i]) for i in range(256)]
     with progress_bar(total=vocab_size - 256, desc="training tokenizer", unit="merge") as bar:
-        while len(tokens) < vocab_size and (best := pop_most_frequent(heap, pair_counts)):
-            new = len(tokens)
-            tokens.append(tokens[best[0]] + tokens[best[1]])
-            made = set()  # pairs with the new token
+        while heap and heap[0][0] < 0 and len(tokens) < vocab_size:
+            count, best = heapq.heappop(heap)
+            if count != -pair_counts[best]:  # fewer than when it was put there
+                heapq.heappush(heap, (-pair_counts[best], best))
+                continue
+            a, b = best
+            new, made = chr(len(tokens)), set()  # the token, and the pairs that it is in
+            tokens.append(tokens[ord(a)] + tokens[ord(b)])
             for i in where.pop(best):
-                before, words[i] = words[i], merge(words[i], best, new)
+                before, words[i] = words[i], words[i].replace(a + b, new)
                 for pair in zip(before, before[1:]):
                     pair_counts[pair] -= counts[i]
                 for pair in zip(words[i], words[i][1:]):
@@ -165,8 +144,8 @@ def train_bpe(docs, vocab_size):
 
 
 def save_tokenizer(tokenizer, path, text=None):
-    """Write a tiktoken.Encoding as JSON, one that tiktoken knows by name as that name; text: the
-    fingerprint of the data."""
+    """Write a tiktoken.Encoding as JSON, or its name where tiktoken knows it; text: the fingerprint
+    of the data."""
     saved = {"name": tokenizer.name} | ({"text": text} if text else {})
     if tokenizer.name not in tiktoken.list_encoding_names():
         ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -225,8 +204,8 @@ def begin_token(tokenizer):
 
 
 def decode_stream(tokenizer, tokens):
-    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, numbers
-    that are no token (a model's vocabulary is rounded up) as nothing."""
+    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, ids of no
+    token (a model's vocabulary is rounded up) as nothing."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         with contextlib.suppress(KeyError):

@@ -1,10 +1,11 @@
 """How many lookups do how many loops do? The table and the picture of runs/p_hop.sh.
 
+    python -m runs.p_hop text data/p-hop              the text
     python -m runs.p_hop out/p-hop results            the runs, OUT/p-hop.csv and OUT/p-hop.png
     python -m runs.p_hop results/p-hop.csv results    the table and picture again, from the table
 
-Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings that
-data.py keeps for validation. Runs are named MODEL-SEED; the picture is of looped, once and layers.
+Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings that are
+kept for validation. Runs are named MODEL-SEED; the picture is of looped, once and layers.
 """
 
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import open_shard
+from data import open_shard, prepare
 from model import Parcae
 from parts import figures
 from parts.cli import UserError, progress_bar, run_script
 from parts.comparable import changed_text, say_differences
 from parts.generation import check_predicts
+from parts.sources import SOURCES
 from parts.tables import write_csv
 from runs.half import finished, parse_args, read_table
 
@@ -26,6 +28,46 @@ LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
 HOPS = range(9)
 TRAINED = 8  # mean loops in runs/p_hop.sh; the table does not say
 COLUMNS = {"model": str, "seed": int, "T": int, "p": int, "accuracy": float}
+
+
+def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
+    """Return (train, val), lists of random strings with questions about them (p-hop induction,
+    Sanford et al. 2024, arXiv 2402.09268).
+
+    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
+    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
+    rng = np.random.default_rng(seed)
+    # steps of 1 to symbols - 1: never the same symbol twice in a row
+    steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
+    strings = steps.cumsum(axis=1) % symbols
+    rows = zip(strings, rng.random(strings.shape))
+    docs = [p_hop_doc(string.tolist(), chances.tolist(), hops) for string, chances in
+            progress_bar(rows, total=len(strings), desc="p-hop", unit="doc")]
+    return docs[:n_train], docs[n_train:]
+
+
+def p_hop_doc(string, chances, hops):
+    """Return a text with a question for each symbol of a string, a list of ints; chances in [0, 1)
+    choose how many hops, at most `hops` and at most what the string so far allows.
+
+    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
+    '0aA0bB1aB0cC'
+    """
+    last = {}  # symbol: where it came last
+    hop = []  # of each place, where a hop from it leads; None: its symbol is new
+    longest = []  # of each place, how many hops can be made from it
+    text = ""
+    for i, symbol in enumerate(string):
+        hop.append(last[symbol] + 1 if symbol in last else None)
+        longest.append(0 if hop[i] is None else longest[hop[i]] + 1)
+        last[symbol] = i
+
+        p = int(chances[i] * (min(longest[i], hops) + 1))
+        at = i
+        for _ in range(p):
+            at = hop[at]
+        text += f"{p}{chr(ord('a') + symbol)}{chr(ord('A') + string[at])}"
+    return text
 
 
 @torch.no_grad()
@@ -57,7 +99,7 @@ def accuracies(model, docs):
 def read_docs():
     """The validation strings, (1000, 1 + 3 * questions) int64. Raises UserError."""
     if not DATA.exists():
-        raise UserError(f"{DATA} does not exist: make it with python data.py p-hop")
+        raise UserError(f"{DATA} does not exist: make it with python -m runs.p_hop text data/p-hop")
     return torch.from_numpy(open_shard(DATA).astype(np.int64).reshape(1000, -1))
 
 
@@ -165,6 +207,10 @@ def picture(path, hops, loops, looped, once, layers, trained):
 
 def main():
     args = parse_args(__doc__)
+    if str(args.source) == "text":
+        SOURCES["p-hop"] = p_hop_docs
+        prepare("p-hop", args.out)
+        return
     if args.source.is_dir():
         rows, trained = measure(args.source)
     else:

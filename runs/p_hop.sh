@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A task where depth is everything (p-hop induction, see parts/sources.py): one layer looped 8 times, and 4
+# A task where depth is everything (p-hop induction, see runs/p_hop.py): one layer looped 8 times, and 4
 # times, on average; the same layer run once for as many tokens, and for as many FLOPs as the first
 # one; eight layers. A quarter of an hour on two cores for one seed; SEEDS="0 1 2" for the published
 # table.
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
-[ -d data/p-hop ] || python data.py p-hop
+[ -d data/p-hop ] || python -m runs.p_hop text data/p-hop
 for seed in ${SEEDS:-0}; do
     layer="--n-prelude 0 --n-recurrent 1 --n-coda 0"
     eight="--n-prelude 8 --n-recurrent 0 --n-coda 0"

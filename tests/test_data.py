@@ -22,6 +22,7 @@ from parts import tokenizer as tokenizing
 from parts.comparable import texts_differ
 from parts.sources import read_text
 from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
+from runs import p_hop
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
          "naïve café, 你好世界, здравствуй, שלום, ไทย",
@@ -155,7 +156,7 @@ def test_stdlib_is_split_by_file_and_repeats():
 
 
 def test_p_hop_answers_follow_the_definition():
-    docs, others = sources.p_hop_docs(n_train=200, n_val=10)
+    docs, others = p_hop.p_hop_docs(n_train=200, n_val=10)
     assert len(docs) == 200 and len(others) == 10 and not set(docs) & set(others)
     asked = Counter()
     for doc in docs:
@@ -167,7 +168,7 @@ def test_p_hop_answers_follow_the_definition():
             assert answer == string[i].upper()
         asked.update(hops)
     assert sorted(asked) == list("012345678") and min(asked.values()) > 500
-    assert sources.p_hop_docs(n_train=200, n_val=10) == (docs, others)
+    assert p_hop.p_hop_docs(n_train=200, n_val=10) == (docs, others)
 
 
 def test_a_source_of_ones_own_is_one_function_and_one_entry(tmp_path, monkeypatch):

@@ -171,6 +171,6 @@ def test_drafting_from_the_command_line(run):
                    "--temperature", 0)
     assert done.stdout.rpartition("\n---")[0] == plain.stdout.rpartition("\n---")[0]
     for flags, said in ((["--draft", 3, "--recurrence", 3], "must be below --recurrence 3"),
-                        (["--draft", 1, "--kv-cache", "shared"], "needs a cache for each loop")):
+                        (["--draft", 1, "--exit-threshold", 1], "needs a cache for each loop")):
         done = script("sample.py", "--run", run, *flags)
         assert done.returncode == 2 and said in done.stderr

@@ -14,7 +14,6 @@ from conftest import ROOT, save_run, script
 from data import open_shard, prepare
 from model import PRESETS, Parcae, ParcaeConfig
 from parts.cli import UserError
-from parts.sources import p_hop_docs
 from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from runs import guide, half, p_hop, short, worth
 
@@ -154,7 +153,7 @@ def test_a_foreign_table_gets_one_line(tmp_path):
 
 
 def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build):
-    _, docs = p_hop_docs(n_train=1, n_val=3)
+    _, docs = p_hop.p_hop_docs(n_train=1, n_val=3)
     rows = [[0, *text.encode()] for text in docs]
     docs = torch.tensor(rows)
     model = build(vocab_size=128, block_size=192, n_recurrent=1, mean_recurrence=8).eval()
@@ -178,7 +177,7 @@ def test_p_hop_gives_no_accuracy_to_what_predicts_nothing(build, monkeypatch):
 
 
 def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
-    _, docs = p_hop_docs(n_train=1, n_val=1000)
+    _, docs = p_hop.p_hop_docs(n_train=1, n_val=1000)
     docs = torch.tensor([[0, *text.encode()] for text in docs])[:50]
     shard = torch.cat([docs] * 20).numpy()
     (tmp_path / "data" / "p-hop").mkdir(parents=True)

@@ -54,9 +54,7 @@ def test_a_block_of_text_for_each_recurrence(run_directory):
         (["--top-p", "2"], "top_p is 2.0"),
         (["--samples", "0"], "--samples is 0"),
         (["--compile", "--exit-threshold", "1"], "leave out one of them"),
-        (["--exit-rule", "kl"], "--exit-rule does nothing without --exit-threshold"),
         (["--ahead", "8"], "--ahead does nothing without --draft"),
-        (["--exit-threshold", "1", "--kv-cache", "per-loop"], "leave out --kv-cache"),
     ],
 )
 def test_mistakes_get_one_line(run_directory, flags, message):
