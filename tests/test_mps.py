@@ -13,6 +13,7 @@ import sample
 import train
 from model import ParcaeConfig
 from parts import run_directory as run_module
+from parts.generation import EXIT_RULES
 from runs import draft as drafts
 from runs import exits
 from tools import core, evaluate, trace
@@ -80,9 +81,10 @@ def test_evaluating(on_mps, run, dtype):
                                                               rel=1e-3)
 
 
-def test_evaluating_token_by_token(on_mps, run):
+@pytest.mark.parametrize("rule", EXIT_RULES)
+def test_evaluating_token_by_token(on_mps, run, rule):
     on_mps(evaluate.main, "--run", run, "--recurrence", 2, "--sequences", 1, *MACHINE, "bfloat16",
-           "--kv-cache", "shared", "--exit-threshold", 0.1)
+           "--kv-cache", "shared", "--exit-threshold", 0.1, "--exit-rule", rule)
 
 
 def test_core(on_mps, run, tmp_path):
@@ -97,7 +99,7 @@ def test_core(on_mps, run, tmp_path):
     ("bfloat16", ["--samples", 2, "--top-k", 5, "--top-p", 0.9]),
     ("float32", ["--temperature", 0, "--tokens", 33, "--recurrence", 1]),  # the window slides
     ("bfloat16", ["--draft", 1, "--ahead", 2]), ("int8", ["--draft", 1, "--temperature", 0]),
-    *[("bfloat16", ["--exit-rule", rule, "--exit-threshold", 0.1]) for rule in sample.EXIT_RULES]])
+    ("bfloat16", ["--exit-threshold", 0.1])])
 def test_sampling(on_mps, run, dtype, flags):
     flags = ["--run", run, "--prompt", "a", "--tokens", 3, "--recurrence", 3, *flags]
     on_mps(sample.main, *flags, *MACHINE, dtype)
