@@ -88,7 +88,8 @@ def fit_weights(model, weights, complaint):
     names = {}  # {address: the first name there}: a tied head is the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
-        if first != name and not torch.equal(weights[first], weights[name]):
+        same = torch.allclose(weights[first], weights[name], rtol=0, atol=0, equal_nan=True)
+        if first != name and not same:
             raise UserError(f"{complaint}: {first} and {name} are one tensor here, and differ "
                             "there: one would be lost")
     model.load_state_dict(weights)

@@ -13,6 +13,7 @@ import sample
 import train
 from model import ParcaeConfig
 from parts import run_directory as run_module
+from parts.generation import EXIT_RULES
 from runs import draft as drafts
 from runs import exits
 from tools import core, evaluate, trace
@@ -97,7 +98,7 @@ def test_core(on_mps, run, tmp_path):
     ("bfloat16", ["--samples", 2, "--top-k", 5, "--top-p", 0.9]),
     ("float32", ["--temperature", 0, "--tokens", 33, "--recurrence", 1]),  # the window slides
     ("bfloat16", ["--draft", 1, "--ahead", 2]), ("int8", ["--draft", 1, "--temperature", 0]),
-    *[("bfloat16", ["--exit-rule", rule, "--exit-threshold", 0.1]) for rule in sample.EXIT_RULES]])
+    ("bfloat16", ["--exit-threshold", 0.1])])
 def test_sampling(on_mps, run, dtype, flags):
     flags = ["--run", run, "--prompt", "a", "--tokens", 3, "--recurrence", 3, *flags]
     on_mps(sample.main, *flags, *MACHINE, dtype)
@@ -108,13 +109,14 @@ def test_a_trace(on_mps, run, name):
     on_mps(trace.main, "--run", run, "--prompt", "a b", "--recurrence", 3, name, *MACHINE[:2])
 
 
-def test_measuring_exits(monkeypatch, run):
-    monkeypatch.setattr(exits, "THRESHOLDS", {"state": [0.1]})
+@pytest.mark.parametrize("rule", EXIT_RULES)
+def test_measuring_exits(monkeypatch, run, rule):
+    monkeypatch.setattr(exits, "THRESHOLDS", {rule: [0.1]})
     idx = torch.randint(256, (2, 1, 3))
     with FakeMps():
         model = evaluate.Parcae.from_pretrained(run).to(MPS)
         rows = exits.measure(model, [(one, one) for one in idx], evaluate.load_tokenizer(run), 2)
-    assert [row["rule"] for row in rows] == ["fixed", "fixed", "state"]
+    assert [row["rule"] for row in rows] == ["fixed", "fixed", rule]
 
 
 def test_timing_drafts(on_mps, run):
