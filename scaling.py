@@ -26,14 +26,13 @@ import torch
 from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import LAWS, RESAMPLES, can_fit, interval
+from parts.laws import LAWS, RESAMPLES, interval
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
 
-# A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
-# they double. Further away the loss is not a parabola.
+# A parabola is fitted to the recurrences within this factor of the lowest.
 WINDOW = math.log(4)
 ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
 
@@ -44,9 +43,8 @@ def bottom(budget, log_loss):
     """Return (log mu*, parabola [a, b, c], positions of the recurrences it was fitted to).
 
     Where log_loss (recurrences,) is lowest at an edge, the optimum is beyond: log mu* is -inf, "at
-    most the fewest loops tried", or +inf, and there is no parabola. One through everything would
-    still have its bottom inside, and a power law through such bottoms an exponent that the data do
-    not have."""
+    most the fewest loops tried", or +inf. A parabola through everything would still have its bottom
+    inside, and power laws through such bottoms an exponent that the data do not have."""
     x, lowest = budget.log_mu, np.argmin(log_loss)
     if lowest in (0, len(x) - 1):
         return (math.inf if lowest else -math.inf), None, []
@@ -70,15 +68,14 @@ def left_by_parabola(budget):
 
 
 def noise_of(budgets):
-    """Return {"sd" of a run's log loss, "freedom", "source"}: "seeds", or "parabolas", what they
-    leave over, where seeds are few and parabolas leave more degrees of freedom.
+    """Return {"sd" of a run's log loss, "freedom", "source"}, None where nothing is left over.
 
-    What a seed does to all runs alike is not noise. None where there is neither source, or nothing
-    is left over."""
-    by_seeds = chance.left_by_seeds(budgets)
+    The source is "seeds", or, where those are few, "parabolas": what these leave over. What a seed
+    does to all runs alike is not noise."""
+    source, (squares, freedom) = "seeds", chance.left_by_seeds(budgets)
     by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
-    few = by_seeds[1] == 0 or by_seeds[1] < ENOUGH_SEEDS and by_seeds[1] < by_parabolas[1]
-    source, (squares, freedom) = ("parabolas", by_parabolas) if few else ("seeds", by_seeds)
+    if not freedom or freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
+        source, (squares, freedom) = "parabolas", by_parabolas
     if not squares:
         return None
     return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
@@ -106,14 +103,13 @@ def optimum_of(budget, samples, cost, noise):
         "at_most": low if log_mu == -math.inf else None,
         "at_least": high if log_mu == math.inf else None,
         "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False], "tokens": None,
-        "val_loss": None, "parabola": parabola, "lack_of_fit": None,
-        "fitted_to": budget.mu[near].tolist() if parabola else [],
+        "val_loss": None, "parabola": parabola, "fitted_to": budget.mu[near].tolist(),
+        "lack_of_fit": chance.lack_of_fit(*left_by_parabola(budget), noise),
     }
     if parabola:
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
-        optimum["lack_of_fit"] = chance.lack_of_fit(*left_by_parabola(budget), noise)
     if len(samples):
         ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # it holds its own point
@@ -159,18 +155,9 @@ def line_through(x, y, low, high):
     return slope, intercept
 
 
-def power_law(x, y, samples, low, high):
-    """Return exponent, coefficient, interval, and "defined", the share of the resamples that have
-    an exponent; samples (resamples, budgets), the rest as of line_through."""
-    slope, intercept = line_through(x, y, low, high)
-    slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
-    defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
-    return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
-            "ci": interval(slopes, slope)}
-
-
 def power_laws(budgets, samples, cost):
-    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
+    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside. "defined"
+    is the share of the resamples (resamples, budgets) that have an exponent."""
     log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
     if np.isfinite(log_mu).sum() < 2:
         return {}
@@ -182,8 +169,15 @@ def power_laws(budgets, samples, cost):
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
-    return {"mu_rec": power_law(x, log_mu, samples, low, high),
-            "tokens": power_law(x, log_tokens(log_mu), log_tokens(samples), log_tokens(high),
+    def power_law(y, samples, low, high):
+        slope, intercept = line_through(x, y, low, high)
+        slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
+        defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
+        return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
+                "ci": interval(slopes, slope)}
+
+    return {"mu_rec": power_law(log_mu, samples, low, high),
+            "tokens": power_law(log_tokens(log_mu), log_tokens(samples), log_tokens(high),
                                 log_tokens(low))}
 
 # ----------------------------------------------------------------------------- all laws
@@ -225,7 +219,7 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     out = {"model": table.model, "accounting": accounting, "looped": table.looped,
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "seeds": None, "notes": notes}
-    sizes = tables.sizes(table.rows)
+    sizes = tables.distinct(table.rows, "params_core", "params_noncore")
     one_size = table.looped and sizes <= 1
     if one_size:
         found = fit_parabolas(table.budgets, table.cost)
@@ -239,11 +233,11 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     elif table.looped:
         notes.append("the optimum at equal FLOPs: not computed, the runs called "
                      f"{table.model} have {sizes} sizes")
-    if can_fit("training", table.rows, notes):
-        table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
-        law["far_exponents"] = laws.far_exponents(table.fit)
+    table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
+    if law:
         out["training_law"] = law
-    if one_size and table.fit:
+        law["far_exponents"] = laws.far_exponents(table.fit)
+    if one_size and law:
         law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
         flops = column(table.rows, "flops")
         # Runs planned by another accounting share no budgets: then five of them.
@@ -269,32 +263,29 @@ def left_by_law(table):
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
-    out["laws"], notes = {}, out["notes"]
-    loops = {"unified": table.at_every_T, "worth": table.every_model}  # laws of loops alone
-    for name in LAWS:
-        if name == "training" or name in loops and not table.looped:
-            continue
-        rows = loops.get(name, table.rows)
-        if can_fit(name, rows, notes):
-            out["laws"][name] = laws.fit_with_error(name, rows, resamples, notes)[1]
+    rows_of = dict.fromkeys(LAWS, table.rows)
+    del rows_of["training"]
+    rows_of |= {"unified": table.at_every_T, "worth": table.every_model}
+    if not table.looped:
+        del rows_of["unified"], rows_of["worth"]  # laws of loops
+    fitted = {name: laws.fit_with_error(name, rows, resamples, out["notes"])[1]
+              for name, rows in rows_of.items()}
+    out["laws"] = {name: law for name, law in fitted.items() if law}
     return out, table
 
 
 def draw(out, table, folder):
     """Write the figures of what was fitted."""
     if out["isoflop"]:
-        title = f"Equal FLOPs and parameters ({out['model']})"
+        title = f"Equal FLOPs ({out['model']})"
         if out["seeds"]:
-            title = f"Equal FLOPs ({out['model']}), effects of seeds taken out"
+            title += ", effects of seeds taken out"
         figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
         print("wrote", folder / "isoflop.png")
     if "frontier" in out.get("training_law", {}):
         flops = column(table.rows, "flops")
         every = [table.law_at(c) for c in np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)]
-        law = {"flops": [one["flops"] for one in every], "slopes": SLOPES,
-               "mu_rec": [(one["mu_rec"], *one["ci"]) for one in every],
-               "tokens": [(one["tokens"], *one["ci_tokens"]) for one in every]}
-        figures.optima(folder / "optima.png", out["isoflop"], law)
+        figures.optima(folder / "optima.png", out["isoflop"], every, SLOPES)
         print("wrote", folder / "optima.png")
 
 # ----------------------------------------------------------------------------- commands

@@ -105,28 +105,25 @@ def isoflop(path, budgets, optima, title):
     save(figure, path)
 
 
-def optima(path, points, law):
+def optima(path, points, law, slopes):
     """Draw the best recurrence and token count against the budget, by parabola and by law.
 
-    points: as scaling.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
-    (best, low, high); "slopes", the published exponents of both."""
+    points: as scaling.optimum_of gives them. law: as laws.optimum does, by rising budget. slopes:
+    the published exponents of both."""
     figure, every = panels(2, 9, 4)
-    x, inside = np.array(law["flops"]), [point for point in points if point["inside"]]
+    x, inside = np.array([one["flops"] for one in law]), [p for p in points if p["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
-    for axes, (name, label) in zip(every, labels.items()):
-        best, low, high = np.array(law[name], dtype=float).T  # NaN: no interval
+    for axes, (name, label), ci in zip(every, labels.items(), ("ci", "ci_tokens")):
+        # NaN: no interval
+        best, low, high = np.array([(one[name], *one[ci]) for one in law], dtype=float).T
         axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
         axes.loglog(x, best, "k-", label="training law")
         middle = len(x) // 2  # only the slope is compared
-        published = best[middle] * (x / x[middle]) ** law["slopes"][name]
-        axes.loglog(x, published, "k:", label=f"published slope: C^{law['slopes'][name]:.2f}")
+        axes.loglog(x, best[middle] * (x / x[middle]) ** slopes[name], "k:",
+                    label=f"published slope: C^{slopes[name]:.2f}")
         axes.plot([p["flops"] for p in inside], [p[name] for p in inside], "*", ms=12, color=RED,
                   label="parabola")
         axes.set(xlabel="training FLOPs C", ylabel=label)
-        if points:
-            budgets = [point["flops"] for point in points]
-            axes.set_xticks(budgets, [f"{c:.2g}" for c in budgets])
-            axes.set_xticks([], minor=True)
     mu = every[0]
     for point in points:
         ends = np.array([point["ci"]], dtype=float).T

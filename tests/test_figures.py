@@ -27,9 +27,9 @@ PICTURES = {
     "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
     "isoflop": (BUDGETS, [INSIDE | {"flops": BUDGETS[0].flops},
                           EDGE | {"flops": BUDGETS[1].flops}], "a title"),
-    "optima": ([INSIDE, EDGE], {"flops": X * 1e12, "mu_rec": np.stack([X, X / 2, X * 2], 1),
-                                "tokens": np.stack([X, X / 2, X * 2], 1),
-                                "slopes": {"mu_rec": 0.4, "tokens": 0.78}}),
+    "optima": ([INSIDE, EDGE],
+               [{"flops": x * 1e12, "mu_rec": x, "ci": [x / 2, x * 2], "tokens": x,
+                 "ci_tokens": [x / 2, x * 2]} for x in X], {"mu_rec": 0.4, "tokens": 0.78}),
     "paper": ([{"model": "a", "flops": X * 1e18, "mu": X, "rounding": [X / 1.2, X * 1.2],
                 "published": (X, X / 2, X * 2), "exact": (X, X / 2, X * 2)}],),
     "half": ([{"label": "looped", "parameters": 8e4, "flops": 1e12, "losses": [1.3],
@@ -76,7 +76,7 @@ def test_a_bound_has_its_interval_in_the_picture_too(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, full_disk):
     with pytest.raises(OSError):
-        figures.fixed_point(tmp_path / "a.png", *PICTURES["fixed_point"])
+        guide.fixed_point(tmp_path / "a.png", *PICTURES["fixed_point"])
     assert not list(tmp_path.iterdir())
 
 
