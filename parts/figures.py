@@ -124,6 +124,10 @@ def optima(path, points, law, slopes):
         axes.plot([p["flops"] for p in inside], [p[name] for p in inside], "*", ms=12, color=RED,
                   label="parabola")
         axes.set(xlabel="training FLOPs C", ylabel=label)
+        if points:
+            budgets = [point["flops"] for point in points]
+            axes.set_xticks(budgets, [f"{c:.2g}" for c in budgets])
+            axes.set_xticks([], minor=True)
     mu = every[0]
     for point in points:
         ends = np.array([point["ci"]], dtype=float).T
