@@ -5,15 +5,15 @@
     python scaling.py predict --flops 1e14          the best recurrence and tokens for a budget
 
 With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
-and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here, and
-their numbers are printed side by side: where they disagree, trust neither.
+and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here:
+where they disagree, trust neither.
 
 1. At each budget the log loss is a parabola in log mu around its lowest point. The bottom is mu*,
    D* = C / cost of a token at mu*, and lines through their logarithms are the power laws.
 2. A law of the loss is fitted to all runs (parts/laws.py), and mu* is where it is lowest at C.
 
-Tables come from tools/sweep.py, tools/design.py plans the next one. Tables without loops are fitted
-too: then the training law is that of Chinchilla.
+Tables come from tools/sweep.py, tools/design.py plans the next one. Without loops the training law
+is that of Chinchilla.
 """
 
 import math
@@ -263,14 +263,14 @@ def left_by_law(table):
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
-    rows_of = dict.fromkeys(LAWS, table.rows)
-    del rows_of["training"]
-    rows_of |= {"unified": table.at_every_T, "worth": table.every_model}
-    if not table.looped:
-        del rows_of["unified"], rows_of["worth"]  # laws of loops
-    fitted = {name: laws.fit_with_error(name, rows, resamples, out["notes"])[1]
-              for name, rows in rows_of.items()}
-    out["laws"] = {name: law for name, law in fitted.items() if law}
+    out["laws"] = {}
+    of_loops = {"unified": table.at_every_T, "worth": table.every_model}
+    for name in LAWS:
+        if name == "training" or name in of_loops and not table.looped:
+            continue
+        rows = of_loops.get(name, table.rows)
+        _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
+        out["laws"] |= {name: law} if law else {}
     return out, table
 
 
@@ -325,11 +325,11 @@ def predict(args):
     for optimum in out["isoflop"]:
         if tables.same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    mu, tried = best["mu_rec"], column(table.rows, "mu_rec")
-    beyond = max(mu / tried.max(), tried.min() / mu)
+    fewest, most = column(table.rows, "mu_rec").min(), column(table.rows, "mu_rec").max()
+    beyond = max(best["mu_rec"] / most, fewest / best["mu_rec"])
     if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
-              f"{tried.max():g}, but {beyond:.3g} times their end: no run has been there")
+        print(f"warning: mu* is not inside the recurrences tried, {fewest:g} to {most:g}, but "
+              f"{beyond:.3g} times their end: no run has been there")
     beyond = max(flops / top, low / flops)
     if beyond >= 2:
         print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "

@@ -23,7 +23,7 @@ RESAMPLES = 200  # of the bootstrap
 #   low, high: fits start between them, times `scale`
 #   scale: "lowest" loss, "span" of the losses, "one"
 #   domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any"
-#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0 (units_of), printed is X N0^x
+#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0, printed is X N0^x
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -77,13 +77,6 @@ def reasons_against(law, rows):
     if distinct(rows, "val_loss") == 1:
         reasons.append("all losses are equal")
     return reasons
-
-
-def units_of(rows):
-    """Return N and D of a middling run. In these units X and x do not stand in for each other: in
-    X N^-x a change of x moves X by powers of ten, unless N is near 1."""
-    values = {"N": unrolled(rows), "D": column(rows, "tokens")}
-    return {name: math.exp(np.log(some).mean()) for name, some in values.items()}
 
 
 def runs_of(rows, units):
@@ -228,7 +221,11 @@ def interval(samples, point):
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
     has converged. law: a name."""
-    law, units, losses = LAWS[law], units_of(rows), column(rows, "val_loss")
+    law, losses = LAWS[law], column(rows, "val_loss")
+    # N and D of a middling run: in these units X and x do not stand in for each other. In X N^-x a
+    # change of x moves X by powers of ten, unless N is near 1.
+    units = {name: math.exp(np.log(some).mean())
+             for name, some in (("N", unrolled(rows)), ("D", column(rows, "tokens")))}
     runs, log_loss = runs_of(rows, units), torch.tensor(np.log(losses))
 
     # A short fit of every start, then the best of them to the end.

@@ -1,8 +1,7 @@
 """A table of training runs: its columns; reading CSV files and run directories; adding to one.
 
-A row is one run, evaluated after one number of loops. Two columns count loops: mu_rec (mu), the
-mean in training, and recurrence (T), those at evaluation. tools/sweep.py writes tables, scaling.py
-fits them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recurrence 1.
+A row is one run, evaluated after one number of loops: recurrence (T), where mu_rec (mu) is the mean
+in training. A row of a model without loops has params_core 0, mu_rec, mu_bwd and recurrence 1.
 """
 
 import csv
@@ -99,11 +98,9 @@ def value_of(name, text):
 
 def as_written(row):
     """Return a row as write_csv writes it: losses to 6 digits, other fractions to 10."""
-    written = {name: f"{value:.10g}" if isinstance(value, float) else value
-               for name, value in row.items()}
-    if "val_loss" in row:
-        written["val_loss"] = f"{row['val_loss']:.6g}"
-    return written
+    digits = {"val_loss": 6}
+    return {name: f"{value:.{digits.get(name, 10)}g}" if isinstance(value, float) else value
+            for name, value in row.items()}
 
 
 def identity(row):
@@ -146,8 +143,7 @@ def add_rows(table, rows):
 
 
 def last_line(path):
-    """Return the last whole line of a log, a dict; {"kind": None, "flops": 0} where there is
-    none."""
+    """Return the last whole line of a log; {"kind": None, "flops": 0} where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))  # the end alone: a sweep asks often
@@ -253,11 +249,6 @@ def distinct(rows, *names):
     return len(alike(rows, *names))
 
 
-def sizes(rows):
-    """Return how many sizes of model there are."""
-    return distinct(rows, "params_core", "params_noncore")
-
-
 def trained_depth(rows):
     """Return the rows evaluated at T = mu_rec."""
     return [row for row in rows if row["recurrence"] == row["mu_rec"]]
@@ -319,8 +310,8 @@ class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
     cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed the one with most tokens counts, which is the cheapest mu_bwd; of those the one with
-    the higher loss. The others are `left_out`."""
+    and seed the one with most tokens counts, the cheapest; of those the one with the higher loss.
+    """
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean(np.log(column(rows, "flops"))))
