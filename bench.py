@@ -5,8 +5,7 @@
 
 Compares, at one width, the looped model at several numbers of loops T with three plain
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
-looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
-bfloat16 weights and caches. Tables are printed: `python bench.py | tee bench.txt` keeps them.
+looped one is said to match), and one of the same unrolled depth. Inference is in bfloat16.
 """
 
 import statistics
@@ -106,8 +105,7 @@ def saved_for_backward(model, forward):
 
 
 def memory_of(case, args):
-    """Return a row of megabytes: what training, and then inference with bfloat16 weights and
-    caches, hold."""
+    """Return a row of megabytes: what training holds, and inference in bfloat16."""
     config, loops = case.config, case.loops
     model = build(config, args.device, args.dtype).train()
     idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
@@ -143,8 +141,7 @@ def break_even(config, double):
 
 
 def alternate(runs, rounds, device, what):
-    """Return the seconds of each run, {name: [one a round]}: everything runs once to warm up, then
-    all in turns."""
+    """Return the seconds of each run, {name: [one a round]}: all in turns, after a warm-up."""
     seconds = {name: [] for name in runs}
     for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
         for name, run in runs.items():
@@ -165,11 +162,11 @@ def bandwidth(device):
     return x.nbytes / min(seconds["sum"])
 
 
-def speeds(cases, prepared, tokens, args, what):
-    """Return rows of the median, least and most tokens/s, and lists of what each token needs.
+def speeds(cases, prepare, tokens, args, what):
+    """Return rows of the median, least and most tokens/s, and lists of what a token of each needs.
 
-    prepared: (step, *needs) of each case; a step makes so many tokens."""
-    steps, *needs = zip(*prepared)
+    prepare(case, args) returns (step, *needs); a step makes so many tokens."""
+    steps, *needs = zip(*(prepare(case, args) for case in cases))
     seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, what)
     rows = []
     for case, times in zip(cases, seconds.values()):
@@ -201,8 +198,7 @@ def train_speed(cases, args):
     """Measure tokens/s of forward and backward. Return the matmul peak in FLOP/s and rows with the
     share of it that the needed FLOPs are."""
     peak = machine.matmul_peak(args.device, args.dtype)
-    prepared = [training_of(case, args) for case in cases]
-    rows, flops = speeds(cases, prepared, args.batch * args.context, args, "training")
+    rows, flops = speeds(cases, training_of, args.batch * args.context, args, "training")
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
     return peak, rows
@@ -233,8 +229,7 @@ def decode_speed(cases, args):
     bytes/s, and rows with the limits that these set."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
-    prepared = [generation_of(case, args) for case in cases]
-    rows, flops, read = speeds(cases, prepared, STEPS, args, "decode")
+    rows, flops, read = speeds(cases, generation_of, STEPS, args, "decode")
     for row, needed, n_bytes in zip(rows, flops, read):
         row["compute limit"], row["memory limit"] = peak / needed, bytes_per_s / n_bytes
         row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
@@ -302,8 +297,7 @@ def bench_memory(cases, config, args):
          f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}", rows)
     even = break_even(config, next(case.config for case in cases if case.name == TWICE))
     tokens = f"{even:,.0f} tokens of batch x context" if even else "none, its cache is smaller"
-    print("break-even with the plain transformer of twice the parameters at "
-          f"T = {config.mean_recurrence}: {tokens}")
+    print(f"break-even with the {TWICE}, at T = {config.mean_recurrence}: {tokens}")
 
 
 def main():

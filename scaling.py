@@ -119,9 +119,8 @@ def optimum_of(budget, samples, cost, noise):
 
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
-    """Return what --json writes of the runs without a law: {"isoflop": the optimum at each budget
-    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}. cost: of
-    laws.token_cost."""
+    """Return what --json writes of the runs without a law: the optimum at each budget with three
+    recurrences, power laws of these, the noise of a run, notes. cost: of laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
     optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
@@ -135,11 +134,9 @@ def fit_parabolas(budgets, cost, resamples=1000, seed=0):
 
 
 def line_through(x, y, low, high):
-    """Return (slope, intercept) of the least squares line through values some of which are but
-    bounds; NaN where fewer than two are values.
-
-    y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
-    contradicts it. Which those are is tried again until it stays (an active set)."""
+    """Return (slope, intercept) of the least squares line through y (n,), NaN with fewer than two
+    finite values. -inf says at most low[i], +inf at least high[i]: such a point counts only where
+    the line contradicts it. Which those are is tried again until it stays (an active set)."""
     known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
@@ -184,10 +181,9 @@ def power_laws(budgets, samples, cost):
 
 
 class Table:
-    """The runs of a table's main model. `at_every_T` has a row for each loop count at evaluation,
-    `rows` those at T = mu_rec, `every_model` those of other models, too; their losses are without
-    the effects of seeds. `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token
-    by mu_rec. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
+    """The runs of a table's main model: `at_every_T`, `rows` at T = mu_rec, `every_model` with
+    those of other models. Their losses are without the effects of seeds, `measured` are `rows` as
+    they were. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
         self.notes, self.fit = [], None
@@ -266,11 +262,10 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
     out["laws"] = {}
     of_loops = {"unified": table.at_every_T, "worth": table.every_model}
     for name in LAWS:
-        if name == "training" or name in of_loops and not table.looped:
-            continue
-        rows = of_loops.get(name, table.rows)
-        _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
-        out["laws"] |= {name: law} if law else {}
+        if name != "training" and (table.looped or name not in of_loops):
+            rows = of_loops.get(name, table.rows)
+            _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
+            out["laws"] |= {name: law} if law else {}
     return out, table
 
 

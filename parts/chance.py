@@ -24,9 +24,9 @@ def cells_of(rows):
 def seed_effects(cells):
     """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
 
-    A seed is a block: it gives all runs the same order of the text, and some of the same initial
-    weights. Its effect is the least squares of log loss = cell + seed; the mean of all is 0. Only
-    seeds that share two cells with another have one."""
+    A seed is a block: it gives all runs the same order of the text. Its effect is the least squares
+    of log loss = cell + seed, with mean 0. Only seeds that share two cells with another have one.
+    """
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
@@ -77,9 +77,8 @@ def seed_differences(budgets, noise):
 
 
 def lack_of_fit(squares, freedom, noise):
-    """Return how often the noise of seeds alone leaves so many squares over, as of single runs: the
-    tail of an F-test, by draws. Small: what was fitted is of the wrong form. None where there is
-    nothing to test."""
+    """Return how often the noise of seeds alone leaves so many squares over: the tail of an F-test,
+    by draws. Small: what was fitted is of the wrong form. None where there is nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
@@ -88,7 +87,7 @@ def lack_of_fit(squares, freedom, noise):
 
 def most_by_chance(noise, runs):
     """Return by how much of the loss the means of so many runs each differ by chance, 95 % of the
-    time: Student's t, since with few degrees of freedom the noise itself is not well known."""
+    time: Student's t, since the noise itself is not well known."""
     draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
     return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 

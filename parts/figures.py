@@ -72,8 +72,7 @@ def cells(axes, shares, texts, lowest):
 def isoflop(path, budgets, optima, title):
     """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point.
 
-    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them; an
-    arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
+    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):
@@ -96,8 +95,8 @@ def isoflop(path, budgets, optima, title):
         for at, values, style in parts:
             left.plot(at, np.exp(values), color=color, **style)
             right.plot(at, 100 * np.expm1(values - lowest), color=color, **style)
-    loops_axis(left, "mean recurrence mu_rec in training (loops)")
-    loops_axis(right, "mean recurrence mu_rec in training (loops)")
+    for axes in (left, right):
+        loops_axis(axes, "mean recurrence mu_rec in training (loops)")
     left.set(ylabel="val loss at T = mu_rec (nats per token)", title=title)
     left.legend(fontsize=8)
     right.set(ylabel="above the lowest mean (%)", ylim=(-1, 4),

@@ -19,11 +19,9 @@ from parts.tables import alike, column, distinct, rows_by_budget, run_key, unrol
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
 
-# A parameter of a law.
-#   low, high: fits start between them, times `scale`
-#   scale: "lowest" loss, "span" of the losses, "one"
-#   domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any"
-#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0, printed is X N0^x
+# Fits of a parameter start from low to high, times `scale`: the "lowest" loss, the "span" of them,
+# "one". domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any". per: ("N",
+# "x") for X in X N^-x: N is fitted in units of N0, printed is X N0^x.
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -351,7 +349,7 @@ def frontier(fit, size, cost, flops):
 
 def optimum(fit, size, cost, flops):
     """Return a point of the frontier with its intervals, as --json writes it. An interval without
-    width is a kink of the cost, as at two loops: there mu* stays for a while."""
+    width is a kink of the cost: there mu* stays for a while."""
     points = frontier(fit, size, cost, flops)
     mu, tokens, loss = (float(every[0]) for every in points)
     ci, ci_tokens, ci_loss = (interval(every[1:], every[0]) for every in points)
@@ -365,9 +363,9 @@ def optimum(fit, size, cost, flops):
 def frontier_exponents(fit, size, cost, low, high):
     """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
-    The frontier is not a power law: it begins at one loop, stays at kinks of the cost, and nears
-    the exponent of `far_exponents` far above. So this is the slope of a line through logarithms,
-    over the budgets where mu* is above 1; NaN where those span less than a factor of two."""
+    The frontier is not a power law: it begins at one loop and stays at kinks of the cost. So this
+    is the slope of a line through logarithms, over the budgets where mu* is above 1; NaN where
+    those span less than a factor of two."""
     log_flops = np.linspace(math.log(low), math.log(high), 25)
     every = [frontier(fit, size, cost, c)[:2] for c in np.exp(log_flops)]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
