@@ -5,8 +5,7 @@
 
 Compares, at one width, the looped model at several numbers of loops T with three plain
 transformers: one of the same parameters, one of about twice the parameters (whose quality the
-looped one is said to match), and one of the same unrolled depth. Memory in inference is counted for
-bfloat16 weights and caches. Tables are printed: `python bench.py | tee bench.txt` keeps them.
+looped one is said to match), and one of the same unrolled depth. Inference is in bfloat16.
 """
 
 import statistics
@@ -46,15 +45,18 @@ def layers_run(config, loops):
 def cases_of(config, recurrence):
     """Return the cases to compare: the looped model, trained for each number of loops, and the
     three plain ones."""
-    def plain(name, layers):
-        return Case(name, replace(config, n_prelude=layers, n_recurrent=0, n_coda=0), 1)
-    n, target = config.n_layer, 2 * parameters(config)
-    longer = [plain(TWICE, layers) for layers in range(n, 4 * n + 1)]
-    twice = min(longer, key=lambda case: abs(parameters(case.config) - target))
-    looped = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
-              for loops in recurrence]
-    return [*looped, plain("plain, same parameters", n), twice,
-            plain("plain, same depth", layers_run(config, config.mean_recurrence))]
+    cases = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
+             for loops in recurrence]
+    n, depth = config.n_layer, layers_run(config, config.mean_recurrence)
+
+    def plain(layers):
+        return replace(config, n_prelude=layers, n_recurrent=0, n_coda=0)
+
+    def from_twice(layers):
+        return abs(parameters(plain(layers)) - 2 * parameters(config))
+    twice = min(range(n, 4 * n + 1), key=from_twice)
+    return [*cases, Case("plain, same parameters", plain(n), 1), Case(TWICE, plain(twice), 1),
+            Case("plain, same depth", plain(depth), 1)]
 
 
 def build(config, device, dtype=None):
@@ -76,13 +78,12 @@ def kv_bytes(config, context, loops, itemsize=2):
 def optimizer_bytes(model):
     """Return the bytes that Muon and AdamW hold after a step."""
     muon = set(model.matrices())
-    others = set(model.parameters()) - muon
-    held = 0
-    for optimizer in (Muon(muon), torch.optim.AdamW(others, fused=True)):
+    held = []
+    for optimizer in (Muon(muon), torch.optim.AdamW(set(model.parameters()) - muon, fused=True)):
         optimizer.step()
         for state in optimizer.state.values():
-            held += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim)
-    return held
+            held += [t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim]
+    return sum(held)
 
 
 def saved_for_backward(model, forward):
@@ -103,19 +104,8 @@ def saved_for_backward(model, forward):
     return sum(sizes.values())
 
 
-def peak_bytes(step):
-    """Return the most GPU memory that step() held beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def memory_of(case, args):
-    """Return a row of megabytes: what training, and then inference with bfloat16 weights and
-    caches, hold."""
+    """Return a row of megabytes: what training holds, and inference in bfloat16."""
     config, loops = case.config, case.loops
     model = build(config, args.device, args.dtype).train()
     idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
@@ -127,7 +117,10 @@ def memory_of(case, args):
            "activations": saved_for_backward(model, loss) / 1e6,
            "optimiser": optimizer_bytes(model) / 1e6}
     if args.device.type == "cuda":
-        row["peak of a step"] = peak_bytes(lambda: loss().backward()) / 1e6
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss().backward()
+        row["peak of a step"] = (torch.cuda.max_memory_allocated() - before) / 1e6
 
     model = model.to(torch.bfloat16)
     model.compute_dtype = None
@@ -148,8 +141,7 @@ def break_even(config, double):
 
 
 def alternate(runs, rounds, device, what):
-    """Return the seconds of each run, {name: [one a round]}: everything runs once to warm up, then
-    all in turns."""
+    """Return the seconds of each run, {name: [one a round]}: all in turns, after a warm-up."""
     seconds = {name: [] for name in runs}
     for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
         for name, run in runs.items():
@@ -162,19 +154,26 @@ def alternate(runs, rounds, device, what):
     return seconds
 
 
-def bandwidth(device, size=1 << 28):
+def bandwidth(device):
     """Return the bytes read from memory per second: the best of a few sums over an array that does
     not fit a cache."""
-    x = torch.ones(size // 4, device=device)
+    x = torch.ones(1 << 26, device=device)
     seconds = alternate({"sum": lambda: x.sum().item()}, 5, device, "memory bandwidth")
-    return size / min(seconds["sum"])
+    return x.nbytes / min(seconds["sum"])
 
 
-def speed(case, seconds, tokens):
-    """Return a row: the median, least and most tokens/s."""
-    rates = sorted(tokens / s for s in seconds)
-    return {"model": case.name, "T": case.loops, "tokens/s": statistics.median(rates),
-            "min": rates[0], "max": rates[-1]}
+def speeds(cases, prepare, tokens, args, what):
+    """Return rows of the median, least and most tokens/s, and lists of what a token of each needs.
+
+    prepare(case, args) returns (step, *needs); a step makes so many tokens."""
+    steps, *needs = zip(*(prepare(case, args) for case in cases))
+    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, what)
+    rows = []
+    for case, times in zip(cases, seconds.values()):
+        rates = sorted(tokens / s for s in times)
+        rows.append({"model": case.name, "T": case.loops, "tokens/s": statistics.median(rates),
+                     "min": rates[0], "max": rates[-1]})
+    return rows, *needs
 
 
 def training_of(case, args):
@@ -199,9 +198,7 @@ def train_speed(cases, args):
     """Measure tokens/s of forward and backward. Return the matmul peak in FLOP/s and rows with the
     share of it that the needed FLOPs are."""
     peak = machine.matmul_peak(args.device, args.dtype)
-    steps, flops = zip(*(training_of(case, args) for case in cases))
-    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "training")
-    rows = [speed(case, seconds[i], args.batch * args.context) for i, case in enumerate(cases)]
+    rows, flops = speeds(cases, training_of, args.batch * args.context, args, "training")
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
     return peak, rows
@@ -232,9 +229,7 @@ def decode_speed(cases, args):
     bytes/s, and rows with the limits that these set."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
-    steps, flops, read = zip(*(generation_of(case, args) for case in cases))
-    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, "decode")
-    rows = [speed(case, seconds[i], STEPS) for i, case in enumerate(cases)]
+    rows, flops, read = speeds(cases, generation_of, STEPS, args, "decode")
     for row, needed, n_bytes in zip(rows, flops, read):
         row["compute limit"], row["memory limit"] = peak / needed, bytes_per_s / n_bytes
         row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
@@ -301,11 +296,8 @@ def bench_memory(cases, config, args):
     show("Memory in MB; activations: what a step of "
          f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}", rows)
     even = break_even(config, next(case.config for case in cases if case.name == TWICE))
-    tokens = "none, the looped model's cache is the smaller one"
-    if even:
-        tokens = f"{even:,.0f} tokens of batch x context"
-    print("break-even with the plain transformer of twice the parameters at "
-          f"T = {config.mean_recurrence}: {tokens}")
+    tokens = f"{even:,.0f} tokens of batch x context" if even else "none, its cache is smaller"
+    print(f"break-even with the {TWICE}, at T = {config.mean_recurrence}: {tokens}")
 
 
 def main():

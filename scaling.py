@@ -5,15 +5,15 @@
     python scaling.py predict --flops 1e14          the best recurrence and tokens for a budget
 
 With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
-and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here, and
-their numbers are printed side by side: where they disagree, trust neither.
+and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here:
+where they disagree, trust neither.
 
 1. At each budget the log loss is a parabola in log mu around its lowest point. The bottom is mu*,
    D* = C / cost of a token at mu*, and lines through their logarithms are the power laws.
 2. A law of the loss is fitted to all runs (parts/laws.py), and mu* is where it is lowest at C.
 
-Tables come from tools/sweep.py, tools/design.py plans the next one. Tables without loops are fitted
-too: then the training law is that of Chinchilla.
+Tables come from tools/sweep.py, tools/design.py plans the next one. Without loops the training law
+is that of Chinchilla.
 """
 
 import math
@@ -26,14 +26,13 @@ import torch
 from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import LAWS, RESAMPLES, can_fit, interval
+from parts.laws import LAWS, RESAMPLES, interval
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
 
-# A parabola is fitted to the recurrences within this factor of the lowest: two on each side, if
-# they double. Further away the loss is not a parabola.
+# A parabola is fitted to the recurrences within this factor of the lowest.
 WINDOW = math.log(4)
 ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
 
@@ -44,9 +43,8 @@ def bottom(budget, log_loss):
     """Return (log mu*, parabola [a, b, c], positions of the recurrences it was fitted to).
 
     Where log_loss (recurrences,) is lowest at an edge, the optimum is beyond: log mu* is -inf, "at
-    most the fewest loops tried", or +inf, and there is no parabola. One through everything would
-    still have its bottom inside, and a power law through such bottoms an exponent that the data do
-    not have."""
+    most the fewest loops tried", or +inf. A parabola through everything would still have its bottom
+    inside, and power laws through such bottoms an exponent that the data do not have."""
     x, lowest = budget.log_mu, np.argmin(log_loss)
     if lowest in (0, len(x) - 1):
         return (math.inf if lowest else -math.inf), None, []
@@ -70,15 +68,14 @@ def left_by_parabola(budget):
 
 
 def noise_of(budgets):
-    """Return {"sd" of a run's log loss, "freedom", "source"}: "seeds", or "parabolas", what they
-    leave over, where seeds are few and parabolas leave more degrees of freedom.
+    """Return {"sd" of a run's log loss, "freedom", "source"}, None where nothing is left over.
 
-    What a seed does to all runs alike is not noise. None where there is neither source, or nothing
-    is left over."""
-    by_seeds = chance.left_by_seeds(budgets)
+    The source is "seeds", or, where those are few, "parabolas": what these leave over. What a seed
+    does to all runs alike is not noise."""
+    source, (squares, freedom) = "seeds", chance.left_by_seeds(budgets)
     by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
-    few = by_seeds[1] == 0 or by_seeds[1] < ENOUGH_SEEDS and by_seeds[1] < by_parabolas[1]
-    source, (squares, freedom) = ("parabolas", by_parabolas) if few else ("seeds", by_seeds)
+    if not freedom or freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
+        source, (squares, freedom) = "parabolas", by_parabolas
     if not squares:
         return None
     return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
@@ -106,14 +103,13 @@ def optimum_of(budget, samples, cost, noise):
         "at_most": low if log_mu == -math.inf else None,
         "at_least": high if log_mu == math.inf else None,
         "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False], "tokens": None,
-        "val_loss": None, "parabola": parabola, "lack_of_fit": None,
-        "fitted_to": budget.mu[near].tolist() if parabola else [],
+        "val_loss": None, "parabola": parabola, "fitted_to": budget.mu[near].tolist(),
+        "lack_of_fit": chance.lack_of_fit(*left_by_parabola(budget), noise),
     }
     if parabola:
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
-        optimum["lack_of_fit"] = chance.lack_of_fit(*left_by_parabola(budget), noise)
     if len(samples):
         ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # it holds its own point
@@ -123,9 +119,8 @@ def optimum_of(budget, samples, cost, noise):
 
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
-    """Return what --json writes of the runs without a law: {"isoflop": the optimum at each budget
-    with three recurrences; "power_laws" of these; "noise" of a run; "notes"}. cost: of
-    laws.token_cost."""
+    """Return what --json writes of the runs without a law: the optimum at each budget with three
+    recurrences, power laws of these, the noise of a run, notes. cost: of laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
     optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
@@ -139,11 +134,9 @@ def fit_parabolas(budgets, cost, resamples=1000, seed=0):
 
 
 def line_through(x, y, low, high):
-    """Return (slope, intercept) of the least squares line through values some of which are but
-    bounds; NaN where fewer than two are values.
-
-    y (n,): -inf says at most low[i], +inf at least high[i]; such a point counts only where the line
-    contradicts it. Which those are is tried again until it stays (an active set)."""
+    """Return (slope, intercept) of the least squares line through y (n,), NaN with fewer than two
+    finite values. -inf says at most low[i], +inf at least high[i]: such a point counts only where
+    the line contradicts it. Which those are is tried again until it stays (an active set)."""
     known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
@@ -159,18 +152,9 @@ def line_through(x, y, low, high):
     return slope, intercept
 
 
-def power_law(x, y, samples, low, high):
-    """Return exponent, coefficient, interval, and "defined", the share of the resamples that have
-    an exponent; samples (resamples, budgets), the rest as of line_through."""
-    slope, intercept = line_through(x, y, low, high)
-    slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
-    defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
-    return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
-            "ci": interval(slopes, slope)}
-
-
 def power_laws(budgets, samples, cost):
-    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside."""
+    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside. "defined"
+    is the share of the resamples (resamples, budgets) that have an exponent."""
     log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
     if np.isfinite(log_mu).sum() < 2:
         return {}
@@ -182,18 +166,24 @@ def power_laws(budgets, samples, cost):
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
-    return {"mu_rec": power_law(x, log_mu, samples, low, high),
-            "tokens": power_law(x, log_tokens(log_mu), log_tokens(samples), log_tokens(high),
+    def power_law(y, samples, low, high):
+        slope, intercept = line_through(x, y, low, high)
+        slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
+        defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
+        return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
+                "ci": interval(slopes, slope)}
+
+    return {"mu_rec": power_law(log_mu, samples, low, high),
+            "tokens": power_law(log_tokens(log_mu), log_tokens(samples), log_tokens(high),
                                 log_tokens(low))}
 
 # ----------------------------------------------------------------------------- all laws
 
 
 class Table:
-    """The runs of a table's main model. `at_every_T` has a row for each loop count at evaluation,
-    `rows` those at T = mu_rec, `every_model` those of other models, too; their losses are without
-    the effects of seeds. `measured`: `rows` with the losses as they were. `cost`: FLOPs of a token
-    by mu_rec. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
+    """The runs of a table's main model: `at_every_T`, `rows` at T = mu_rec, `every_model` with
+    those of other models. Their losses are without the effects of seeds, `measured` are `rows` as
+    they were. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
 
     def __init__(self, every_row, accounting):
         self.notes, self.fit = [], None
@@ -225,7 +215,7 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     out = {"model": table.model, "accounting": accounting, "looped": table.looped,
            "runs": runs_in(table.at_every_T), "noise": None, "isoflop": [],
            "power_laws": {}, "gain": [], "seeds": None, "notes": notes}
-    sizes = tables.sizes(table.rows)
+    sizes = tables.distinct(table.rows, "params_core", "params_noncore")
     one_size = table.looped and sizes <= 1
     if one_size:
         found = fit_parabolas(table.budgets, table.cost)
@@ -239,11 +229,11 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     elif table.looped:
         notes.append("the optimum at equal FLOPs: not computed, the runs called "
                      f"{table.model} have {sizes} sizes")
-    if can_fit("training", table.rows, notes):
-        table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
-        law["far_exponents"] = laws.far_exponents(table.fit)
+    table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
+    if law:
         out["training_law"] = law
-    if one_size and table.fit:
+        law["far_exponents"] = laws.far_exponents(table.fit)
+    if one_size and law:
         law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
         flops = column(table.rows, "flops")
         # Runs planned by another accounting share no budgets: then five of them.
@@ -269,32 +259,28 @@ def left_by_law(table):
 def fit_table(every_row, accounting, resamples=RESAMPLES):
     """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
-    out["laws"], notes = {}, out["notes"]
-    loops = {"unified": table.at_every_T, "worth": table.every_model}  # laws of loops alone
+    out["laws"] = {}
+    of_loops = {"unified": table.at_every_T, "worth": table.every_model}
     for name in LAWS:
-        if name == "training" or name in loops and not table.looped:
-            continue
-        rows = loops.get(name, table.rows)
-        if can_fit(name, rows, notes):
-            out["laws"][name] = laws.fit_with_error(name, rows, resamples, notes)[1]
+        if name != "training" and (table.looped or name not in of_loops):
+            rows = of_loops.get(name, table.rows)
+            _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
+            out["laws"] |= {name: law} if law else {}
     return out, table
 
 
 def draw(out, table, folder):
     """Write the figures of what was fitted."""
     if out["isoflop"]:
-        title = f"Equal FLOPs and parameters ({out['model']})"
+        title = f"Equal FLOPs ({out['model']})"
         if out["seeds"]:
-            title = f"Equal FLOPs ({out['model']}), effects of seeds taken out"
+            title += ", effects of seeds taken out"
         figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
         print("wrote", folder / "isoflop.png")
     if "frontier" in out.get("training_law", {}):
         flops = column(table.rows, "flops")
         every = [table.law_at(c) for c in np.geomspace(flops.min() / 1.5, flops.max() * 2, 40)]
-        law = {"flops": [one["flops"] for one in every], "slopes": SLOPES,
-               "mu_rec": [(one["mu_rec"], *one["ci"]) for one in every],
-               "tokens": [(one["tokens"], *one["ci_tokens"]) for one in every]}
-        figures.optima(folder / "optima.png", out["isoflop"], law)
+        figures.optima(folder / "optima.png", out["isoflop"], every, SLOPES)
         print("wrote", folder / "optima.png")
 
 # ----------------------------------------------------------------------------- commands
@@ -334,11 +320,11 @@ def predict(args):
     for optimum in out["isoflop"]:
         if tables.same_budget(flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    mu, tried = best["mu_rec"], column(table.rows, "mu_rec")
-    beyond = max(mu / tried.max(), tried.min() / mu)
+    fewest, most = column(table.rows, "mu_rec").min(), column(table.rows, "mu_rec").max()
+    beyond = max(best["mu_rec"] / most, fewest / best["mu_rec"])
     if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {tried.min():g} to "
-              f"{tried.max():g}, but {beyond:.3g} times their end: no run has been there")
+        print(f"warning: mu* is not inside the recurrences tried, {fewest:g} to {most:g}, but "
+              f"{beyond:.3g} times their end: no run has been there")
     beyond = max(flops / top, low / flops)
     if beyond >= 2:
         print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "

@@ -10,37 +10,34 @@ from collections import Counter
 
 import numpy as np
 
-from parts.tables import column, comparable, rows_by_budget, run_key, trained_depth, unrolled
+from parts.tables import alike, column, comparable, rows_by_budget, run_key, trained_depth, unrolled
 
 # ----------------------------------------------------------------------------- seeds
 
 
 def cells_of(rows):
     """Return lists of rows that differ in their seed alone."""
-    cells, names = {}, ("model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence")
-    for i, group in enumerate(rows_by_budget(rows)):
-        for row in group:
-            cells.setdefault((i, *(row[name] for name in names)), []).append(row)
-    return list(cells.values())
+    names = "model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence"
+    return [cell for budget in rows_by_budget(rows) for cell in alike(budget, *names)]
 
 
 def seed_effects(cells):
     """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
 
-    A seed is a block: it gives all runs the same order of the text, and some of the same initial
-    weights. Its effect is the least squares of log loss = cell + seed; the mean of all is 0. Only
-    seeds that share two cells with another have one."""
+    A seed is a block: it gives all runs the same order of the text. Its effect is the least squares
+    of log loss = cell + seed, with mean 0. Only seeds that share two cells with another have one.
+    """
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
         return {}, 0.0, 0
-    which, losses = [], []
+    which, losses = [], []  # each run's seed and log loss, less the means of its cell
     for cell in cells:
-        mine = [i for i, seed in enumerate(known) if seed in cell]
+        mine = {seed: loss for seed, loss in cell.items() if seed in known}
         if mine:
-            here, loss = np.eye(len(known))[mine], np.array([cell[known[i]] for i in mine])
-            which.append(here - here.mean(0))
-            losses.append(loss - loss.mean())
+            seeds = np.array([np.equal(known, seed) for seed in mine], dtype=float)
+            which.append(seeds - seeds.mean(0))
+            losses.append(np.array(list(mine.values())) - np.mean(list(mine.values())))
     which, losses = np.concatenate(which), np.concatenate(losses)
     effects = np.linalg.pinv(which) @ losses  # of all that fit alike, those whose sum is 0
     squares = ((which @ effects) ** 2).sum()
@@ -71,8 +68,8 @@ def left_by_seeds(budgets):
 def seed_differences(budgets, noise):
     """Return {"effects": {seed: of its log losses}, "chance": how often chance alone makes seeds
     differ so much}; None where they are not known. budgets: their losses as measured."""
-    cells = [cell for budget in budgets for cell in budget.cells.values()]
-    effects, squares, freedom = seed_effects(cells)
+    effects, squares, freedom = seed_effects(
+        [cell for budget in budgets for cell in budget.cells.values()])
     if not effects:
         return None
     return {"effects": {str(seed): effect for seed, effect in effects.items()},
@@ -80,9 +77,8 @@ def seed_differences(budgets, noise):
 
 
 def lack_of_fit(squares, freedom, noise):
-    """Return how often the noise of seeds alone leaves so many squares over, as of single runs: the
-    tail of an F-test, by draws. Small: what was fitted is of the wrong form. None where there is
-    nothing to test."""
+    """Return how often the noise of seeds alone leaves so many squares over: the tail of an F-test,
+    by draws. Small: what was fitted is of the wrong form. None where there is nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
@@ -91,7 +87,7 @@ def lack_of_fit(squares, freedom, noise):
 
 def most_by_chance(noise, runs):
     """Return by how much of the loss the means of so many runs each differ by chance, 95 % of the
-    time: Student's t, since with few degrees of freedom the noise itself is not well known."""
+    time: Student's t, since the noise itself is not well known."""
     draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
     return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 
@@ -103,45 +99,46 @@ def gains(budgets, noise):
     pair). Seeds are pairs: one run with mu_rec = 1, one of the same seed without.
 
     Of several recurrences the best by chance looks better than it is. So each seed's pair is that
-    of the recurrence that the other seeds gain most by. Where no recurrence has two pairs it is the
-    best of all: "single", and biased upwards. "ci" is by the noise of a run: two or three
-    differences know little of their own."""
+    of the recurrence that the other seeds gain most by. Where none has two pairs it is the best of
+    all: "single", and biased upwards. "ci" is by the noise of a run."""
     result, alone = [], 0
     for budget in budgets:
-        losses = {mu: {seed: math.exp(loss) for seed, loss in cell.items()}
-                  for mu, cell in budget.cells.items()}
-        unlooped = losses.pop(1, {})
-        gained = {mu: {seed: unlooped[seed] - cell[seed] for seed in cell if seed in unlooped}
-                  for mu, cell in losses.items()}
-        every = [(gain, mu) for mu, cell in gained.items() for gain in cell.values()]
-        alone += sum(map(len, losses.values())) - len(every)
-        alone += len(unlooped.keys() - {seed for cell in gained.values() for seed in cell})
-        if not every:
+        unlooped = {seed: math.exp(loss) for seed, loss in budget.cells.get(1, {}).items()}
+        gained = {(seed, mu): unlooped[seed] - math.exp(loss)
+                  for mu, cell in budget.cells.items() if mu != 1
+                  for seed, loss in cell.items() if seed in unlooped}
+        paired = {seed for seed, _ in gained}
+        alone += budget.seeds.sum() - len(paired) - len(gained)
+        if not gained:
             continue
-        chosen = {seed: best_by_others(gained, seed) for seed in unlooped}
-        pairs = [(gained[mu][seed], mu) for seed, mu in chosen.items() if mu]
-        by_seed, mu = zip(*(pairs or [max(every)]))
+        pairs = [(seed, mu) for seed in unlooped if (mu := best_by_others(gained, seed))]
+        chosen = pairs or [max(gained, key=gained.get)]
+        by_seed = [gained[pair] for pair in chosen]
         gain, ci = float(np.mean(by_seed)), [None, None]
         if noise:
             most = most_by_chance(noise, len(by_seed)) * np.mean(list(unlooped.values()))
             ci = [float(gain - most), float(gain + most)]
-        result.append({"flops": budget.flops, "mu_rec": sorted({*mu}), "gain": gain, "ci": ci,
-                       "by_seed": list(by_seed), "single": not pairs})
-    return result, alone
+        result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in chosen}),
+                       "gain": gain, "ci": ci, "by_seed": by_seed, "single": not pairs})
+    return result, int(alone)
 
 
 def best_by_others(gained, seed):
-    """Return the recurrence of this seed that others gain most by, or None; gained: {mu_rec: {seed:
-    gain}}."""
-    of_others = {mu: np.mean([gain for other, gain in cell.items() if other != seed])
-                 for mu, cell in gained.items() if seed in cell and len(cell) > 1}
-    return max(of_others, key=of_others.get, default=None)
+    """Return the recurrence of this seed that others gain most by, or None.
+
+    gained: {(seed, mu_rec): gain}."""
+    by_others = {}
+    for mine, mu in gained:
+        others = [gain for (other, its), gain in gained.items() if its == mu and other != seed]
+        if mine == seed and others:
+            by_others[mu] = np.mean(others)
+    return max(by_others, key=by_others.get, default=None)
 
 # ----------------------------------------------------------------------------- runs that diverged
 
-# One run that diverged makes the noise 20 % of the loss and turns every gain around. A run is
-# compared with what a fit to all other cells says. No such fit is quite right, so a run that misses
-# it like the other seeds of its cell, its recurrence or its budget has not diverged.
+# One run that diverged makes the noise 20 % of the loss. A run is compared with what a fit to all
+# other cells says. No such fit is quite right, so a run that misses it like the other seeds of its
+# cell, its recurrence or its budget has not diverged.
 
 TIMES = 8  # so often the noise of the others must a run be away
 ENOUGH = 8  # degrees of freedom that a noise is known from
@@ -155,9 +152,9 @@ def without_diverged(rows, notes):
     for group in comparable(rows):
         for row, times in diverged(trained_depth(group))[1]:
             gone.add(run_key(row))
-            notes.append(f"diverged and left out of everything: {row['model']}, {row['flops']:.3g} "
-                         f"FLOPs, mu_rec {row['mu_rec']:g}, seed {row['seed']}, val loss "
-                         f"{row['val_loss']:.4g}, {times:.0f} times the noise of the others away")
+            notes.append("diverged and left out of everything: {model}, {flops:.3g} FLOPs, mu_rec "
+                         "{mu_rec:g}, seed {seed}, val loss {val_loss:.4g}, ".format(**row)
+                         + f"{times:.0f} times the noise of the others away")
     return [row for row in rows if run_key(row) not in gone]
 
 
@@ -177,31 +174,27 @@ def diverged(rows):
 
 def distances(rows):
     """Return by how many times the noise of the others each run is away from them, (rows,)."""
-    log_loss, mu = np.log(column(rows, "val_loss")), column(rows, "mu_rec")
-    cells, terms = positions(rows, cells_of(rows)), surface(rows)
-    left = log_loss - predicted_by_others(terms, log_loss, cells)
-    alike = cells + positions(rows, rows_by_budget(rows))
-    alike += [np.flatnonzero(mu == one) for one in np.unique(mu)]
+    rows = [row | {"at": i} for i, row in enumerate(rows)]
+    cells = [column(cell, "at") for cell in cells_of(rows)]
+    terms = surface(rows)
+    left = np.log(column(rows, "val_loss"))
+    left -= predicted_by_others(terms, left, cells)
     away = np.abs(left)
-    for group in alike:
-        for i in group:
-            others = left[group[group != i]]
-            if len(others):
-                away[i] = min(away[i], abs(left[i] - np.median(others)))
+    for group in cells_of(rows) + rows_by_budget(rows) + alike(rows, "mu_rec"):
+        at = column(group, "at")
+        for i in at if len(at) > 1 else ():
+            away[i] = min(away[i], abs(left[i] - np.median(left[at[at != i]])))
 
+    size, apart = np.empty((2, len(rows)))  # of each run's cell; from its mean
+    for cell in cells:
+        size[cell], apart[cell] = len(cell), left[cell] - left[cell].mean()
+    several, part = size > 1, np.sqrt(1 - 1 / size)  # the mean follows each run of its cell
     noise_of_fit = max(typical(left), UNKNOWN if terms.shape[1] == 1 else 0)
     noise = min(noise_of_fit, UNKNOWN)
-    shared = [(left[cell] - left[cell].mean()) * math.sqrt(len(cell) / (len(cell) - 1))
-              for cell in cells if len(cell) > 1]
-    if sum(len(cell) - 1 for cell in cells) >= ENOUGH:
-        noise = typical(np.concatenate(shared))
-    for cell in cells:
-        n = len(cell)
-        if n > 1:
-            away[cell] /= noise * math.sqrt(n / (n - 1))
-        else:
-            away[cell] *= (away[cell] > SOUND) / (ALONE * noise_of_fit)
-    return away
+    if len(rows) - len(cells) >= ENOUGH:
+        noise = typical(apart[several] / part[several])
+    alone = away * (away > SOUND) / (ALONE * noise_of_fit)
+    return np.where(several, away * part / noise, alone)
 
 
 def surface(rows):
@@ -235,9 +228,3 @@ def typical(left):
     """Return the standard deviation of what is left over, read off its smaller sizes: 70 % of a
     normal distribution is within 1.036 of it."""
     return max(np.quantile(np.abs(left), 0.7) / 1.036, 1e-4)
-
-
-def positions(rows, groups):
-    """Return the positions (n,) of each group's rows."""
-    at = {id(row): i for i, row in enumerate(rows)}
-    return [np.array([at[id(row)] for row in group]) for group in groups]

@@ -72,8 +72,7 @@ def cells(axes, shares, texts, lowest):
 def isoflop(path, budgets, optima, title):
     """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point.
 
-    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them; an
-    arrow stands where the lowest loss is at an edge, a star at a bottom inside."""
+    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):
@@ -96,8 +95,8 @@ def isoflop(path, budgets, optima, title):
         for at, values, style in parts:
             left.plot(at, np.exp(values), color=color, **style)
             right.plot(at, 100 * np.expm1(values - lowest), color=color, **style)
-    loops_axis(left, "mean recurrence mu_rec in training (loops)")
-    loops_axis(right, "mean recurrence mu_rec in training (loops)")
+    for axes in (left, right):
+        loops_axis(axes, "mean recurrence mu_rec in training (loops)")
     left.set(ylabel="val loss at T = mu_rec (nats per token)", title=title)
     left.legend(fontsize=8)
     right.set(ylabel="above the lowest mean (%)", ylim=(-1, 4),
@@ -105,21 +104,22 @@ def isoflop(path, budgets, optima, title):
     save(figure, path)
 
 
-def optima(path, points, law):
+def optima(path, points, law, slopes):
     """Draw the best recurrence and token count against the budget, by parabola and by law.
 
-    points: as scaling.optimum_of gives them. law: "flops" (n,); "mu_rec" and "tokens", each n times
-    (best, low, high); "slopes", the published exponents of both."""
+    points: as scaling.optimum_of gives them. law: as laws.optimum does, by rising budget. slopes:
+    the published exponents of both."""
     figure, every = panels(2, 9, 4)
-    x, inside = np.array(law["flops"]), [point for point in points if point["inside"]]
+    x, inside = np.array([one["flops"] for one in law]), [p for p in points if p["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
-    for axes, (name, label) in zip(every, labels.items()):
-        best, low, high = np.array(law[name], dtype=float).T  # NaN: no interval
+    for axes, (name, label), ci in zip(every, labels.items(), ("ci", "ci_tokens")):
+        # NaN: no interval
+        best, low, high = np.array([(one[name], *one[ci]) for one in law], dtype=float).T
         axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
         axes.loglog(x, best, "k-", label="training law")
         middle = len(x) // 2  # only the slope is compared
-        published = best[middle] * (x / x[middle]) ** law["slopes"][name]
-        axes.loglog(x, published, "k:", label=f"published slope: C^{law['slopes'][name]:.2f}")
+        axes.loglog(x, best[middle] * (x / x[middle]) ** slopes[name], "k:",
+                    label=f"published slope: C^{slopes[name]:.2f}")
         axes.plot([p["flops"] for p in inside], [p[name] for p in inside], "*", ms=12, color=RED,
                   label="parabola")
         axes.set(xlabel="training FLOPs C", ylabel=label)

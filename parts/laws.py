@@ -1,30 +1,27 @@
 """Laws of the loss, hundreds of fits of one at once, and the best recurrence under a law.
 
 To add a law, write its prediction and an entry of LAWS: scaling.py fits it to the runs at
-T = mu_rec and prints it. The laws here are those of §5 of "Parcae" (arXiv 2604.12946) and of "How
-Much Is One Recurrence Worth?" (arXiv 2604.21106), in the papers' letters. N(mu) = N_noncore +
-mu N_core counts the unrolled model; T is loops at test time. Fits are those of Hoffmann et al. 2022
-(approach 3): the Huber loss of the error of the log of the prediction, from many random starts.
+T = mu_rec. The laws are those of §5 of "Parcae" (arXiv 2604.12946) and of "How Much Is One
+Recurrence Worth?" (arXiv 2604.21106), in the papers' letters. Fits are those of Hoffmann et al.
+2022 (approach 3): the Huber loss of the error of the log of the prediction, from random starts.
 """
 
 import math
-from collections import Counter, namedtuple
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from parts.cli import progress_bar
-from parts.tables import column, distinct, run_key, same_budget, sizes, unrolled
+from parts.tables import alike, column, distinct, rows_by_budget, run_key, unrolled
 
 DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
 RESAMPLES = 200  # of the bootstrap
 
-# A parameter of a law.
-#   low, high: fits start between them, times `scale`
-#   scale: "lowest" loss, "span" of the losses, "one"
-#   domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any"
-#   per: ("N", "x") for X in X N^-x: N is fitted in units of N0 (units_of), printed is X N0^x
+# Fits of a parameter start from low to high, times `scale`: the "lowest" loss, the "span" of them,
+# "one". domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any". per: ("N",
+# "x") for X in X N^-x: N is fitted in units of N0, printed is X N0^x.
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -32,11 +29,12 @@ POWER = Parameter(0.1, 1.5, "one")
 TERM = Parameter(0.05, 1, "span")
 
 
-# What a law predicts, from its parameters p and the runs r: see runs_of.
+# What a law predicts, from its parameters p and the runs r (runs_of). N counts the unrolled model.
 
 def training(p, r, phi=1):
     """L(mu, D) = E + X N^-x + Y D^-y, N = N_noncore + mu^phi N_core; phi 1: a loop is a layer."""
-    return p.E + p.X * (r.noncore + r.mu ** phi * r.core) ** -p.x + p.Y * r.D ** -p.y
+    N = r.noncore + r.mu ** phi * r.core
+    return p.E + p.X * N ** -p.x + p.Y * r.D ** -p.y
 
 
 def unified(p, r):
@@ -70,20 +68,13 @@ def reasons_against(law, rows):
         values["values of T / mu_rec at evaluation"] = loops
     counts = {name: len(np.unique(some)) for name, some in values.items()}
     reasons = [f"{count} {name}, it needs 3" for name, count in counts.items() if count < 3]
-    if law == "worth" and sizes(rows) < 2:
+    if law == "worth" and distinct(rows, "params_core", "params_noncore") < 2:
         reasons.append("1 size of model, it needs 2")
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
     if distinct(rows, "val_loss") == 1:
         reasons.append("all losses are equal")
     return reasons
-
-
-def units_of(rows):
-    """Return N and D of a middling run. In these units X and x do not stand in for each other: in
-    X N^-x a change of x moves X by powers of ten, unless N is near 1."""
-    values = {"N": unrolled(rows), "D": column(rows, "tokens")}
-    return {name: math.exp(np.log(some).mean()) for name, some in values.items()}
 
 
 def runs_of(rows, units):
@@ -152,8 +143,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
         # Done: a step with little damping gains nothing, or no step however short gains anything.
         flat = accepted & (gained <= 1e-8 * value + 1e-12) & (damping[todo] < 0.1)
         stuck = ~accepted & (damping[todo] > 1e9)
-        damping[todo] = torch.where(accepted, damping[todo] / 5,
-                                    damping[todo] * 4).clamp(min=1e-12)
+        damping[todo] = torch.where(accepted, damping[todo] / 5, damping[todo] * 4).clamp(1e-12)
         todo = todo[~(flat | stuck)]
         bar.update(fits - len(todo) - bar.n)
         if not len(todo):
@@ -183,6 +173,11 @@ def damped_step(error, jacobian, weights, damping, at_bound):
 class Fit(namedtuple("Fit", "law units starts theta samples objective")):
     """A law fitted: starts of start_ranges, theta (parameters,), samples (resamples, them)."""
 
+    @property
+    def every(self):
+        """theta of the best fit, then of the resamples: (1 + resamples, parameters)."""
+        return torch.cat([self.theta[None], self.samples])
+
     def predict(self, rows):
         """Return losses (rows,)."""
         return self.law.predict(named(self.law, self.theta), runs_of(rows, self.units)).numpy()
@@ -191,27 +186,21 @@ class Fit(namedtuple("Fit", "law units starts theta samples objective")):
         """Return the mean relative error of the prediction."""
         return float(np.abs(self.predict(rows) / column(rows, "val_loss") - 1).mean())
 
-    def values(self, theta):
-        """Return {parameter: value} in natural units: X is per parameter, Y per token."""
-        values = {name: value.numpy() for name, value in vars(named(self.law, theta)).items()}
+    def summary(self):
+        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined":
+        their interval is more than half as wide as the range that fits started from."""
+        values = {name: some.numpy() for name, some in vars(named(self.law, self.every)).items()}
         for name, parameter in self.law.parameters.items():
-            if parameter.per:
+            if parameter.per:  # in natural units X is per parameter, Y per token
                 unit, power = parameter.per
                 with np.errstate(over="ignore"):  # infinite where the data say nothing of it
                     values[name] = values[name] * self.units[unit] ** values[power]
-        return values
-
-    def summary(self):
-        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined":
-        their interval is more than half as wide as the range that fits started from, so the data
-        say little that the range had not said."""
-        result = {name: float(value) for name, value in self.values(self.theta).items()}
-        samples = self.values(self.samples)
-        result["ci"] = {name: interval(samples[name], result[name]) for name in samples}
+        result = {name: float(some[0]) for name, some in values.items()}
+        result["ci"] = {name: interval(some[1:], some[0]) for name, some in values.items()}
         result["undetermined"] = []
-        for i, name in enumerate(self.law.parameters):
-            low, high = interval(self.samples[:, i], self.theta[i])
-            if low is not None and high - low > (self.starts[1, i] - self.starts[0, i]) / 2:
+        for name, theta, start in zip(values, self.every.T, self.starts.T):
+            low, high = interval(theta[1:], theta[0])
+            if low is not None and high - low > (start[1] - start[0]) / 2:
                 result["undetermined"].append(name)
         return result
 
@@ -230,7 +219,11 @@ def interval(samples, point):
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
     has converged. law: a name."""
-    law, units, losses = LAWS[law], units_of(rows), column(rows, "val_loss")
+    law, losses = LAWS[law], column(rows, "val_loss")
+    # N and D of a middling run: in these units X and x do not stand in for each other. In X N^-x a
+    # change of x moves X by powers of ten, unless N is near 1.
+    units = {name: math.exp(np.log(some).mean())
+             for name, some in (("N", unrolled(rows)), ("D", column(rows, "tokens")))}
     runs, log_loss = runs_of(rows, units), torch.tensor(np.log(losses))
 
     # A short fit of every start, then the best of them to the end.
@@ -268,20 +261,11 @@ def resample(rows, resamples, seed):
 # ----------------------------------------------------------------------------- fits to a table
 
 
-def can_fit(law, rows, notes):
-    """Return whether a law can be fitted; if not, a note says why."""
-    reasons = reasons_against(law, rows)
-    if reasons:
-        notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
-    return not reasons
-
-
 def fit_without_largest(law, rows, notes):
     """Return (a fit to all but the largest budget, the rows of that); or None, and a note says
     why."""
-    top = column(rows, "flops").max()
-    largest = [row for row in rows if same_budget(row["flops"], top)]
-    seen = [row for row in rows if not same_budget(row["flops"], top)]
+    *smaller, largest = rows_by_budget(rows)
+    seen = [row for budget in smaller for row in budget]
     reasons = reasons_against(law, seen) if seen else ["there is one budget"]
     if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
         # also where the runs were planned by another accounting and share no budgets in this one
@@ -294,7 +278,12 @@ def fit_without_largest(law, rows, notes):
 
 
 def fit_with_error(law, rows, resamples, notes):
-    """Return (Fit, what --json writes of it)."""
+    """Return (Fit, what --json writes of it); (None, None) where the rows cannot tell the
+    parameters, and a note says why."""
+    reasons = reasons_against(law, rows)
+    if reasons:
+        notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
+        return None, None
     held_out = fit_without_largest(law, rows, notes)
     fit = fit_law(law, rows, resamples=resamples)
     error = held_out[0].error(held_out[1]) if held_out else None
@@ -310,28 +299,23 @@ def token_cost(rows):
 
     Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
     recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
-    flops, tokens = Counter(), Counter()
-    for row in rows:
-        flops[row["mu_rec"], row["mu_bwd"]] += row["flops"]
-        tokens[row["mu_rec"], row["mu_bwd"]] += row["tokens"]
-    cost = {depths: flops[depths] / tokens[depths] for depths in flops}
-    cheapest = dict(sorted(cost, key=cost.get, reverse=True))  # {mu_rec: mu_bwd}, the last counts
-    costs = {mu: cost[mu, mu_bwd] for mu, mu_bwd in cheapest.items()}
-    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, mu_bwd in cheapest.items())
+    cheapest = {}  # {mu_rec: (FLOPs of a token, mu_bwd)}
+    for group in alike(rows, "mu_rec", "mu_bwd"):
+        mu, mu_bwd = group[0]["mu_rec"], group[0]["mu_bwd"]
+        cost = sum(column(group, "flops")) / sum(column(group, "tokens"))
+        cheapest[mu] = min((cost, mu_bwd), cheapest.get(mu, (math.inf, None)))
+    costs = {mu: cost for mu, (cost, _) in cheapest.items()}
+    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
     return cost_between(lower_hull(costs) if rounded else costs)
 
 
 def lower_hull(costs):
-    """Return those of {mean recurrence: FLOPs of a token} that are not dearer than a mix of
+    """Return those of {mean recurrence: FLOPs of a token} that are cheaper than every mix of two
     others."""
-    def slope(a, b):
-        return (b[1] - a[1]) / (b[0] - a[0])
-    hull = []
-    for point in sorted(costs.items()):
-        while len(hull) > 1 and slope(*hull[-2:]) >= slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return dict(hull)
+    def mixes(mu):
+        return [np.interp(mu, [a, b], [costs[a], costs[b]])
+                for a in costs for b in costs if a < mu < b]
+    return {mu: cost for mu, cost in costs.items() if cost < min(mixes(mu), default=math.inf)}
 
 
 def cost_between(costs):
@@ -349,26 +333,26 @@ def cost_between(costs):
     return cost_of
 
 
-def frontier(fit, size, cost, flops, theta=None):
-    """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,).
+def frontier(fit, size, cost, flops):
+    """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,):
+    of fit.every.
 
-    size: a row with the parameters of the model. cost: see cost_between. theta: other fits than the
-    best, (fits, parameters), such as fit.samples. mu* is 1 or 256 where it is there or beyond."""
-    theta = fit.theta[None] if theta is None else theta
+    size: a row with the parameters of the model. cost: see cost_between. mu* is 1 or 256 where it
+    is there or beyond."""
     tokens = flops / cost(MU)
     runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
                     for mu, D in zip(MU, tokens)], fit.units)
-    loss = fit.law.predict(named(fit.law, theta[:, None, :]), runs).numpy()  # (fits, MU)
+    loss = fit.law.predict(named(fit.law, fit.every[:, None, :]), runs).numpy()  # (fits, MU)
     best = loss.argmin(1)
     return MU[best], tokens[best], loss[np.arange(len(best)), best]
 
 
 def optimum(fit, size, cost, flops):
     """Return a point of the frontier with its intervals, as --json writes it. An interval without
-    width is a kink of the cost, as at two loops: there mu* stays for a while."""
-    best = [float(point) for (point,) in frontier(fit, size, cost, flops)]
-    mu, tokens, loss = best
-    ci, ci_tokens, ci_loss = map(interval, frontier(fit, size, cost, flops, fit.samples), best)
+    width is a kink of the cost: there mu* stays for a while."""
+    points = frontier(fit, size, cost, flops)
+    mu, tokens, loss = (float(every[0]) for every in points)
+    ci, ci_tokens, ci_loss = (interval(every[1:], every[0]) for every in points)
     fewest, most = MU[[0, -1]].tolist()
     return {"flops": flops, "mu_rec": mu, "ci": ci, "ci_at_edge": [ci[0] == fewest, ci[1] == most],
             "at_most": mu if mu == fewest else None, "at_least": mu if mu == most else None,
@@ -376,14 +360,14 @@ def optimum(fit, size, cost, flops):
             "ci_tokens": ci_tokens, "val_loss": loss, "ci_val_loss": ci_loss}
 
 
-def frontier_exponents(fit, size, cost, low, high, theta=None):
+def frontier_exponents(fit, size, cost, low, high):
     """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
-    The frontier is not a power law: it begins at one loop, stays at kinks of the cost, and nears
-    the exponent of `far_exponents` far above. So this is the slope of a line through logarithms,
-    over the budgets where mu* is above 1; NaN where those span less than a factor of two."""
+    The frontier is not a power law: it begins at one loop and stays at kinks of the cost. So this
+    is the slope of a line through logarithms, over the budgets where mu* is above 1; NaN where
+    those span less than a factor of two."""
     log_flops = np.linspace(math.log(low), math.log(high), 25)
-    every = [frontier(fit, size, cost, c, theta)[:2] for c in np.exp(log_flops)]
+    every = [frontier(fit, size, cost, c)[:2] for c in np.exp(log_flops)]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
     exponents = np.full((2, len(log_mu)), np.nan)
     for i, inside in enumerate((log_mu > 0) & (log_mu < math.log(MU[-1]))):
@@ -395,22 +379,21 @@ def frontier_exponents(fit, size, cost, low, high, theta=None):
 
 def exponents_of(fit, size, cost, flops):
     """Return {"mu_rec", "tokens"}: exponents along the frontier, over the range of these FLOPs."""
-    every = torch.cat([fit.theta[None], fit.samples])
-    found = frontier_exponents(fit, size, cost, flops.min(), flops.max(), every)
-    return {name: {"exponent": float(point) if math.isfinite(point) else None,
-                   "ci": interval(samples, point)}
-            for name, (point, *samples) in zip(("mu_rec", "tokens"), found)}
+    mu, tokens = frontier_exponents(fit, size, cost, flops.min(), flops.max())
+    return {"mu_rec": exponent(mu), "tokens": exponent(tokens)}
 
 
 def far_exponents(fit):
     """Return {"params", "tokens"}: exponents of N* and D*, the best size and token count,
-    C^(y / (x + y)) and C^(x / (x + y)), each with its interval.
+    C^(y / (x + y)) and C^(x / (x + y)).
 
     Chinchilla's arithmetic, where cost is N times D. N* is that of the unrolled model, so mu*
     grows like it once the loops are most of the model."""
-    p, samples = named(fit.law, fit.theta), named(fit.law, fit.samples)
-    result = {}
-    for name, above in (("params", "y"), ("tokens", "x")):
-        point, sampled = (vars(some)[above] / (some.x + some.y) for some in (p, samples))
-        result[name] = {"exponent": float(point), "ci": interval(sampled, point)}
-    return result
+    p = named(fit.law, fit.every)
+    return {"params": exponent(p.y / (p.x + p.y)), "tokens": exponent(p.x / (p.x + p.y))}
+
+
+def exponent(every):
+    """Return what --json writes of an exponent, from those of Fit.every; NaN becomes None."""
+    best = float(every[0])
+    return {"exponent": best if math.isfinite(best) else None, "ci": interval(every[1:], best)}

@@ -13,32 +13,25 @@ PHI = "   published: phi 0.46 [0.41, 0.53] in arXiv 2604.21106"
 
 def notes_on(budgets, optima, noise):
     """Return what a reader of the optima must know of the budgets, a list of texts."""
-    notes = []
     alike = sum(budget.left_out for budget in budgets)
-    if alike:
-        notes.append(f"{alike} runs have the budget, recurrence and seed of another, and are left "
-                     "out")
-    if noise is None:
-        notes.append("no two runs differ in their seed alone, and no parabola leaves anything "
-                     "over: nothing is known of the noise, so no intervals")
     near = [f"{low.flops:.3g} and {high.flops:.3g}" for low, high in itertools.pairwise(budgets)
             if high.flops <= NEAR_BUDGETS * low.flops]
-    if near:
-        notes.append(f"budgets of {'; '.join(near[:3])} FLOPs are less than {NEAR_BUDGETS - 1:.0%} "
-                     "apart and count as different: if they are meant as one, parabolas through "
-                     "parts of it mislead")
-    if len(optima) < len(budgets):
-        notes.append(f"{len(budgets) - len(optima)} of {len(budgets)} budgets have fewer than "
-                     "three recurrences evaluated at T = mu_rec: no parabola")
-    edges = [optimum for optimum in optima if not optimum["inside"]]
-    if edges:
-        notes.append(f"{len(edges)} of {len(optima)} budgets have their lowest loss at an edge: "
-                     "they bound the power law, and are no points of it")
-    if optima and len(optima) - len(edges) < 2:
-        notes.append(f"{len(optima) - len(edges)} optima inside the recurrences: no exponent (it "
-                     "needs 2)")
-    return [f"isoFLOP: {note}" for note in notes]
-
+    few, inside = len(budgets) - len(optima), sum(optimum["inside"] for optimum in optima)
+    edges = len(optima) - inside
+    notes = {
+        f"{alike} runs have the budget, recurrence and seed of another, and are left out": alike,
+        "no two runs differ in their seed alone, and no parabola leaves anything over: nothing is "
+        "known of the noise, so no intervals": noise is None,
+        f"budgets of {'; '.join(near[:3])} FLOPs are less than {NEAR_BUDGETS - 1:.0%} apart and "
+        "count as different: if they are meant as one, parabolas through parts of it "
+        "mislead": near,
+        f"{few} of {len(budgets)} budgets have fewer than three recurrences evaluated at "
+        "T = mu_rec: no parabola": few,
+        f"{edges} of {len(optima)} budgets have their lowest loss at an edge: they bound the "
+        "power law, and are no points of it": edges,
+        f"{inside} optima inside the recurrences: no exponent (it needs 2)": optima and inside < 2,
+    }
+    return [f"isoFLOP: {note}" for note, holds in notes.items() if holds]
 
 # ----------------------------------------------------------------------------- numbers as text
 

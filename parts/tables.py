@@ -1,8 +1,7 @@
 """A table of training runs: its columns; reading CSV files and run directories; adding to one.
 
-A row is one run, evaluated after one number of loops. Two columns count loops: mu_rec (mu), the
-mean in training, and recurrence (T), those at evaluation. tools/sweep.py writes tables, scaling.py
-fits them. A row by hand, for a model without loops: params_core 0, mu_rec, mu_bwd and recurrence 1.
+A row is one run, evaluated after one number of loops: recurrence (T), where mu_rec (mu) is the mean
+in training. A row of a model without loops has params_core 0, mu_rec, mu_bwd and recurrence 1.
 """
 
 import csv
@@ -25,7 +24,8 @@ COLUMNS = {
     "params_core": float,  # parameters that multiply a token in each loop, as `accounting` counts
     "params_noncore": float,  # ... once
     "flops": float,  # of the whole training
-    "accounting": str,  # how they are counted, see ACCOUNTINGS
+    # exact, paper: as model.py counts. 6ND: six for each parameter and token, without loops
+    "accounting": str,
     "mu_rec": float,  # mean recurrence in training
     "mu_bwd": float,  # loops with gradient
     "tokens": float,  # of the whole training
@@ -34,14 +34,11 @@ COLUMNS = {
     "seed": int,
 }
 
-# exact, paper: as model.py counts. 6ND: six for each parameter and token, of models without loops.
-ACCOUNTINGS = ("exact", "paper", "6ND")
-
 # ----------------------------------------------------------------------------- CSV files
 
 
-def read_lines(path):
-    """Return (column names, [(line number, {column: text})]) of a CSV file. Raises UserError, also
+def read_csv(path):
+    """Return the rows of a table, a list of dicts. Raises UserError that names file and line, also
     where a column is there twice: csv.DictReader would take the last without a word."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -53,12 +50,6 @@ def read_lines(path):
     twice = [name for name, times in Counter(names).items() if name and times > 1]
     if twice:
         raise UserError(f"{path} has the column {', '.join(twice)} more than once")
-    return names, lines
-
-
-def read_csv(path):
-    """Return the rows of a table, a list of dicts. Raises UserError that names file and line."""
-    names, lines = read_lines(path)
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}; needed: {', '.join(COLUMNS)}")
@@ -75,15 +66,8 @@ def row_of(line):
     """Return a row of a table from its {column: text}. Raises ValueError."""
     if None in line:  # a decimal comma, say
         raise ValueError("it has more cells than the first line")
-    row = {}
-    for name, kind in COLUMNS.items():
-        text = line[name]
-        if text is None:
-            raise ValueError(f"{name} is missing: the line is too short")
-        if not text.strip():
-            raise ValueError(f"{name} is empty")
-        row[name] = text.strip() if kind is str else value_of(name, text)
-    if row["accounting"] not in ACCOUNTINGS:
+    row = {name: value_of(name, line[name]) for name in COLUMNS}
+    if row["accounting"] not in ("exact", "paper", "6ND"):
         raise ValueError(f"accounting is {row['accounting']!r}, must be exact or paper, or 6ND "
                          "without loops")
     if row["accounting"] == "6ND" and row["mu_rec"] != 1:
@@ -93,8 +77,13 @@ def row_of(line):
 
 
 def value_of(name, text):
-    """Return the number in a cell of a table. Raises ValueError."""
+    """Return what a cell of a table says; text: None where it is missing. Raises ValueError."""
     kind = COLUMNS[name]
+    if text is None or not text.strip():
+        why = "missing: the line is too short" if text is None else "empty"
+        raise ValueError(f"{name} is {why}")
+    if kind is str:
+        return text.strip()
     try:
         value = float(text)
     except ValueError:
@@ -109,16 +98,19 @@ def value_of(name, text):
 
 def as_written(row):
     """Return a row as write_csv writes it: losses to 6 digits, other fractions to 10."""
-    written = {name: f"{value:.10g}" if isinstance(value, float) else value
-               for name, value in row.items()}
-    if "val_loss" in row:
-        written["val_loss"] = f"{row['val_loss']:.6g}"
-    return written
+    digits = {"val_loss": 6}
+    return {name: f"{value:.{digits.get(name, 10)}g}" if isinstance(value, float) else value
+            for name, value in row.items()}
 
 
 def identity(row):
     """Return a tuple that a row has before it was written to a table and after."""
-    return tuple(as_written({name: kind(row[name]) for name, kind in COLUMNS.items()}).values())
+    return tuple(as_written(typed(row)).values())
+
+
+def typed(row):
+    """Return the columns of a table, in order, from a dict that has them and perhaps others."""
+    return {name: kind(row[name]) for name, kind in COLUMNS.items()}
 
 
 def write_csv(path, rows, columns=COLUMNS):
@@ -130,37 +122,36 @@ def write_csv(path, rows, columns=COLUMNS):
 
 
 def add_rows(table, rows):
-    """Write the rows that a table lacks to its end; what it holds stays, and what others add
+    """Add the rows that a table lacks at its end; what it holds stays, and what others add
     meanwhile."""
     table = Path(table).resolve()  # one lock, whichever link leads there
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
-        names, text, there = COLUMNS, ",".join(COLUMNS), set()
+        text, there = ",".join(COLUMNS), set()
         if table.exists():
-            names, _ = read_lines(table)  # perhaps with columns that are not ours
-            there = {identity(row) for row in read_csv(table)}
+            there = set(map(identity, read_csv(table)))
             text = table.read_text(encoding="utf-8-sig").rstrip("\n")
-        missing = [row for row in rows if identity(row) not in there]
+        missing = [as_written(row) for row in rows if identity(row) not in there]
         if missing:
+            # perhaps with columns that are not ours
+            names = [name.strip() for name in next(csv.reader(text.splitlines()))]
             with whole_file(table) as file:
                 file.write(text + "\n")
-                writer = csv.DictWriter(file, names, lineterminator="\n")
-                writer.writerows(map(as_written, missing))
+                csv.DictWriter(file, names, lineterminator="\n").writerows(missing)
 
 # ----------------------------------------------------------------------------- run directories
 
 
 def last_line(path):
-    """Return the last whole line of a log, a dict; {"kind": None, "flops": 0} where there is
-    none."""
+    """Return the last whole line of a log; {"kind": None, "flops": 0} where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))  # the end alone: a sweep asks often
             line = log_line(file.read().split(b"\n")[-2])  # what no newline ends is not whole
-    except (OSError, ValueError, IndexError):
-        line = None
-    if isinstance(line, dict) and {"kind", "flops"} <= line.keys():
-        return line
+        if {"kind", "flops"} <= line.keys():
+            return line
+    except (OSError, ValueError, IndexError, AttributeError):
+        pass
     return {"kind": None, "flops": 0.0}
 
 
@@ -177,21 +168,14 @@ def run_rows(config, last):
     FLOPs are what the run counted by its own accounting; by another they are in proportion, as at
     its mean depth."""
     settings, cost = config["settings"], config["cost"]
-    own = cost[settings["accounting"]]  # the budget was counted so
+    own = cost[settings["accounting"]]["flops_per_token"]  # the budget was counted so
     rows = []
     for accounting, its in cost.items():
         for loops, loss in last["val_loss"].items():
-            row = model_columns(config["model"]) | {
-                "params_core": its["params_core"],
-                "params_noncore": its["params_noncore"],
-                "flops": last["flops"] * its["flops_per_token"] / own["flops_per_token"],
-                "accounting": accounting,
-                "tokens": last["tokens"],
-                "recurrence": loops,
-                "val_loss": loss,
-                "seed": settings["seed"],
-            }
-            rows.append({name: kind(row[name]) for name, kind in COLUMNS.items()})
+            rows.append(typed(model_columns(config["model"]) | its | {
+                "flops": last["flops"] * its["flops_per_token"] / own, "accounting": accounting,
+                "tokens": last["tokens"], "recurrence": loops, "val_loss": loss,
+                "seed": settings["seed"]}))
     return rows
 
 
@@ -208,9 +192,9 @@ def rows_of_run(path):
         raise UserError(f"{path} is not the directory of a run: {what}") from None
     lost = sorted({row["recurrence"] for row in rows if not math.isfinite(row["val_loss"])})
     if lost:
-        loops = ", ".join(f"{T:g}" for T in lost)
-        print(f"{path}: the val loss at T = {loops} is not finite and left out")
-    return [row for row in rows if math.isfinite(row["val_loss"])]
+        print(f"{path}: the val loss at T = {', '.join(f'{T:g}' for T in lost)} is not finite and "
+              "left out")
+    return [row for row in rows if row["recurrence"] not in lost]
 
 
 def read_tables(paths, accounting=None):
@@ -252,14 +236,17 @@ def unrolled(rows):
     return column(rows, "params_noncore") + column(rows, "mu_rec") * column(rows, "params_core")
 
 
+def alike(rows, *names):
+    """Return lists of rows that are equal in these columns."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
+
+
 def distinct(rows, *names):
     """Return how many different values a column has, or several columns together."""
-    return len({tuple(row[name] for name in names) for row in rows})
-
-
-def sizes(rows):
-    """Return how many sizes of model there are."""
-    return distinct(rows, "params_core", "params_noncore")
+    return len(alike(rows, *names))
 
 
 def trained_depth(rows):
@@ -315,32 +302,30 @@ def distinct_budgets(budgets):
 def comparable(rows):
     """Return lists of rows whose losses obey one law: those of each model; all of a table without
     loops, where sizes differ."""
-    if all(row["mu_rec"] == 1 for row in rows):
-        return [rows]
-    models = dict.fromkeys(row["model"] for row in rows)
-    return [[row for row in rows if row["model"] == model] for model in models]
+    unlooped = all(row["mu_rec"] == 1 for row in rows)
+    return [rows] if unlooped else alike(rows, "model")
 
 
 class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
     cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed the one with most tokens counts, which is the cheapest mu_bwd; of those the one with
-    the higher loss. The others are `left_out`."""
+    and seed the one with most tokens counts, the cheapest; of those the one with the higher loss.
+    """
 
     def __init__(self, rows):
-        self.flops = math.exp(np.mean([math.log(row["flops"]) for row in rows]))
+        self.flops = math.exp(np.mean(np.log(column(rows, "flops"))))
         self.cells, tokens = {}, {}
         # what counts comes last
         for row in sorted(rows, key=lambda row: (row["mu_rec"], row["tokens"], row["val_loss"])):
             self.cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
             tokens[row["mu_rec"]] = row["tokens"]
-        self.left_out = len(rows) - sum(map(len, self.cells.values()))
-        self.tokens = np.array(list(tokens.values()))
-        self.mu = np.array(list(self.cells))
+        self.mu, self.tokens = np.array(list(tokens.items())).T
         self.log_mu = np.log(self.mu)
-        self.seeds = np.array([len(seeds) for seeds in self.cells.values()])
-        self.log_loss = np.array([np.mean(list(seeds.values())) for seeds in self.cells.values()])
+        cells = [list(cell.values()) for cell in self.cells.values()]
+        self.seeds = np.array(list(map(len, cells)))
+        self.log_loss = np.array(list(map(np.mean, cells)))
+        self.left_out = len(rows) - self.seeds.sum()
 
 
 def budgets_of(rows):

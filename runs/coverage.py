@@ -61,8 +61,8 @@ def by_law(rows, cost, seed):
     fit = fit_law("training", rows, starts=16, resamples=100, seed=seed)
     intervals = {}
     for c in BUDGETS:
-        point = frontier(fit, rows[0], cost, c)[0][0]
-        intervals[c] = interval(frontier(fit, rows[0], cost, c, fit.samples)[0], point)
+        point, *samples = frontier(fit, rows[0], cost, c)[0]
+        intervals[c] = interval(samples, point)
     return intervals, exponents_of(fit, rows[0], cost, np.array(BUDGETS))["mu_rec"]["ci"]
 
 

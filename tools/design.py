@@ -34,23 +34,20 @@ def simulate(fit, rows, cost, noise, repeats):
     of truth one repeat."""
     rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
-    budgets = sorted({row["flops"] for row in rows})
-    thetas = {"truth": fit.theta[None], "law": refits(fit, rows, torch.tensor(log_loss))}
-    found = {}
-    for name, theta in thetas.items():
-        mu = [frontier(fit, rows[0], cost, c, theta)[0] for c in budgets]
-        exponents = frontier_exponents(fit, rows[0], cost, budgets[0], budgets[-1], theta)
-        found[name] = {"mu": np.log(mu).T, "exponent": exponents[0]}
-
     # of these only the recurrences and seeds are used: the losses are those of each sweep
-    every = budgets_of([row | {"val_loss": 1.0} for row in rows])
-    means = log_loss.reshape(repeats, len(every), len(every[0].mu), -1).mean(-1)  # over seeds
-    mu = np.array([[scaling.bottom(budget, losses)[0] for budget, losses in zip(every, one)]
-                   for one in means])
-    low, high = (np.full(len(every), end) for end in every[0].log_mu[[0, -1]])
-    exponents = [scaling.line_through(np.log(budgets), one, low, high)[0] for one in mu]
-    found["parabola"] = {"mu": mu, "exponent": np.array(exponents)}
-    return found
+    budgets = budgets_of([row | {"val_loss": 1.0} for row in rows])
+    flops = [budget.flops for budget in budgets]
+    both = fit._replace(samples=refits(fit, rows, torch.tensor(log_loss)))  # the truth comes first
+    mu = np.log([frontier(both, rows[0], cost, c)[0] for c in flops]).T
+    exponent, _ = frontier_exponents(both, rows[0], cost, flops[0], flops[-1])
+    found = {"truth": {"mu": mu[:1], "exponent": exponent[:1]},
+             "law": {"mu": mu[1:], "exponent": exponent[1:]}}
+
+    means = log_loss.reshape(repeats, len(budgets), len(budgets[0].mu), -1).mean(-1)  # over seeds
+    mu = np.array([[scaling.bottom(*pair)[0] for pair in zip(budgets, one)] for one in means])
+    low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
+    exponents = [scaling.line_through(np.log(flops), one, low, high)[0] for one in mu]
+    return found | {"parabola": {"mu": mu, "exponent": np.array(exponents)}}
 
 
 def central(samples):
@@ -60,6 +57,11 @@ def central(samples):
     if len(samples) < 20:
         return [math.nan] * 3
     return np.quantile(samples, [0.025, 0.5, 0.975], method="nearest")
+
+
+def span(low, middle, high):
+    """Return a number and its interval as text."""
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def design(args):
@@ -80,24 +82,16 @@ def design(args):
           "mu* [95 %]; 0 and inf: at the edge of the recurrences tried, or beyond\n"
           "     FLOPs       true   found by the law     by parabolas         inside")
 
-    found = simulate(table.fit, rows, table.cost, noise, args.repeats)
+    truth, law, parabola = simulate(table.fit, rows, table.cost, noise, args.repeats).values()
     for j, c in enumerate(budgets):
-        (true,), law, parabola = (found[name]["mu"][:, j] for name in ("truth", "law", "parabola"))
-        by_law, by_parabola = (
-            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*np.exp(central(some))) for some in (law, parabola))
-        print(f"{c:10.3g}   {math.exp(true):8.2f}   {by_law:18s}   {by_parabola:18s}   "
-              f"{np.isfinite(parabola).mean():6.0%}")
-    true = found["truth"]["exponent"][0]
-    print(f"\nexponent of mu*: true {true:.2f}")
-    for name, label in (("law", "the law"), ("parabola", "parabolas")):
-        samples = found[name]["exponent"]
-        low, middle, high = central(samples)
-        print(f"  by {label:9s}  {middle:.2f} [{low:.2f}, {high:.2f}], half width "
-              f"{(high - low) / 2:.2f}; none in {np.isnan(samples).mean():.0%} of sweeps")
-    if not np.isfinite(true):
-        print("the law's optimum is above one loop over less than a factor of two of these FLOPs: "
-              "larger budgets are needed")
-
+        by_law, by_parabola = (span(*np.exp(central(of["mu"][:, j]))) for of in (law, parabola))
+        print(f"{c:10.3g}   {math.exp(truth['mu'][0, j]):8.2f}   {by_law:18s}   "
+              f"{by_parabola:18s}   {np.isfinite(parabola['mu'][:, j]).mean():6.0%}")
+    print(f"\nexponent of mu*: true {truth['exponent'][0]:.2f} (nan: these budgets are too small)")
+    for label, of in (("by the law", law), ("by parabolas", parabola)):
+        low, middle, high = central(of["exponent"])
+        print(f"  {label:12s}  {span(low, middle, high)}, half width {(high - low) / 2:.2f}; none "
+              f"in {np.isnan(of['exponent']).mean():.0%} of sweeps")
 
 def main():
     parser = Parser(description=__doc__)
