@@ -204,6 +204,8 @@ class Parcae(nn.Module):
     def reset_parameters(self):
         """Give the weights the start of the published code; a matrix of your own is orthogonal."""
         for name, p in self.named_parameters():
+            if p.is_meta:
+                continue  # only its shape is asked for
             if name.startswith("value_embeds."):
                 nn.init.normal_(p)
             elif name.endswith("ve_gate.weight"):
