@@ -158,8 +158,10 @@ def last_line(path):
 def model_columns(config):
     """Return what a row says of a model and its depths; config: "model" in config.json."""
     mu = config["mean_recurrence"] if config["n_recurrent"] else 1
-    return {"model": "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config),
-            "mu_rec": mu, "mu_bwd": min(mu, config["backprop_depth"])}
+    name = "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config)
+    if config["n_recurrent"] and config.get("injection", "diagonal") != "diagonal":
+        name += f" {config['injection']}"  # another rule is another model
+    return {"model": name, "mu_rec": mu, "mu_bwd": min(mu, config["backprop_depth"])}
 
 
 def run_rows(config, last):

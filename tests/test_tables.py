@@ -155,3 +155,15 @@ def test_flops_by_another_accounting_are_in_proportion_to_its_cost(build, tmp_pa
     (tmp_path / "log.jsonl").write_text(json.dumps(done) + "\n")
     flops = {row["accounting"]: row["flops"] for row in tables.rows_of_run(tmp_path)}
     assert flops == {"exact": 100_000, "paper": 80_000}
+
+
+def test_runs_of_other_rules_are_other_models(build, tmp_path):
+    cost = {"exact": {"params_core": 10, "params_noncore": 10, "flops_per_token": 100}}
+    for injection in ("diagonal", "add"):
+        path = tmp_path / injection
+        save_run(build(injection=injection), path, settings={"accounting": "exact", "seed": 0},
+                 cost=cost)
+        done = {"kind": "done", "tokens": 1000, "flops": 1e5, "val_loss": {"4": 2.0}}
+        (path / "log.jsonl").write_text(json.dumps(done) + "\n")
+    rows, _ = tables.read_tables([tmp_path])
+    assert [row["model"] for row in rows] == ["1/2/1 x 32 add", "1/2/1 x 32"]
