@@ -9,17 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+
+# What needs torch imports it where it is used: pytest reads this file once more than it has
+# processes that test, before any of them begins.
 
 ROOT = Path(__file__).parent.parent
 OUR_FILES = [path for folder in (".", "parts", "tools", "runs")
              for path in sorted(ROOT.glob(f"{folder}/*.py"))]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # small models: threads cost more than they bring
-
-from data import prepare  # noqa: E402
-from model import Parcae, ParcaeConfig  # noqa: E402
-
 
 def pytest_addoption(parser):
     parser.addoption("--config", default="", metavar="NAME=VALUE,...",
@@ -72,6 +69,13 @@ def script(name, *args, stdin=b"", cwd="."):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Models are small: threads cost more than they bring."""
+    import torch
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """Runs measure the machine's peak, half a second each; those in processes of their own do."""
@@ -80,6 +84,7 @@ def quick_peak(monkeypatch):
 
 def save_run(model, directory, **settings):
     """What other scripts read of a run directory of train.py, but for the tokenizer."""
+    import torch
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"model": asdict(model.config)} | settings))
     torch.save({"model": model.state_dict()}, directory / "ckpt.pt")
@@ -89,6 +94,9 @@ def save_run(model, directory, **settings):
 def build(pytestconfig):
     """build(**config) makes a small model whose every weight matters: none is left at zero. What a
     test does not choose comes from --config."""
+    import torch
+
+    from model import Parcae, ParcaeConfig
     asked = config_fields(pytestconfig.getoption("--config"))
 
     def build(seed=0, **kwargs):
@@ -115,6 +123,7 @@ def build(pytestconfig):
 
 @pytest.fixture
 def tokens():
+    import torch
     return torch.randint(50, (6, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -131,6 +140,7 @@ def full_disk():
 @pytest.fixture
 def run(build, tmp_path):
     """A run directory with a tokenizer, and the data that it names."""
+    from data import prepare
     data = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"])
     save_run(build(vocab_size=320), tmp_path / "run", data=str(data))
     (tmp_path / "run" / "tokenizer.json").write_text((data / "tokenizer.json").read_text())

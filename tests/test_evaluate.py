@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, save_run, script
 
 from data import prepare
+from parts import figures
 from parts.cli import UserError
 from parts.tokenizer import load_tokenizer
 from runs import exits
@@ -125,7 +126,8 @@ def test_an_evaluation_names_the_weights_and_the_text(run, tmp_path):
     assert saved["sequences"] == saved["tokens"] // 32 < 100
 
 
-def test_another_text_than_the_runs_is_said(run, tmp_path):
+def test_another_text_than_the_runs_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", lambda figure, path: figures.pyplot().close(figure))
     data = tmp_path / "data"
     config = json.loads((run / "config.json").read_text())
     text = json.loads((data / "tokenizer.json").read_text())["text"]
