@@ -24,11 +24,11 @@ from parts import figures
 from parts.cli import Parser, UserError, run_script
 from parts.layers import Block, HeadLoss
 from parts.tables import write_csv
-from runs.half import finished, finished_rows, read_table
+from runs.half import error_text, finished, finished_rows, pairs, read_table
 
 LOOPS = ("1", "2", "4", "8", "16")  # at test time
-COLUMNS = {"rule": str, "rate": float, "seed": int, "flops": float, "spectral_radius": float,
-           "own": str} | {f"val_loss_{T}": float for T in LOOPS}
+COLUMNS = {"rule": str, "rate": float, "seed": int, "flops": float, "spectral_radius": float}
+COLUMNS |= {f"val_loss_{T}": float for T in LOOPS}
 
 # ------------------------------------------------------------------------------- injection
 
@@ -194,13 +194,9 @@ class EveryLoop(Parcae):
         return flops + 3 * (with_gradient - 1) * once  # coda and head after each of these loops
 
 
-class Growing(Parcae):
-    """Loops grow during training: a mean of 1, 2, 4, ... in equal parts of it (2609.19107)."""
-
-
 def grow(model, args, progress, step_seed):
-    """Return the loops (batch_size,) of a batch in place of train.draw_depths, with the mean of
-    this part of the training."""
+    """Return the loops (batch_size,) of a batch in place of train.draw_depths: a mean of 1, 2, 4,
+    ... in equal parts of the training (2609.19107)."""
     stages = model.config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
     mean = 2 ** min(stages - 1, int(progress * stages))
     generator = torch.Generator().manual_seed(step_seed)
@@ -219,7 +215,7 @@ RULES = {
     "deepnorm": DeepNorm,
     "streams": HyperConnections,
     "every-loop": EveryLoop,
-    "growing": Growing,
+    "growing": Parcae,  # see grow
 }
 ABOUT = {
     "diagonal": "A_bar h + dt B e (Parcae)",
@@ -244,7 +240,7 @@ def read_row(path):
     rule, rate, seed = split_name(path.name)
     done = finished(path)
     return done and {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
-                     "spectral_radius": round(done["spectral_radius"], 4), "own": "8"} | {
+                     "spectral_radius": round(done["spectral_radius"], 4)} | {
         f"val_loss_{T}": round(done["val_loss"][T], 5) for T in LOOPS}
 
 
@@ -282,11 +278,10 @@ def print_table(rows):
         cells = [ABOUT[rule], f"{next(iter(chosen[rule].values()))['rate']:g}"]
         cells += [f"{np.mean([row[f'val_loss_{T}'] for row in chosen[rule].values()]):.4f}"
                   for T in LOOPS]
-        seeds = sorted(chosen[rule].keys() & ours.keys())
-        gains = np.array([ours[seed]["val_loss_8"] - chosen[rule][seed]["val_loss_8"]
-                          for seed in seeds])
-        error = f"{gains.std(ddof=1) / len(gains) ** 0.5:.4f}" if len(gains) > 1 else "-"
-        cells.append(f"{gains.mean():+.4f} ({error})" if rule != "diagonal" and seeds else "")
+        gains = pairs(*({seed: row["val_loss_8"] for seed, row in some.items()}
+                        for some in (chosen[rule], ours)))
+        compared = rule != "diagonal" and len(gains)
+        cells.append(f"{gains.mean():+.4f} ({error_text(gains)})" if compared else "")
         cells.append(f"{np.mean([row['flops'] for row in chosen[rule].values()]):.3g}")
         cells.append(f"{max(row['spectral_radius'] for row in chosen[rule].values()):.2f}")
         print("| " + " | ".join(cells) + " |")

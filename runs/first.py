@@ -13,7 +13,7 @@ import numpy as np
 from parts.cli import Parser, run_script
 from parts.reading import read_json
 from parts.tables import write_csv
-from runs.half import finished, finished_rows
+from runs.half import error_text, finished, finished_rows
 
 
 def row_of(path):
@@ -62,9 +62,9 @@ def main():
     print("|---|---|---|---|---|---|---|")
     for layers, loops, rate, equal, by_seed in gains(rows):
         values = [*by_seed.values()]
-        error = f"{np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
         each = ", ".join(f"{gain:.3f}" for gain in values)
-        cells = [layers, loops, f"{rate:g}", equal, f"{np.mean(values):.4f}", error, each]
+        cells = [layers, loops, f"{rate:g}", equal, f"{np.mean(values):.4f}", error_text(values),
+                 each]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 

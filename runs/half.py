@@ -167,10 +167,14 @@ def pairs(better, worse):
     return np.array([worse[seed] - better[seed] for seed in seeds])
 
 
+def error_text(values):
+    """Return the standard error of the mean of values, one a seed, as text; "-" for one."""
+    return f"{np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+
+
 def gain_text(gained):
     """Differences of seeds as text: their mean, its standard error, each."""
-    error = f"{gained.std(ddof=1) / len(gained) ** 0.5:.4f}" if gained[1:].size else "-"
-    return (f"{gained.mean():+.4f} nats (standard error {error}; "
+    return (f"{gained.mean():+.4f} nats (standard error {error_text(gained)}; "
             f"{', '.join(f'{one:+.4f}' for one in gained)})")
 
 

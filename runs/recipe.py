@@ -18,7 +18,7 @@ from model import Parcae
 from parts import muon
 from parts.cli import Parser, UserError, run_script
 from parts.tables import write_csv
-from runs.half import finished, finished_rows
+from runs.half import error_text, finished, finished_rows, pairs
 
 
 def set_start(ending, fill):
@@ -112,11 +112,9 @@ def print_table(rows, loops):
     print(f"| undone | val loss at T = {loops} | higher by | standard error | by seed |")
     print("|---|---|---|---|---|")
     for part in losses:
-        seeds = sorted(losses[part].keys() & published.keys())
-        each = np.array([losses[part][seed] - published[seed] for seed in seeds])
-        error = f"{each.std(ddof=1) / len(each) ** 0.5:.4f}" if len(each) > 1 else "-"
+        each = pairs(published, losses[part])
         print(f"| {ABOUT[part]} | {np.mean([*losses[part].values()]):.4f} | {each.mean():+.4f} | "
-              f"{error} | {', '.join(f'{one:+.4f}' for one in each)} |")
+              f"{error_text(each)} | {', '.join(f'{one:+.4f}' for one in each)} |")
 
 
 def main():
