@@ -59,9 +59,9 @@ def unrolled(path):
     arrow(axes, (8.77, 0.5), (9.2, 0.5))
     axes.text(9.25, 0.5, "logits", va="center")
     axes.axvline(2.32, 0.06, 0.8, color="0.5", ls="--")
-    axes.text(2.25, 1.5, "no gradient", ha="right", color="0.4", fontsize=8)
-    axes.text(2.42, 1.5, "gradient: the last 2 loops", color="0.4", fontsize=8)
-    axes.set(xlim=(-3.2, 10), ylim=(-0.6, 2.6),
+    axes.text(2.25, -0.6, "no gradient", ha="right", color="0.4", fontsize=8)
+    axes.text(2.42, -0.6, "gradient: the last 2 loops", color="0.4", fontsize=8)
+    axes.set(xlim=(-3.2, 10), ylim=(-0.8, 2.6),
              title="T = 3 loops with the same weights; e enters each of them")
     axes.axis("off")
     figures.save(figure, path)
