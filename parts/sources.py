@@ -1,9 +1,8 @@
 """Where text comes from: each source gives two lists of documents, to train on and to validate.
 
-A document is a string or a TextFile. A source of your own is a function and an entry in SOURCES.
+A source of your own is a function and an entry in SOURCES.
 """
 
-import codecs
 import os
 import sysconfig
 import zlib
@@ -43,36 +42,12 @@ def stdlib_docs():
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file in parts, without a byte order mark. Raises UserError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open(path, "rb") as file:
-        part = True
-        while part:
-            part = file.read(1 << 20)
-            try:
-                yield decoder.decode(part, final=not part)
-            except UnicodeDecodeError as error:
-                # the object: what was not decoded yet
-                at = file.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {at}") from None
-
-
-class TextFile:
-    """The characters start to stop of a UTF-8 file, read a part at a time; with stop None all, read
-    once more to count and to check them. Raises UserError."""
-
-    def __init__(self, path, start=0, stop=None):
-        self.path, self.start = path, start
-        self.stop = sum(map(len, read_text(path))) if stop is None else stop
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        at = 0
-        for part in read_text(self.path):
-            yield part[max(0, self.start - at):max(0, self.stop - at)]
-            at += len(part)
+    """Return the text of a UTF-8 file, without a byte order mark. Raises UserError."""
+    try:
+        return Path(path).read_bytes().decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte "
+                        f"{error.start}") from None
 
 
 def text_docs(files):
@@ -80,25 +55,22 @@ def text_docs(files):
     UserError, OSError."""
     train, val = [], []
     for file in map(Path, files):
-        if file.is_fifo():
-            raise UserError(f"{file} is read twice, as a pipe cannot be")
-        parts = folder_docs(file) if file.is_dir() else cut([TextFile(file)])
+        if file.is_dir():
+            parts = folder_docs(file)
+        else:
+            text = read_text(file)
+            if len(text) < 2:
+                raise UserError(f"{file} is too short, must have at least 2 characters")
+            parts = cut([text])
         train += parts[0]
         val += parts[1]
     return train, val
 
 
 def cut(texts):
-    """Return (train, val): of each whole TextFile the first nine tenths and the rest. Raises
-    UserError."""
-    train, val = [], []
-    for text in texts:
-        if len(text) < 2:
-            raise UserError(f"{text.path} is too short, must have at least 2 characters")
-        middle = len(text) * 9 // 10
-        train.append(TextFile(text.path, 0, middle))
-        val.append(TextFile(text.path, middle, len(text)))
-    return train, val
+    """Return (train, val): of each text the first nine tenths and the rest."""
+    at = [len(text) * 9 // 10 for text in texts]
+    return [t[:i] for t, i in zip(texts, at)], [t[i:] for t, i in zip(texts, at)]
 
 
 def folder_docs(folder):
@@ -108,7 +80,7 @@ def folder_docs(folder):
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
-            (val if for_validation(name) else train).append(TextFile(folder / name))
+            (val if for_validation(name) else train).append(read_text(folder / name))
         except UserError:
             bad.append(name.as_posix())
     if bad:
@@ -116,7 +88,7 @@ def folder_docs(folder):
               + ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else ""))
     sizes = sum(map(len, train)), sum(map(len, val))
     if min(sizes) <= sum(sizes) / 100:
-        train, val = cut(text for text in train + val if len(text) > 1)
+        train, val = cut([text for text in train + val if len(text) > 1])
     if not train:
         raise UserError(f"{folder} has no text: none of its {len(names)} files of the kinds "
                         f"{', '.join(TEXT_SUFFIXES)} has 2 characters of UTF-8")

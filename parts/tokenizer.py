@@ -53,23 +53,18 @@ UP_TO_CUT = regex.compile(r"(?s).+(?:(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L}))")
 
 
 def pieces(text, bar=None):
-    """Yield a text, a string or an iterable of strings, in pieces of at most PIECE characters that
-    have the tokens of the whole; a progress bar counts them. A text with no place to cut for so
-    long is cut anywhere."""
-    rest = ""
-    for part in [text] if isinstance(text, str) else text:
-        rest += part
-        at = 0
-        while len(rest) - at > PIECE:
-            whole = UP_TO_CUT.match(rest, at, at + PIECE)
-            cut = whole.end() if whole else at + PIECE
-            yield rest[at:cut]
-            at = cut
-        rest = rest[at:]
+    """Yield a text in pieces of at most PIECE characters that have the tokens of the whole; a
+    progress bar counts them. A text with no place to cut for so long is cut anywhere."""
+    at = 0
+    while at < len(text):
+        end = at + PIECE
+        if end < len(text) and (whole := UP_TO_CUT.match(text, at, end)):
+            end = whole.end()
+        piece = text[at:end]
+        yield piece
         if bar is not None:
-            bar.update(len(part))
-    if rest:
-        yield rest
+            bar.update(len(piece))
+        at = end
 
 
 def encode(tokenizer, text, bar=None):
