@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from parts.cache import KVCache
 from parts.config import PRESETS, ParcaeConfig, read_config
 from parts.errors import UserError
-from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm
+from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm, loss_and_gradient
 from parts.reading import check_finite, fit_weights, load_checkpoint
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
@@ -159,6 +159,7 @@ class Parcae(nn.Module):
     equally deep, with a KV cache, to generate. `states` stops after each loop."""
 
     compute_dtype = None  # of the activations; None: that of the weights
+    loss_and_gradient = staticmethod(loss_and_gradient)
     step = None  # of the training that the weights come from, see from_pretrained
 
     def __init__(self, config: ParcaeConfig):
@@ -303,7 +304,8 @@ class Parcae(nn.Module):
         if targets is None:
             return self.head(x), None
         if self.training:
-            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                  self.loss_and_gradient)
         else:
             loss = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(),
                                    ignore_index=IGNORED)

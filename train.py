@@ -152,10 +152,11 @@ def deal(rows, hands):
 def backward(model, loader, depths, first_sample, micro, step_seed):
     """Accumulate the gradient of this rank's rows of a batch. Return the mean loss over all ranks'
     rows, a tensor."""
-    # deal the rows to ranks, another one gets the deepest in each step; then to micro-batches
+    # deal the rows to ranks, another one gets the deepest in each step
     rows = depths.argsort(descending=True, stable=True)
     mine = deal(rows, world())[(rank() + step_seed) % world()]
-    parts = deal(mine, len(mine) // micro)
+    # rows of like depth go into a micro-batch: it loops as often as its deepest row
+    parts = mine.split(micro)
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for n, part in enumerate(parts, start=1):

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
-CHUNK = 1024  # tokens whose logits are held at once in training
+CHUNK = 1024, 4096  # tokens whose logits are held at once in training: on a CPU, on a GPU
 IGNORED = -100  # a target that does not count
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
@@ -124,32 +124,42 @@ class Block(nn.Module):
         return torch.add(x, self.mlp(self.norm_2(x)), alpha=0.5)
 
 
+def loss_and_gradient(logits, targets):
+    """Return the sum of the cross-entropies of logits (n, vocab_size), float32, and its gradient by
+    the logits, in their dtype. Where a target is ignored, the gradient says nothing."""
+    log_probs = logits.float().log_softmax(-1)
+    loss = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
+    # d loss / d logits = softmax - 1 at the target
+    gradient = log_probs.exp_()  # in the same memory: the largest tensor here
+    gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
+    return loss, gradient.to(logits.dtype)
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) @ weight.T against targets (N,), to save memory: all logits,
-    (N, vocab_size) in float32, would be the largest tensor of a training step. Here they are made
-    CHUNK rows at a time. So that none need be kept, the forward pass computes the gradient too."""
+    (N, vocab_size) in float32, would be the largest tensor of a training step. Here they are made a
+    chunk of rows at a time. So that none need be kept, the forward pass computes the gradient too.
+
+    loss_and_gradient: that function, perhaps compiled."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, loss_and_gradient):
         w = weight.to(x.dtype)
-        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
-        loss = 0.0
-        count = (targets != IGNORED).sum()
-        for x_, target, d_x_ in zip(*(tensor.split(CHUNK) for tensor in (x, targets, d_x))):
-            log_probs = F.linear(x_, w).float().log_softmax(-1)                  # (CHUNK, vocab)
-            loss = loss + F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
-            # d loss / d logits = softmax - 1 at the target, and nothing for ignored rows
-            d_logits = log_probs.exp_()  # in the same memory: the largest tensor here
-            row = torch.arange(len(target), device=target.device)
-            d_logits[row, target.clamp(min=0)] -= 1
-            share = (target != IGNORED) / count
-            d_logits = (d_logits * share.unsqueeze(-1)).to(x.dtype)
+        counts = targets != IGNORED                                                         # (N,)
+        x = x * counts.unsqueeze(-1)  # rows to be ignored have no part in d_weight
+        d_x, d_weight, loss = torch.empty_like(x), torch.zeros_like(weight), 0.0
+        chunk = CHUNK[x.is_cuda]
+        for x_, target, d_x_ in zip(*(tensor.split(chunk) for tensor in (x, targets, d_x))):
+            loss_, d_logits = loss_and_gradient(F.linear(x_, w), target)       # (chunk, vocab_size)
+            loss = loss + loss_
             torch.matmul(d_logits, w, out=d_x_)
             d_weight += (d_logits.T @ x_).to(d_weight.dtype)
-        ctx.save_for_backward(d_x, d_weight)
-        return loss / count
+        ctx.save_for_backward(d_x, d_weight, counts)
+        return loss / counts.sum()
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None
+        d_x, d_weight, counts = ctx.saved_tensors
+        scale = d_loss / counts.sum()
+        d_x = (d_x * (scale * counts).unsqueeze(-1)).to(d_x.dtype)
+        return d_x, d_weight * scale, None, None

@@ -177,7 +177,8 @@ class EveryLoop(Parcae):
             h = self.loop(h, u, inputs, done + n, [1] * live + [0] * (len(h) - live))
             some = inputs.each(lambda ve, live=live: ve[:live])
             x = self.readout(h[:live], some)
-            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets[:live].flatten())
+            loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets[:live].flatten(),
+                                  self.loss_and_gradient)
             total = total + loss * live
         return None, total / rounds.sum()
 

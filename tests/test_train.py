@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -269,7 +270,7 @@ def test_each_rank_has_a_gpu_of_its_own_and_says_which(monkeypatch):
     assert told == {"backend": "gloo", "device_id": None}
 
 
-def test_rows_are_dealt_so_that_no_rank_has_more_work(build, monkeypatch):
+def test_no_rank_has_more_work_and_micro_batches_are_of_like_depth(build, monkeypatch):
     model, world, micro = build(), 4, 4
     handed = []  # (rank, depths of a micro-batch)
 
@@ -300,6 +301,8 @@ def test_rows_are_dealt_so_that_no_rank_has_more_work(build, monkeypatch):
         for r, rows, part in handed:
             assert torch.equal(part, depths[torch.tensor(rows) - 1000]) and len(part) == micro
             work[step, r] += part.sum()
+        for (r, _, part), (next_r, _, later) in itertools.pairwise(handed):
+            assert r != next_r or part.min() >= later.max()  # micro-batches are of like depth
     share = work / work.mean(1, keepdim=True)
     assert share.max(1).values.mean() < 1.025  # like cards: 1.05
     assert (share.mean(0) - 1).abs().max() < 0.005
