@@ -60,6 +60,7 @@ def test_curves_of_runs_side_by_side(tmp_path, drawn):
     assert labels == ["training tokens", "training FLOPs", "training seconds"]
     for panel, unit in zip(axes, (512, 1e6, 0.5)):
         train, val, _, plain_val = panel.lines
+        assert train.get_label() == "looped, T = 4"
         np.testing.assert_allclose(train.get_xdata(), unit * np.arange(1, 61))
         np.testing.assert_allclose(val.get_xydata(), [[30 * unit, 3.1], [60 * unit, 3.0]])
         np.testing.assert_allclose(plain_val.get_ydata(), [3.3, 3.2])
@@ -133,8 +134,8 @@ def test_val_losses_are_at_the_mean_recurrence_of_each_run(tmp_path):
     four = make_run(tmp_path / "a", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0, "16": 2.9}})
     once = make_run(tmp_path / "b", {30: {"1": 3.2}, 60: {"1": 3.1, "4": 3.3}}, mean=1)
     plain = make_run(tmp_path / "c", {60: {"1": 3.3}}, looped=False)
-    four, once, plain = (curves.curve(curves.read_run(path)) for path in (four, once, plain))
-    assert four["val"]["loss"] == [3.1, 3.0] and four["label"] == "a, T = 4"
+    four, once, plain = (curves.read_run(path) for path in (four, once, plain))
+    assert four["val"]["loss"] == [3.1, 3.0] and (four["label"], four["T"]) == ("a", 4)
     assert once["val"]["loss"] == [3.2, 3.1] and plain["val"]["loss"] == [3.3]
 
 

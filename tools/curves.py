@@ -26,10 +26,11 @@ KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
 
 
 def read_run(path):
-    """Return what the log of a run directory says, a dict. Raises UserError.
+    """Return what is drawn of a run directory, a dict. Raises UserError.
 
-    "label"; "folder", where its files are; "T", its mean recurrence; an array (steps,) for each
-    of KEYS; "evaluations", a list of dicts: AXES, "val_loss" and "state_rms" {T: number}."""
+    "label"; "folder", where its files are; "T", its mean recurrence; an array (steps,) for each of
+    KEYS and for "smooth", the loss; "val", the val losses at T loops: lists for AXES and "loss";
+    "sizes" of the state, {loops: [(tokens, size)]}, for a plain transformer empty."""
     path = Path(path)
     folder = path
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
@@ -37,32 +38,32 @@ def read_run(path):
     file = folder / "log.jsonl"
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
+    model = read_json(folder / "config.json").get("model")
+    try:
+        T = int(model["mean_recurrence"] if model["n_recurrent"] else 1)
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
+    label = path.resolve().name.lstrip("_")  # matplotlib hides what begins with _
+    run = {"label": label, "folder": folder, "T": T, "sizes": {}}
+
     lines, bad = read_json_lines(file)
     try:
         if bad > 1 and not lines:  # a single bad line may be just being written
             raise ValueError
         steps = [line for line in lines if line["kind"] == "train"]
-        run = {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
-        run["evaluations"] = [evaluation(line) for line in lines if "val_loss" in line]
+        run |= {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
+        points = [line | {"loss": line["val_loss"][str(T)]} for line in lines
+                  if str(T) in line.get("val_loss", ())]
+        run["val"] = {key: [float(point[key]) for point in points] for key in (*AXES, "loss")}
+        for line in lines:
+            for loops, size in line.get("state_rms", {}).items():
+                point = float(line["tokens"]), float(size)
+                run["sizes"].setdefault(int(loops), []).append(point)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file} is not the log of a run of train.py") from None
     if not steps:
         raise UserError(f"{file} has no training step yet")
-    config = read_json(folder / "config.json")
-    try:
-        run["T"] = int(config["model"]["mean_recurrence"] if config["model"]["n_recurrent"] else 1)
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
-    label = path.resolve().name.lstrip("_")  # matplotlib hides what begins with _
-    return run | {"label": label, "folder": folder}
-
-
-def evaluation(line):
-    """Return what is drawn of a line of the log that holds an evaluation."""
-    values = {key: float(line[key]) for key in AXES}
-    for name in ("val_loss", "state_rms"):  # a plain transformer has no state
-        values[name] = {int(T): float(value) for T, value in line.get(name, {}).items()}
-    return values
+    return run | {"smooth": smooth(run["loss"])}
 
 
 def read_runs(paths):
@@ -73,8 +74,6 @@ def read_runs(paths):
         if labels.count(run["label"]) > 1:
             run["label"] = str(path)
     return runs
-
-# ----------------------------------------------------------------------------- what is drawn
 
 
 def smooth(values):
@@ -89,47 +88,32 @@ def smooth(values):
     with np.errstate(invalid="ignore"):  # 0 / 0 where a stretch of steps was skipped
         return (sums[beyond] - sums[first]) / (counts[beyond] - counts[first])
 
-
-def curve(run):
-    """Return a run of read_run with what is drawn of it: "smooth_loss", "smooth_norm" (steps,);
-    "val", a dict of AXES and "loss"; "sizes" of the state, {T: [(tokens, size)]}."""
-    points = [e for e in run["evaluations"] if run["T"] in e["val_loss"]]
-    val = {key: [e[key] for e in points] for key in AXES}
-    val["loss"] = [e["val_loss"][run["T"]] for e in points]
-    sizes = {}
-    for e in run["evaluations"]:
-        for T, size in e["state_rms"].items():
-            sizes.setdefault(T, []).append((e["tokens"], size))
-    return run | {"label": f"{run['label']}, T = {run['T']}", "smooth_loss": smooth(run["loss"]),
-                  "smooth_norm": smooth(run["grad_norm"]), "val": val,
-                  "sizes": dict(sorted(sizes.items()))}
-
 # ----------------------------------------------------------------------------- the picture
 
 
 def picture(path, runs, title):
-    """Write training curves, runs as of `curve`; of one alone also what steers it, a second row."""
-    rows = 2 if len(runs) == 1 else 1
+    """Write training curves, runs as of read_run; one alone has a second row: what steers it."""
+    alone = len(runs) == 1
+    rows = 2 if alone else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
                                              layout="constrained")
     figure.suptitle(title or None)
     limits = loss_limits(runs)
-    titles = {"tokens": "the same text", "flops": "the same compute", "seconds": "the same time"}
-    for axes, (key, title) in zip(grid[0], titles.items()):
+    for axes, key, same in zip(grid[0], AXES, ("text", "compute", "time")):
         for i, run in enumerate(runs):
             color, val = f"C{i}", run["val"]
-            if rows == 2:
+            if alone:
                 axes.plot(run[key], run["loss"], lw=0.5, color=color, alpha=0.25)
-            axes.plot(run[key], run["smooth_loss"], lw=1, color=color, label=run["label"])
+            axes.plot(run[key], run["smooth"], lw=1, color=color,
+                      label=f"{run['label']}, T = {run['T']}")
             axes.plot(val[key], val["loss"], "o-", ms=4, lw=0.7, mec="k", color=color)
         axes.locator_params(axis="x", nbins=6)
-        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"),
-                 title="Loss" if rows == 2 else f"Loss for {title}",
-                 ylim=limits)
+        axes.set(xlabel=f"training {key}".replace("flops", "FLOPs"), ylim=limits,
+                 title="Loss" if alone else f"Loss for the same {same}")
     grid[0, 0].set_ylabel("loss (nats per token)")
     points = "\npoint: val loss at T loops" if any(run["val"]["loss"] for run in runs) else ""
     grid[0, 0].legend(title=f"line: train loss{points}", fontsize=8)
-    if rows == 2:
+    if alone:
         steering(grid[1], runs[0])
     figures.save(figure, path)
 
@@ -138,15 +122,15 @@ def loss_limits(runs):
     """Return where the axis of the loss begins and ends; the first steps would take all of it."""
     every, high = [], []
     for run in runs:
-        line, val = run["smooth_loss"][np.isfinite(run["smooth_loss"])], run["val"]["loss"]
-        every += [*line, *val, *run["loss"]]
+        line, val = run["smooth"][np.isfinite(run["smooth"])], run["val"]["loss"]
+        every += [*val, *run["loss"]]
         high += [*val[-1:], *(np.quantile(line, [0.95]) if len(line) else [])]
-    low, high = np.array(every), np.array(high)
-    low, high = low[np.isfinite(low)], high[np.isfinite(high)]
-    if not len(high):
+    high = list(filter(np.isfinite, high))
+    if not high:
         return None, None  # no step has a finite loss
-    margin = 0.05 * (high.max() - low.min()) or 0.1
-    return low.min() - margin, high.max() + margin
+    low, high = min(filter(np.isfinite, every)), max(high)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
 
 
 def steering(axes, run):
@@ -154,9 +138,9 @@ def steering(axes, run):
     axes[0].plot(run["tokens"], run["lr"], lw=1)
     axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
     axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
-    axes[1].plot(run["tokens"], run["smooth_norm"], lw=1, color="C0")
+    axes[1].plot(run["tokens"], smooth(run["grad_norm"]), lw=1, color="C0")
     axes[1].set(title="Norm of the gradient", yscale="log")
-    for i, (T, points) in enumerate(run["sizes"].items()):
+    for i, (T, points) in enumerate(sorted(run["sizes"].items())):
         axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=figures.shade(i, len(run["sizes"])),
                      label=f"T = {T}")
     axes[2].set(title="State after T loops, root mean square")
@@ -178,8 +162,7 @@ def main():
     args = parser.parse_args()
     figures.pyplot()  # where matplotlib is missing, say so now
     runs = read_runs(args.runs)
-    title = say_differences(run["folder"] for run in runs)
-    picture(args.out, [curve(run) for run in runs], title)
+    picture(args.out, runs, say_differences(run["folder"] for run in runs))
     print("wrote", args.out)
 
 
