@@ -47,16 +47,14 @@ def cases_of(config, recurrence):
     three plain ones."""
     cases = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
              for loops in recurrence]
-    n, depth = config.n_layer, layers_run(config, config.mean_recurrence)
+    n, size = config.n_layer, parameters(config)
 
     def plain(layers):
         return replace(config, n_prelude=layers, n_recurrent=0, n_coda=0)
-
-    def from_twice(layers):
-        return abs(parameters(plain(layers)) - 2 * parameters(config))
-    twice = min(range(n, 4 * n + 1), key=from_twice)
-    return [*cases, Case("plain, same parameters", plain(n), 1), Case(TWICE, plain(twice), 1),
-            Case("plain, same depth", plain(depth), 1)]
+    twice = min(range(n, 4 * n + 1), key=lambda layers: abs(parameters(plain(layers)) - 2 * size))
+    layers = {"plain, same parameters": n, TWICE: twice,
+              "plain, same depth": layers_run(config, config.mean_recurrence)}
+    return cases + [Case(name, plain(number), 1) for name, number in layers.items()]
 
 
 def build(config, device, dtype=None):
@@ -87,11 +85,9 @@ def optimizer_bytes(model):
 
 
 def saved_for_backward(model, forward):
-    """Return the bytes that forward() keeps for the backward pass, without the model's own.
-
-    Several saved tensors may be views of one storage, which counts once."""
+    """Return the bytes that forward() keeps for the backward pass, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    sizes = {}
+    sizes = {}  # of storages: several saved tensors may be views of one
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -141,16 +137,16 @@ def break_even(config, double):
 
 
 def alternate(runs, rounds, device, what):
-    """Return the seconds of each run, {name: [one a round]}: all in turns, after a warm-up."""
-    seconds = {name: [] for name in runs}
+    """Return the seconds of each run, lists of one a round: all in turns, after a warm-up."""
+    seconds = [[] for _ in runs]
     for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
-        for name, run in runs.items():
+        for run, times in zip(runs, seconds):
             start = time.perf_counter()
             run()
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             if i > 0:
-                seconds[name].append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
     return seconds
 
 
@@ -158,22 +154,19 @@ def bandwidth(device):
     """Return the bytes read from memory per second: the best of a few sums over an array that does
     not fit a cache."""
     x = torch.ones(1 << 26, device=device)
-    seconds = alternate({"sum": lambda: x.sum().item()}, 5, device, "memory bandwidth")
-    return x.nbytes / min(seconds["sum"])
+    [seconds] = alternate([lambda: x.sum().item()], 5, device, "memory bandwidth")
+    return x.nbytes / min(seconds)
 
 
-def speeds(cases, prepare, tokens, args, what):
-    """Return rows of the median, least and most tokens/s, and lists of what a token of each needs.
-
-    prepare(case, args) returns (step, *needs); a step makes so many tokens."""
-    steps, *needs = zip(*(prepare(case, args) for case in cases))
-    seconds = alternate(dict(enumerate(steps)), args.rounds, args.device, what)
+def speeds(cases, steps, tokens, args, what):
+    """Return rows of the median, least and most tokens/s. steps: a function for each case, which
+    makes so many tokens."""
     rows = []
-    for case, times in zip(cases, seconds.values()):
-        rates = sorted(tokens / s for s in times)
+    for case, seconds in zip(cases, alternate(steps, args.rounds, args.device, what)):
+        rates = sorted(tokens / s for s in seconds)
         rows.append({"model": case.name, "T": case.loops, "tokens/s": statistics.median(rates),
                      "min": rates[0], "max": rates[-1]})
-    return rows, *needs
+    return rows
 
 
 def training_of(case, args):
@@ -181,8 +174,7 @@ def training_of(case, args):
     model = build(case.config, args.device, args.dtype).train()
     if args.compile:
         model.compile_layers()
-    shape = args.batch, args.context
-    idx = torch.randint(case.config.vocab_size, shape, device=args.device)
+    idx = torch.randint(case.config.vocab_size, (args.batch, args.context), device=args.device)
     depths = model.sample_depths(args.batch, torch.Generator().manual_seed(0))
     with_gradient = depths.clamp(max=case.config.backprop_depth)
     flops = model.flops_per_token(depths.double().mean().item(),
@@ -195,13 +187,15 @@ def training_of(case, args):
 
 
 def train_speed(cases, args):
-    """Measure tokens/s of forward and backward. Return the matmul peak in FLOP/s and rows with the
-    share of it that the needed FLOPs are."""
+    """Measure tokens/s of forward and backward, print them, and return the rows."""
     peak = machine.matmul_peak(args.device, args.dtype)
-    rows, flops = speeds(cases, training_of, args.batch * args.context, args, "training")
+    steps, flops = zip(*(training_of(case, args) for case in cases))
+    rows = speeds(cases, steps, args.batch * args.context, args, "training")
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
-    return peak, rows
+    show(f"Training, {args.dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s; share of it by "
+         "needed FLOPs", rows)
+    return rows
 
 
 def generation_of(case, args):
@@ -225,15 +219,18 @@ def generation_of(case, args):
 
 @torch.no_grad()
 def decode_speed(cases, args):
-    """Measure tokens/s of decoding one sequence. Return the matmul peak in FLOP/s, the bandwidth in
-    bytes/s, and rows with the limits that these set."""
+    """Measure tokens/s of decoding one sequence, print them with the limits that the machine sets,
+    and return the rows."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
-    rows, flops, read = speeds(cases, generation_of, STEPS, args, "decode")
+    steps, flops, read = zip(*(generation_of(case, args) for case in cases))
+    rows = speeds(cases, steps, STEPS, args, "decode")
     for row, needed, n_bytes in zip(rows, flops, read):
         row["compute limit"], row["memory limit"] = peak / needed, bytes_per_s / n_bytes
         row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
-    return peak, bytes_per_s, rows
+    show(f"Generation, one sequence at context {args.context}, {args.dtype}, peak "
+         f"{peak / 1e9:,.0f} GFLOP/s, memory {bytes_per_s / 1e9:,.1f} GB/s", rows)
+    return rows
 
 # ------------------------------------------------------------------------------- tables
 
@@ -253,8 +250,6 @@ def cell(name, value):
     if isinstance(value, float):
         return f"{value:.0%}" if name.startswith("share") else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else value
-
-# ------------------------------------------------------------------------------- command line
 
 
 def parse_args():
@@ -323,14 +318,10 @@ def main():
     if args.only in (None, "memory"):
         bench_memory(cases, config, args)
     if args.only in (None, "train"):
-        peak, rows = train_speed(cases, args)
-        show(f"Training, {args.dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s; share of it by "
-             "needed FLOPs", rows)
+        train_speed(cases, args)
     if args.only in (None, "decode"):
         args.dtype = torch.float32 if slow else args.dtype
-        peak, bytes_per_s, rows = decode_speed(cases, args)
-        show(f"Generation, one sequence at context {context}, {args.dtype}, peak "
-             f"{peak / 1e9:,.0f} GFLOP/s, memory {bytes_per_s / 1e9:,.1f} GB/s", rows)
+        decode_speed(cases, args)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def measure(run, prompts, n, ways, temperature, rounds):
                 mine["loops"] = sum(loops_used) + way.recurrence * (n - len(loops_used))
             for name, value in mine.items():
                 counts[way][name] += value
-    runs = {way: partial(decode_all, way) for way in ways}
+    runs = [partial(decode_all, way) for way in ways]
     seconds = alternate(runs, rounds, device, "decoding")
-    return {way: (seconds[way], counts[way]) for way in ways}
+    return {way: (times, counts[way]) for way, times in zip(ways, seconds)}
 
 
 def rows_of(found, temperature, tokens):

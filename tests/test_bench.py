@@ -63,15 +63,15 @@ def replace_flags(**flags):
 def clock(monkeypatch):
     """Every run takes as long as its kind does; the machine has round numbers."""
     seconds = {"training": 0.5, "decode": 4.0}
-    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, device, what: {
-        case: [seconds[what]] * 3 for case in runs})
+    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, device, what: [
+        [seconds[what]] * 3 for _ in runs])
     monkeypatch.setattr(bench, "bandwidth", lambda device: 1e6)
     monkeypatch.setattr(bench.machine, "matmul_peak", lambda device, dtype: 1e9)
 
 
 def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     config, cases = TINY, bench.cases_of(TINY, [3])
-    rows = bench.decode_speed(cases, replace_flags(context=24))[-1]
+    rows = bench.decode_speed(cases, replace_flags(context=24))
     row, model = rows[0], bench.build(config, CPU)
     assert row["tokens/s"] == 16 / 4
     loop = sum(p.numel() for p in model.recurrent.parameters() if p.ndim == 2)
@@ -84,7 +84,7 @@ def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     assert row["compute limit"] == pytest.approx(1e9 / flops)
     assert row["share of limit"] == pytest.approx(4 * max(flops / 1e9, read / 1e6))
 
-    rows = bench.train_speed(cases, replace_flags(context=16, batch=5))[-1]
+    rows = bench.train_speed(cases, replace_flags(context=16, batch=5))
     assert all(row["tokens/s"] == 5 * 16 / 0.5 for row in rows)
     assert rows[1]["model"] == cases[1].name
     plain = bench.build(cases[1].config, CPU)
@@ -132,9 +132,9 @@ def test_break_even_is_where_both_take_the_same(cases):
 def test_runs_alternate_after_a_warm_up():
     order = []
     seconds = bench.alternate(
-        {name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU, ""
+        [lambda name=name: order.append(name) for name in "ab"], 3, CPU, ""
     )
-    assert order == list("ab") * 4 and [len(s) for s in seconds.values()] == [3, 3]
+    assert order == list("ab") * 4 and [len(s) for s in seconds] == [3, 3]
 
 
 def test_mistakes_get_one_line():

@@ -64,8 +64,9 @@ xargs() {
 cd() { :; }
 """
 
-# block: it stands in a code block, to be run as it is; else between backticks, perhaps shortened
-Command = namedtuple("Command", "line text block")
+# block: it stands in a code block, to be run as it is; else between backticks, perhaps shortened;
+# setup: the assignments before it
+Command = namedtuple("Command", "line text block setup")
 
 # ------------------------------------------------------------------------------- reading
 
@@ -96,17 +97,20 @@ def read_commands(text):
     """Return all commands of a Markdown text, in order. In code blocks, lines that look like none,
     as outputs, are left out."""
     blocks, prose = split_markdown(text)
-    commands = [Command(number, span, False)
-                for number, span in inline_spans(prose) if RUNS.match(span)]
+    commands, setup = [], []
     for number, block in blocks:
-        lines, start = block.split("\n"), 0
-        while start < len(lines):
-            end = start + 1
-            if BEGINS.match(lines[start]):
-                texts = {end: "\n".join(lines[start:end]) for end in range(end, len(lines) + 1)}
-                end = next((end for end in texts if not bash_says(texts[end])), end)
-                commands.append(Command(number + start, texts[end].strip(), True))
-            start = end
+        lines = block.split("\n")
+        while lines:
+            n = 1  # lines that the command takes
+            if BEGINS.match(lines[0]):
+                texts = {n: "\n".join(lines[:n]) for n in range(1, len(lines) + 1)}
+                n = next((n for n in texts if not bash_says(texts[n])), 1)
+                commands.append(Command(number, texts[n].strip(), True, [*setup]))
+                if SETS.match(texts[n]):
+                    setup.append(texts[n])
+            lines, number = lines[n:], number + n
+    commands += [Command(number, span, False, setup)
+                 for number, span in inline_spans(prose) if RUNS.match(span)]
     return sorted(commands)
 
 # ------------------------------------------------------------------------------- commands
@@ -131,9 +135,8 @@ def parser_of(script):
 
 def known_flags(parser):
     """Return all flags of a parser and of its sub-commands."""
-    flags = set()
+    flags = set(parser._option_string_actions)
     for action in parser._actions:
-        flags.update(action.option_strings)
         if isinstance(action, argparse._SubParsersAction):
             flags.update(*map(known_flags, action.choices.values()))
     return flags
@@ -174,12 +177,8 @@ def check_snippet(code):
             except ModuleNotFoundError as error:
                 faults.append(f"there is no module {error.name}")
             except ImportError:
-                faults.append(f"{file_of(node.module)} has no {name.name}")
+                faults.append(f"{node.module.replace('.', '/')}.py has no {name.name}")
     return faults
-
-
-def file_of(module):
-    return module.replace(".", "/") + ".py"
 
 
 def check_words(name, rest, exact):
@@ -196,14 +195,14 @@ def check_words(name, rest, exact):
     if rest[0] == "-m":
         if rest[1] in ("pip", "pytest", "venv"):
             return []
-        rest = [file_of(rest[1]), *rest[2:]]
+        rest = [rest[1].replace(".", "/") + ".py", *rest[2:]]
     if not (ROOT / rest[0]).exists():
         return [f"{rest[0]} does not exist"]
     return [] if name == "bash" else check_arguments(rest[0], rest[1:], exact)
 
 
-def check_command(command, setup):
-    """Return what is wrong with a command, a list of texts. setup: assignments that go before."""
+def check_command(command):
+    """Return what is wrong with a command, a list of texts."""
     text = command.text
     if not command.block:
         text = re.sub(r"[\[\]]", " ", text)  # [--what may be left out]
@@ -213,7 +212,7 @@ def check_command(command, setup):
         return ["bash cannot read this to its end"]
     strict = "set -u" if command.block else ""
     with tempfile.TemporaryDirectory() as folder:  # for what commands are sent to
-        done = run_bash([NOTE_WORDS, strict, *setup, text], folder, stderr=subprocess.PIPE)
+        done = run_bash([NOTE_WORDS, strict, *command.setup, text], folder, stderr=subprocess.PIPE)
     faults = [f"${name} is not set before"
               for name in re.findall(r"(\w+): unbound variable", done.stderr)]
     for line in done.stdout.split("\x1e")[:-1]:
@@ -260,13 +259,10 @@ def check_document(path):
     """Return [(line, fault)] of a document; a bash script is one command."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".sh":
-        return [(1, fault) for fault in check_command(Command(1, text, True), [])]
-    faults, setup = [*check_names(path, split_markdown(text)[1])], []
-    for command in read_commands(text):
-        faults += [(command.line, fault) for fault in check_command(command, setup)]
-        if SETS.match(command.text):
-            setup.append(command.text)
-    return faults
+        return [(1, fault) for fault in check_command(Command(1, text, True, []))]
+    return [*check_names(path, split_markdown(text)[1]),
+            *((command.line, fault) for command in read_commands(text)
+              for fault in check_command(command))]
 
 
 def find_documents():
@@ -297,33 +293,30 @@ def run_all(folder, paths):
     failed, once = 0, set()
     with open(folder / "docs-log.txt", "w", encoding="utf-8") as log:
         for path in paths:
-            setup, commands = [], [Command(1, f"bash {name_of(path)}", True)]
-            if path.suffix == ".md":
+            commands = [Command(1, f"bash {name_of(path)}", True, [])]
+            if path.suffix != ".sh":
                 commands = read_commands(path.read_text(encoding="utf-8"))
-            for line, text, block in commands:
-                bare = re.sub(r" +#.*", "", text)
-                if not block or ("$" not in bare and bare in once):
+            for command in commands:
+                bare = re.sub(r" +#.*", "", command.text)
+                if not command.block or ("$" not in bare and bare in once):
                     continue
                 once.add(bare)
-                code, said, output = run_command(text, setup, folder)
+                code, said, output = run_command(command, folder)
                 failed += code != 0
-                if SETS.match(text):
-                    setup.append(text)
-                head = f"{name_of(path)}:{line}: {said}"
-                log.write(f"{head}\n{text}\n{output}\n")
-                log.flush()
-                print(f"{head}: {text.splitlines()[0]}", flush=True)
+                head = f"{name_of(path)}:{command.line}: {said}"
+                print(head, command.text, output, sep="\n", file=log, flush=True)
+                print(f"{head}: {command.text.splitlines()[0]}", flush=True)
     print(f"{failed} commands failed; wrote {folder / 'docs-log.txt'}")
     return failed
 
 
-def run_command(text, setup, folder):
-    """Run a command after assignments. Return (exit code, it in words, the output's last lines)."""
+def run_command(command, folder):
+    """Run a command in a folder. Return (exit code, it in words, the output's last lines)."""
     for pattern, why in SKIP.items():
-        if re.search(pattern, text):
+        if re.search(pattern, command.text):
             return 0, f"skipped: {why}", ""
     start = time.monotonic()
-    done = run_bash(["set -u", *setup, text], folder, stderr=subprocess.STDOUT)
+    done = run_bash(["set -u", *command.setup, command.text], folder, stderr=subprocess.STDOUT)
     lines = [line for line in re.split(r"[\r\n]", done.stdout) if line.strip()]
     said = f"exit code {done.returncode}, {time.monotonic() - start:.0f} s"
     return done.returncode, said, "".join(f"    {line}\n" for line in lines[-5:])
