@@ -43,8 +43,7 @@ def layers_run(config, loops):
 
 
 def cases_of(config, recurrence):
-    """Return the cases to compare: the looped model, trained for each number of loops, and the
-    three plain ones."""
+    """Return the looped model, trained for each number of loops, and the three plain ones."""
     cases = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
              for loops in recurrence]
     n, size = config.n_layer, parameters(config)
@@ -151,16 +150,14 @@ def alternate(runs, rounds, device, what):
 
 
 def bandwidth(device):
-    """Return the bytes read from memory per second: the best of a few sums over an array that does
-    not fit a cache."""
+    """Return the bytes/s read from memory: the best of a few sums over more than a cache holds."""
     x = torch.ones(1 << 26, device=device)
     [seconds] = alternate([lambda: x.sum().item()], 5, device, "memory bandwidth")
     return x.nbytes / min(seconds)
 
 
 def speeds(cases, steps, tokens, args, what):
-    """Return rows of the median, least and most tokens/s. steps: a function for each case, which
-    makes so many tokens."""
+    """Return rows of tokens/s: median, least, most. steps: each case's, of so many tokens."""
     rows = []
     for case, seconds in zip(cases, alternate(steps, args.rounds, args.device, what)):
         rates = sorted(tokens / s for s in seconds)
@@ -219,8 +216,7 @@ def generation_of(case, args):
 
 @torch.no_grad()
 def decode_speed(cases, args):
-    """Measure tokens/s of decoding one sequence, print them with the limits that the machine sets,
-    and return the rows."""
+    """Measure tokens/s of decoding one sequence, print them and their limits; return the rows."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
     steps, flops, read = zip(*(generation_of(case, args) for case in cases))

@@ -58,9 +58,8 @@ def accept(tokens, given, wanted, generator):
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
     """Yield n next tokens (1, 1) of idx (1, T), as generation.stream does, but drafted, `ahead`
-    at a time with `draft` loops; none is once the context is full and the window slides. Raises
-    UserError. counts: a dict that gets "drafted" and "kept" tokens, and "loops", how many ran one
-    after the other."""
+    at a time with `draft` loops, until the context is full and the window slides. Raises UserError.
+    counts: a dict that gets "drafted" and "kept" tokens, and "loops" that ran one after another."""
     check(idx, temperature, top_k, top_p, None)
     if len(idx) != 1:
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")

@@ -5,16 +5,14 @@
     python -m tools.check_docs --full ../copy           every command, in a fresh copy; takes hours
 
 --quick parses each command with its script's own parser, prints a line for each fault, and exits
-with 1 if there is one. --full runs the commands of the code blocks in order, in a clone of what is
-committed, and logs seconds, exit codes and last lines in docs-log.txt there. SKIP says what is not
-run, and why.
+with 1 if there is one. --full runs the commands of the code blocks in order, but those in SKIP, in
+a clone of what is committed; seconds, exit codes and last lines go to docs-log.txt there.
 """
 
 import argparse
 import ast
 import contextlib
 import functools
-import io
 import re
 import runpy
 import subprocess
@@ -94,8 +92,7 @@ def inline_spans(prose):
 
 
 def read_commands(text):
-    """Return all commands of a Markdown text, in order. In code blocks, lines that look like none,
-    as outputs, are left out."""
+    """Return all commands of a Markdown text, in order, without the outputs between them."""
     blocks, prose = split_markdown(text)
     commands, setup = [], []
     for number, block in blocks:
@@ -145,14 +142,13 @@ def known_flags(parser):
 def check_arguments(script, words, exact):
     """Return what is wrong with a script's arguments; exact: they are all there, parse them."""
     parser, rest = parser_of(script), words
+    if "--help" in words:
+        return []
     if parser and exact:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                rest = parser.parse_known_args(words)[1]
+            rest = parser.parse_known_args(words)[1]
         except UserError as error:
             return [f"{script}: {error}"]
-        except SystemExit:  # --help
-            return []
     elif parser:
         flags = [word for word in words if re.match("--[a-z]", word)]
         rest = [flag for flag in flags if flag.split("=")[0] not in known_flags(parser)]
@@ -260,9 +256,10 @@ def check_document(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".sh":
         return [(1, fault) for fault in check_command(Command(1, text, True, []))]
-    return [*check_names(path, split_markdown(text)[1]),
-            *((command.line, fault) for command in read_commands(text)
-              for fault in check_command(command))]
+    faults = [*check_names(path, split_markdown(text)[1])]
+    for command in read_commands(text):
+        faults += [(command.line, fault) for fault in check_command(command)]
+    return faults
 
 
 def find_documents():

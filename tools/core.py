@@ -61,8 +61,7 @@ TASKS = {
 
 
 def read_task(file, kind, delimiter):
-    """Return the items of a task as of `options`, shuffled. Raises UserError that names the file
-    and the line."""
+    """Return a task's items as of `options`, shuffled. Raises UserError that names the line."""
     items = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():

@@ -31,8 +31,7 @@ def read_run(path):
     "label"; "folder", where its files are; "T", its mean recurrence; an array (steps,) for each of
     KEYS and for "smooth", the loss; "val", the val losses at T loops: lists for AXES and "loss";
     "sizes" of the state, {loops: [(tokens, size)]}, for a plain transformer empty."""
-    path = Path(path)
-    folder = path
+    path = folder = Path(path)
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
         folder = path / ".new"  # train.py --overwrite, until its first checkpoint
     file = folder / "log.jsonl"
@@ -79,14 +78,11 @@ def read_runs(paths):
 def smooth(values):
     """Return the mean around each of the values (n,), over a fiftieth of them, and over what is
     there at the ends; NaN where none is finite."""
-    n, half = len(values), len(values) // 100
+    window = np.ones(2 * (len(values) // 100) + 1)
     finite = np.isfinite(values)
-    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
-    counts = np.append(0, np.cumsum(finite))
-    first = np.maximum(np.arange(n) - half, 0)
-    beyond = np.minimum(np.arange(n) + half + 1, n)
+    sums = np.convolve(np.where(finite, values, 0), window, "same")
     with np.errstate(invalid="ignore"):  # 0 / 0 where a stretch of steps was skipped
-        return (sums[beyond] - sums[first]) / (counts[beyond] - counts[first])
+        return sums / np.convolve(finite, window, "same")
 
 # ----------------------------------------------------------------------------- the picture
 
@@ -149,8 +145,6 @@ def steering(axes, run):
     for panel in axes:
         panel.locator_params(axis="x", nbins=6)
         panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
-
-# ----------------------------------------------------------------------------- command line
 
 
 def main():

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections import defaultdict
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,7 @@ from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
 @torch.no_grad()
 def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """Return {loops: loss in nats (B, T) of each target} for a list of loops. Raises UserError
-    where a loss is not finite.
+    """Return {loops: loss (B, T) of each target, see loss_of} for a list of loops.
 
     kv_cache "none": all tokens at once, and all loops in one pass. "per-loop", "shared": token by
     token through a cache of that kind, as in generation."""
@@ -49,20 +48,19 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
     if kv_cache == "none":
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                logits = model.lm_head(model.readout(h, inputs))
-                losses[loops] = loss_of(logits, targets, loops)
+                losses[loops] = loss_of(model.head(model.readout(h, inputs)), targets, loops)
         return losses
     for loops in recurrence:
         cache = model.new_cache(*idx.shape, loops, kv_cache)
         x = [model.hidden(token, loops, cache) for token in idx.split(1, dim=1)]
-        losses[loops] = loss_of(model.lm_head(torch.cat(x, dim=1)), targets, loops)
+        losses[loops] = loss_of(model.head(torch.cat(x, dim=1)), targets, loops)
     return losses
 
 
 def loss_of(logits, targets, loops):
     """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size). Raises UserError
     where one is not finite."""
-    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
     return loss
 
@@ -83,8 +81,7 @@ def read_all(model, batches, tokenizer, losses_of):
 
 
 def standard_error(nats, tokens):
-    """Return the standard error of a mean loss, None for a single sequence. nats, tokens: of each
-    sequence, (sequences,)."""
+    """Return the standard error of a mean loss; None for one. nats, tokens: (sequences,)."""
     n = len(nats)
     if n < 2:
         return None
@@ -147,8 +144,7 @@ def add_text_flags(add, sequences):
 
 
 def open_text(args, model, tokenizer):
-    """Return the Text that the flags of add_text_flags name; of a file no more is read than it
-    needs. Raises UserError."""
+    """Return the Text that the flags of add_text_flags name. Raises UserError."""
     block_size, file = model.config.block_size, args.text
     if file and args.data:
         raise UserError("--text is read in place of --data: leave out one of them")
@@ -157,12 +153,9 @@ def open_text(args, model, tokenizer):
         windows = [loader.window(i) for i in range(min(args.sequences, len(loader)))]
         return Text(data, text_of(data), windows)
 
-    tokens, most = [begin_token(tokenizer)], args.sequences * block_size + 1
-    for part in encode(tokenizer, read_text(file)):
-        tokens += part.tolist()
-        if len(tokens) >= most:
-            break
-    tokens = np.array(tokens[:most])
+    read = islice(chain.from_iterable(encode(tokenizer, read_text(file))),
+                  args.sequences * block_size)
+    tokens = np.array([begin_token(tokenizer), *map(int, read)])
     if len(tokens) < 2:
         raise UserError(f"--text {file} is empty")
     digest = hashlib.sha256(tokenizer.decode_bytes(tokens[1:].tolist())).hexdigest()
@@ -180,12 +173,9 @@ def open_data(args, tokenizer, block_size):
     if there and not same_tokens(load_tokenizer(data), tokenizer):
         raise UserError(f"{data} has other tokens than {args.run} was trained on")
     loader = Loader(data, "val", block_size, tokenizer.n_vocab, EVAL_SEED)
-    difference = changed_text(args.run, data)
-    if difference:
+    if difference := changed_text(args.run, data):
         print(difference)
     return data, loader
-
-# ------------------------------------------------------------------------------- command line
 
 
 def add_run_flags(add):
@@ -215,15 +205,6 @@ def open_run(args):
     return model, load_tokenizer(args.run), recurrence
 
 
-def line_of(row):
-    """Return a row as text; in brackets the standard error, - where there is none."""
-    error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"
-                      for name in ("standard_error", "gain_standard_error"))
-    gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # none on itself
-    return (f"{row['recurrence']:12}   {row['val_loss']:.4f} ({error})  {row['perplexity']:10.3f}"
-            f"   {row['bits_per_byte']:13.4f}{gain}")
-
-
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -245,7 +226,11 @@ def main():
           f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
           f"gain over T = {recurrence[0]}")
     for row in rows:
-        print(line_of(row))
+        error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"  # of a single sequence
+                          for name in ("standard_error", "gain_standard_error"))
+        gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # none on itself
+        print(f"{row['recurrence']:12}   {row['val_loss']:.4f} ({error})  "
+              f"{row['perplexity']:10.3f}   {row['bits_per_byte']:13.4f}{gain}")
     write_json(Path(args.run) / "eval.json", {
         "step": model.step, "data": text.name, "text": text.fingerprint,
         "sequences": len(text.windows), "tokens": tokens, "bytes": n_bytes,

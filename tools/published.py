@@ -13,7 +13,7 @@ format cannot say: a field, a rule or a tensor of your own.
 """
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -119,8 +119,7 @@ def settings_of(config):
 
 # ----------------------------------------------------------------------------- the weights
 
-# Beginnings of names, theirs and ours. The first that fits counts, in both directions; a GPT's h is
-# its only stack.
+# Beginnings of names, theirs and ours: the first that fits counts, in both directions.
 RENAMED = {
     "transformer.adapter.adapter.weight": "injection.W",
     "transformer.adapter.A_log": "injection.log_A", "transformer.adapter.": "injection.",
@@ -155,8 +154,7 @@ INJECTED = {"diagonal": {"log_A": [1], "dt_bias": [1], "B": [1, 1]}, "concat": {
 
 
 def tensors_of(config):
-    """Return {our name: a tensor of the shape} of every tensor that the published format has for a
-    ParcaeConfig."""
+    """Return {our name: a meta tensor} of all that the published format has for a config."""
     d, width, vocab = config.n_embd, config.mlp_width, config.vocab_size
     weights = {"wte": (vocab, d), "norm_f": (d,), "lm_head": (vocab, d)}
     layers = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
@@ -180,21 +178,16 @@ def tensors_of(config):
 
 
 def check_can_be_said(config, weights):
-    """Raise UserError that names what the published format cannot say of a model: a field of its
-    config that would not come back, an injection or a tensor that the format does not have."""
-    alike = config
-    if not config.n_recurrent:  # a GPT has one stack
-        alike = replace(config, n_prelude=config.n_layer, n_coda=0)
-    again = config_from(settings_of(config))
-    again.value_embeds = config.value_embeds  # told by the weights
-    problems = []
-    known = {*FIELDS.values(), "value_embeds", "state_init"}
-    for name, value in asdict(alike).items():
-        # as in an import, a field that the other side does not know must be switched off
-        if value != getattr(again, name) if name in known else value:
-            problems.append(f"{name} is {value!r}")
+    """Raise UserError that names what the published format cannot say of a model: a field, a rule
+    or a tensor that the format does not have."""
+    known = {*FIELDS.values(), "state_init", "value_embeds"}  # the last is told by the weights
+    # as in an import, a field that the other side does not know must be switched off
+    unsaid = [name for name, value in asdict(config).items() if value and name not in known]
+    if config.state_init not in STATES.values():
+        unsaid.append("state_init")
     if config.n_recurrent and config.injection not in INJECTED:
-        problems.append(f"injection is {config.injection!r}")
+        unsaid.append("injection")
+    problems = [f"{name} is {getattr(config, name)!r}" for name in unsaid]
     problems += misfits(tensors_of(config), weights)
     if problems:
         raise UserError("the published format cannot say what this model computes: "
@@ -218,10 +211,9 @@ def read_weights(folder):
         return weights
     try:
         from safetensors.torch import load_file
+        return load_file(file)
     except ImportError:
         raise UserError(f"{file} is read by another package: pip install safetensors") from None
-    try:
-        return load_file(file)
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise UserError(f"{file} is not a checkpoint that can be read: {error}") from None
 
@@ -275,8 +267,7 @@ def import_model(source):
 
 
 def export_model(model, directory):
-    """Write a model to a directory in the published format, float32. Raises UserError that names
-    what the format cannot say."""
+    """Write a model in the published format, float32. Raises UserError, see check_can_be_said."""
     directory = Path(directory)
     ours = {name: to_float32(w).cpu() for name, w in model.state_dict().items()}
     check_can_be_said(model.config, ours)
@@ -288,8 +279,7 @@ def export_model(model, directory):
 # ----------------------------------------------------------------------------- tokenizers
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# They write a token with a character a byte: printable bytes are themselves, the others the
-# characters from 256 on.
+# Their tokens have a character a byte: printable bytes are themselves, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
@@ -352,8 +342,7 @@ def from_hugging_face(saved):
 
 
 def split_pattern(pre_tokenizer):
-    """Return the one regular expression by which a pre_tokenizer, a dict, cuts text. Raises
-    UserError."""
+    """Return the one pattern by which a pre_tokenizer, a dict, cuts text. Raises UserError."""
     *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kind, prefix = last.get("type"), last.get("add_prefix_space")
     need(kind == "ByteLevel" and not prefix,
@@ -387,8 +376,7 @@ def check_merges(ranks, order, ignore_merges):
 
 
 def last_parts(token, ranks):
-    """Return what tiktoken merges the bytes of a token to, before the token itself: two parts, or
-    more where it gets stuck."""
+    """Return the parts that tiktoken makes of a token's bytes, two, or more where it is stuck."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         unions = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
@@ -397,8 +385,6 @@ def last_parts(token, ranks):
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
-# ----------------------------------------------------------------------------- command line
 
 
 def check_empty(directory):

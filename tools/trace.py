@@ -11,7 +11,6 @@ and how far the loop moved the state.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from parts import figures
@@ -27,10 +26,9 @@ PAGE = Path(__file__).with_suffix(".html")
 
 @torch.no_grad()
 def trace(model, idx, recurrence, last, k):
-    """Return what the model would predict after each loop at the last tokens of idx (1, T): the
-    probabilities and numbers of the k likeliest tokens, (loops, last, k) each; and how far the loop
-    moved the state, |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is
-    not finite."""
+    """Return what each loop would predict at the last tokens of idx (1, T), probabilities and
+    numbers of the k likeliest tokens, (loops, last, k) each; and how far it moved the state,
+    |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is not finite."""
     tops, moved, before = [], [], 0
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
         logits = model.lm_head(model.readout(h, inputs)[0, -last:]).float()  # (last, vocab_size)
@@ -55,9 +53,8 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
     if page:
         write_page(path, read, tops, probs.tolist())
     else:
-        picture(path, [short(text) for text in read],
-                [[short(text) for text, in row] for row in tops],
-                probs[..., 0].cpu().numpy(), moved.cpu().numpy())
+        tops = [[short(text) for text, in row] for row in tops]
+        picture(path, [*map(short, read)], tops, probs[..., 0].cpu().numpy(), moved.cpu().numpy())
     print(f"wrote {path}: {len(read)} tokens, {recurrence} loops")
 
 
@@ -95,13 +92,12 @@ def picture(path, tokens, tops, probabilities, moved):
     """Draw what each loop would predict.
 
     tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
-    token, its probability, and how far the loop moved the state, |h_t - h_(t-1)| / |h_t|."""
-    moved = np.asarray(moved)
+    token, its probability, and how far the loop moved the state; arrays but for tops."""
     loops, T = moved.shape
     figure, (axes, below) = figures.pyplot().subplots(
         2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
         height_ratios=[loops, 3])
-    image = figures.cells(axes, np.asarray(probabilities), tops, lowest=0)
+    image = figures.cells(axes, probabilities, tops, lowest=0)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     for i in range(T):
         # the loop from which on the prediction stays
