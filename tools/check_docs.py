@@ -251,26 +251,23 @@ def check_names(path, prose):
             yield number, f"`{span}` does not exist"
 
 
-def check_document(path):
-    """Return [(line, fault)] of a document; a bash script is one command."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".sh":
-        return [(1, fault) for fault in check_command(Command(1, text, True, []))]
-    faults = [*check_names(path, split_markdown(text)[1])]
-    for command in read_commands(text):
-        faults += [(command.line, fault) for fault in check_command(command)]
-    return faults
-
-
 def find_documents():
     """Return the paths of the repository's documents."""
     return [path for pattern in DOCUMENTS.split() for path in sorted(ROOT.glob(pattern))]
 
 
 def check(paths):
-    """Return all faults of documents, a line of text each, in order."""
-    return [f"{name_of(path)}:{line}: {fault}"
-            for path in paths for line, fault in sorted(check_document(path))]
+    """Return all faults of documents, a line of text each, in order; a bash script is a command."""
+    lines = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        faults, commands = [], [Command(1, text, True, [])]
+        if path.suffix != ".sh":
+            faults, commands = [*check_names(path, split_markdown(text)[1])], read_commands(text)
+        for command in commands:
+            faults += [(command.line, fault) for fault in check_command(command)]
+        lines += [f"{name_of(path)}:{line}: {fault}" for line, fault in sorted(faults)]
+    return lines
 
 
 def name_of(path):

@@ -175,13 +175,13 @@ def score(model, questions, recurrence):
     x = model.hidden(idx, recurrence, cache)
 
     results = [[] for _ in questions]
-    for i, row in enumerate(rows):
-        targets = torch.tensor(row[starts[i]:], device=device)
-        first = starts[i] - 1 - n  # the place that predicts the first of them
-        logits = model.lm_head(x[i, first:first + len(targets)]).float()
+    for number, row, start, hidden in zip(owner, rows, starts, x):
+        targets = torch.tensor(row[start:], device=device)
+        first = start - 1 - n  # the place that predicts the first of them
+        logits = model.head(hidden[first:first + len(targets)])
         check_predicts(logits, recurrence)
         greedy = bool((logits.argmax(-1) == targets).all())
-        results[owner[i]].append((F.cross_entropy(logits, targets).item(), greedy))
+        results[number].append((F.cross_entropy(logits, targets).item(), greedy))
     return results
 
 

@@ -254,10 +254,9 @@ def import_model(source):
 
     # Two facts that their config does not tell. A tied matrix may lie there under either name.
     config.value_embeds = any(name.startswith("value_embeds") for name in weights)
-    if config.tie_embeddings:
-        for there, here in (("wte", "lm_head"), ("lm_head", "wte")):
-            if f"{there}.weight" in weights:
-                weights.setdefault(f"{here}.weight", weights[f"{there}.weight"])
+    names = {"wte.weight", "lm_head.weight"}
+    if config.tie_embeddings and (there := names & weights.keys()):
+        weights = dict.fromkeys(names, weights[there.pop()]) | weights
 
     model = Parcae(config)
     fit_weights(model, weights, f"the weights in {folder} do not fit its config.json")

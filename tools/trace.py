@@ -31,7 +31,7 @@ def trace(model, idx, recurrence, last, k):
     |h_t - h_{t-1}| / |h_t|, (loops, last). Raises UserError where a prediction is not finite."""
     tops, moved, before = [], [], 0
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
-        logits = model.lm_head(model.readout(h, inputs)[0, -last:]).float()  # (last, vocab_size)
+        logits = model.head(model.readout(h, inputs)[0, -last:])  # (last, vocab_size)
         check_predicts(logits, loops)
         tops.append(logits.softmax(-1).topk(k))
         moved.append(((h - before).norm(dim=-1) / h.norm(dim=-1))[0, -last:])
@@ -46,7 +46,7 @@ def draw_trace(model, tokenizer, idx, recurrence, path):
         raise UserError("a trace needs a model that loops and a prompt")
     page = is_page(path)
     last, k = (model.config.block_size, 5) if page else (TRACED, 1)
-    idx = idx[:, -model.config.block_size:]
+    idx = idx[:, -model.config.block_size:].to(model.wte.weight.device)
     probs, tokens, moved = trace(model, idx, recurrence, last, k)
     read = [text_of(tokenizer, i) for i in idx[0, -last:].tolist()]
     tops = [[[text_of(tokenizer, i) for i in top] for top in row] for row in tokens.tolist()]
@@ -132,9 +132,8 @@ def main():
         figures.pyplot()  # where matplotlib is missing, say so now
     model, tokenizer, _ = open_run(args)
     _, idx = read_prompt(args, tokenizer)
-    idx = idx.to(model.wte.weight.device)
-    draw_trace(model, tokenizer, idx, args.recurrence or 2 * model.config.mean_recurrence,
-               args.file)
+    recurrence = args.recurrence or 2 * model.config.mean_recurrence
+    draw_trace(model, tokenizer, idx, recurrence, args.file)
 
 
 if __name__ == "__main__":
