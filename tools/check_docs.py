@@ -278,8 +278,8 @@ def name_of(path):
 
 
 def run_all(folder, paths):
-    """Clone the repository to folder, run the commands of code blocks and the bash scripts there,
-    each once. Return how many failed."""
+    """Run the commands of code blocks and the bash scripts, each once, in a clone of the repository
+    at folder. Return how many failed."""
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"--full {folder} exists, must be a new directory")

@@ -16,6 +16,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -133,15 +134,9 @@ def make_question(i, items, kind, shots, tokenizer, block_size):
 
 
 def common_prefix(rows):
-    """Return the length of the common prefix of lists.
-
-    >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]])
-    2
-    """
-    for i, column in enumerate(zip(*rows)):
-        if len(set(column)) > 1:
-            return i
-    return min(map(len, rows))
+    """Return the length of the common prefix of lists: 2 for [1, 2, 3] and [1, 2, 4, 5]."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*rows))
+    return len(list(alike))
 
 # ------------------------------------------------------------------------------- scores
 

@@ -221,8 +221,7 @@ def read_weights(folder):
 
 
 def local_files(source):
-    """Return a directory with a model: `source` itself, or what the Hugging Face hub has under the
-    name "owner/name". Raises UserError."""
+    """Return a folder: `source`, or what the hub has under "owner/name". Raises UserError."""
     if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return Path(source)
     for name in WEIGHTS:  # one file of weights is enough: they are large
@@ -237,8 +236,7 @@ def local_files(source):
 
 
 def import_model(source):
-    """Return (model in eval mode, tokenizer or None) from a directory in the published format or
-    the name of one on the Hugging Face hub. Raises UserError."""
+    """Return (model in eval mode, tokenizer or None), see local_files. Raises UserError."""
     folder = local_files(source)
     file = folder / "config.json"
     if not file.exists():
