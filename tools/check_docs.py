@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import io
 import re
 import runpy
 import subprocess
@@ -63,7 +64,7 @@ cd() { :; }
 """
 
 # block: it stands in a code block, to be run as it is; else between backticks, perhaps shortened;
-# setup: the assignments before it
+# setup: the assignments that it may use
 Command = namedtuple("Command", "line text block setup")
 
 # ------------------------------------------------------------------------------- reading
@@ -142,13 +143,14 @@ def known_flags(parser):
 def check_arguments(script, words, exact):
     """Return what is wrong with a script's arguments; exact: they are all there, parse them."""
     parser, rest = parser_of(script), words
-    if "--help" in words:
-        return []
     if parser and exact:
         try:
-            rest = parser.parse_known_args(words)[1]
+            with contextlib.redirect_stdout(io.StringIO()):
+                rest = parser.parse_known_args(words)[1]
         except UserError as error:
             return [f"{script}: {error}"]
+        except SystemExit:  # --help
+            return []
     elif parser:
         flags = [word for word in words if re.match("--[a-z]", word)]
         rest = [flag for flag in flags if flag.split("=")[0] not in known_flags(parser)]
