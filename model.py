@@ -7,8 +7,8 @@
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
 0 < A_bar < 1, and the layers read normalised input, so that what they add is bounded: with given
-weights the state cannot blow up, however many loops run ("Parcae: Scaling Laws For Stable Looped Language Models", arXiv
-2604.12946, eq. 3; "§" and "eq." refer to it).
+weights the state cannot blow up, however many loops run ("Parcae: Scaling Laws For Stable Looped
+Language Models", arXiv 2604.12946, eq. 3; "§" and "eq." refer to it).
 A plain transformer is this one with an empty recurrent block (n_recurrent=0).
 
 What differs from a textbook GPT, as in the published model:
