@@ -26,7 +26,7 @@ import torch
 from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import LAWS, RESAMPLES, interval
+from parts.laws import LAWS, RESAMPLES, exponent
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
@@ -120,15 +120,13 @@ def optimum_of(budget, samples, cost, noise):
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     """Return what --json writes of the runs without a law: the optimum at each budget with three
-    recurrences, power laws of these, the noise of a run, notes. cost: of laws.token_cost."""
+    recurrences, power laws of these, the noise of a run. cost: of laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
     optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
     if noise:
         noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95 % of pairs differ by less
-    return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise,
-            "notes": notes_on(budgets, optima, noise)}
-
+    return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise}
 
 # ----------------------------------------------------------------------------- power laws
 
@@ -137,18 +135,16 @@ def line_through(x, y, low, high):
     """Return (slope, intercept) of the least squares line through y (n,), NaN with fewer than two
     finite values. -inf says at most low[i], +inf at least high[i]: such a point counts only where
     the line contradicts it. Which those are is tried again until it stays (an active set)."""
-    known = np.isfinite(y)
+    used = known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
-    target = np.where(y == -math.inf, low, np.where(y == math.inf, high, y))
-    used = known
+    target = np.where(known, y, y.clip(low, high))
     for _ in range(2 * len(x)):
         slope, intercept = np.polyfit(x[used], target[used], 1)
-        line = slope * x + intercept
-        contradicted = (y == -math.inf) & (line > low) | (y == math.inf) & (line < high)
-        if np.array_equal(used, known | contradicted):
+        contradicted = np.sign(y) * (slope * x + intercept - target) < 0  # above "at most", say
+        before, used = used, known | contradicted
+        if np.array_equal(used, before):
             break
-        used = known | contradicted
     return slope, intercept
 
 
@@ -158,6 +154,7 @@ def power_laws(budgets, samples, cost):
     log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
     if np.isfinite(log_mu).sum() < 2:
         return {}
+    every = np.concatenate([log_mu[None], samples])  # the runs as they are, then the resamples
     x = np.log([budget.flops for budget in budgets])
     low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
 
@@ -166,16 +163,13 @@ def power_laws(budgets, samples, cost):
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
-    def power_law(y, samples, low, high):
-        slope, intercept = line_through(x, y, low, high)
-        slopes = np.array([line_through(x, sample, low, high)[0] for sample in samples])
-        defined = float(np.isfinite(slopes).mean()) if len(slopes) else None
-        return {"exponent": float(slope), "coefficient": math.exp(intercept), "defined": defined,
-                "ci": interval(slopes, slope)}
+    def power_law(every, low, high):
+        slopes, intercepts = np.array([line_through(x, y, low, high) for y in every]).T
+        defined = float(np.isfinite(slopes[1:]).mean()) if len(samples) else None
+        return exponent(slopes) | {"coefficient": math.exp(intercepts[0]), "defined": defined}
 
-    return {"mu_rec": power_law(log_mu, samples, low, high),
-            "tokens": power_law(log_tokens(log_mu), log_tokens(samples), log_tokens(high),
-                                log_tokens(low))}
+    return {"mu_rec": power_law(every, low, high),
+            "tokens": power_law(log_tokens(every), log_tokens(high), log_tokens(low))}
 
 # ----------------------------------------------------------------------------- all laws
 
@@ -218,9 +212,8 @@ def fit_optima(every_row, accounting, resamples=RESAMPLES):
     sizes = tables.distinct(table.rows, "params_core", "params_noncore")
     one_size = table.looped and sizes <= 1
     if one_size:
-        found = fit_parabolas(table.budgets, table.cost)
-        notes += found.pop("notes")
-        out |= found
+        out |= fit_parabolas(table.budgets, table.cost)
+        notes += notes_on(table.budgets, out["isoflop"], out["noise"])
         out["seeds"] = chance.seed_differences(tables.budgets_of(table.measured), out["noise"])
         out["gain"], alone = chance.gains(table.budgets, out["noise"])
         if alone:
@@ -272,10 +265,9 @@ def fit_table(every_row, accounting, resamples=RESAMPLES):
 def draw(out, table, folder):
     """Write the figures of what was fitted."""
     if out["isoflop"]:
-        title = f"Equal FLOPs ({out['model']})"
-        if out["seeds"]:
-            title += ", effects of seeds taken out"
-        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"], title)
+        taken_out = ", effects of seeds taken out" if out["seeds"] else ""
+        figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"],
+                        f"Equal FLOPs ({out['model']}){taken_out}")
         print("wrote", folder / "isoflop.png")
     if "frontier" in out.get("training_law", {}):
         flops = column(table.rows, "flops")

@@ -33,11 +33,12 @@ def seed_effects(cells):
         return {}, 0.0, 0
     which, losses = [], []  # each run's seed and log loss, less the means of its cell
     for cell in cells:
-        mine = {seed: loss for seed, loss in cell.items() if seed in known}
+        mine = [seed for seed in cell if seed in known]
         if mine:
-            seeds = np.array([np.equal(known, seed) for seed in mine], dtype=float)
-            which.append(seeds - seeds.mean(0))
-            losses.append(np.array(list(mine.values())) - np.mean(list(mine.values())))
+            is_seed = np.equal.outer(mine, known).astype(float)  # (runs, seeds)
+            which.append(is_seed - is_seed.mean(0))
+            losses.append(np.array([cell[seed] for seed in mine]))
+            losses[-1] -= losses[-1].mean()
     which, losses = np.concatenate(which), np.concatenate(losses)
     effects = np.linalg.pinv(which) @ losses  # of all that fit alike, those whose sum is 0
     squares = ((which @ effects) ** 2).sum()

@@ -66,8 +66,8 @@ def reasons_against(law, rows):
     if law == "unified":
         loops = column(rows, "recurrence") / column(rows, "mu_rec")
         values["values of T / mu_rec at evaluation"] = loops
-    counts = {name: len(np.unique(some)) for name, some in values.items()}
-    reasons = [f"{count} {name}, it needs 3" for name, count in counts.items() if count < 3]
+    reasons = [f"{len({*some})} {name}, it needs 3"
+               for name, some in values.items() if len({*some}) < 3]
     if law == "worth" and distinct(rows, "params_core", "params_noncore") < 2:
         reasons.append("1 size of model, it needs 2")
     if len(rows) <= len(LAWS[law].parameters):
@@ -299,13 +299,12 @@ def token_cost(rows):
 
     Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
     recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
-    cheapest = {}  # {mu_rec: (FLOPs of a token, mu_bwd)}
-    for group in alike(rows, "mu_rec", "mu_bwd"):
-        mu, mu_bwd = group[0]["mu_rec"], group[0]["mu_bwd"]
-        cost = sum(column(group, "flops")) / sum(column(group, "tokens"))
-        cheapest[mu] = min((cost, mu_bwd), cheapest.get(mu, (math.inf, None)))
-    costs = {mu: cost for mu, (cost, _) in cheapest.items()}
-    rounded = all(mu_bwd == math.ceil(mu / 2) for mu, (_, mu_bwd) in cheapest.items())
+    costs, rounded = {}, True
+    for runs in alike(rows, "mu_rec"):
+        mu = runs[0]["mu_rec"]
+        costs[mu], mu_bwd = min((sum(column(some, "flops")) / sum(column(some, "tokens")),
+                                 some[0]["mu_bwd"]) for some in alike(runs, "mu_bwd"))
+        rounded &= mu_bwd == math.ceil(mu / 2)
     return cost_between(lower_hull(costs) if rounded else costs)
 
 

@@ -71,13 +71,6 @@ def gain_text(gain):
     return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {len(gain['by_seed'])} pairs"
 
 
-def misfit_text(chance):
-    """Return what chance.lack_of_fit says as text, "" where noise explains what is left over."""
-    if chance is None or chance >= 0.05:
-        return ""
-    share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
-    return f"the noise of seeds would miss it by so much in {share} of sweeps"
-
 # ----------------------------------------------------------------------------- what is printed
 
 
@@ -105,25 +98,21 @@ def report_optima(out):
     """Print the optimum at each budget, by parabola and by law, what looping gains there, and the
     exponents."""
     law = out.get("training_law", {}).get("frontier", {"optima": [], "exponents": {}})
-    parabola_at, gain_at, law_at = ({one["flops"]: one for one in some}
-                                    for some in (out["isoflop"], out["gain"], law["optima"]))
-    every = sorted(parabola_at | gain_at | law_at)
-    if not every:
+    columns = [{one["flops"]: text(one) for one in found} for text, found in (
+        (optimum_text, out["isoflop"]), (optimum_text, law["optima"]), (gain_text, out["gain"]))]
+    if not any(columns):
         return
+    misfits = {one["flops"]: one["lack_of_fit"] for one in out["isoflop"]}
     print("\n     FLOPs   mu* by parabola [95 %]   by the training law      "
           "gain over mu_rec = 1 [95 %]")
-    for flops in every:
-        by_runs, by_law, gained = (
-            text(at[flops]) if flops in at else "-" for text, at in
-            ((optimum_text, parabola_at), (optimum_text, law_at), (gain_text, gain_at)))
+    for flops in sorted(set().union(*columns)):
+        by_runs, by_law, gained = (column.get(flops, "-") for column in columns)
         print(f"{flops:10.3g}   {by_runs:24s} {by_law:24s} {gained}")
-        misfit = misfit_text(parabola_at.get(flops, {}).get("lack_of_fit"))
-        if misfit:
-            print(f"             not a parabola: if it were one, {misfit}")
+        report_misfit("             not a parabola: if it were one", misfits.get(flops))
     for name, label in (("mu_rec", "mu*"), ("tokens", "D*")):
-        found = {"parabolas": out["power_laws"], "the training law": law["exponents"]}
-        found = {method: of[name] for method, of in found.items()
-                 if name in of and of[name]["exponent"] is not None}
+        found = {method: of[name] for method, of in (
+            ("parabolas", out["power_laws"]), ("the training law", law["exponents"]))
+            if of and of[name]["exponent"] is not None}
         print(f"{label} grows as (published: C^{SLOPES[name]:.2f})" if found else
               f"{label}: no exponent")
         for method, of in found.items():
@@ -133,6 +122,13 @@ def report_optima(out):
         print("    By the law this is the mean slope where mu* > 1 at these budgets: it is no "
               f"power law. Far above,\n    mu* nears C^{size['exponent']:.2f} {span(size['ci'])}.")
     print("    D* = C / cost of a token at mu*: the second follows from the first.\n")
+
+
+def report_misfit(words, chance):
+    """Print what chance.lack_of_fit says, unless noise explains what is left over."""
+    if chance is not None and chance < 0.05:
+        share = f"{chance:.1%}" if chance >= 0.001 else "less than 0.1%"
+        print(f"{words}, the noise of seeds would miss it by so much in {share} of sweeps")
 
 
 def exponent_span(law):
@@ -156,9 +152,7 @@ def report_law(name, law, looped):
         published = f"   published: {PUBLISHED[name]}" if looped and name in PUBLISHED else ""
         print("  error on the largest budget, fitted without it: "
               f"{law['held_out_error']:.2%}{published}")
-    misfit = misfit_text(law.get("lack_of_fit"))
-    if misfit:
-        print(f"  it is not quite right: if it were right, {misfit}")
+    report_misfit("  it is not quite right: if it were right", law.get("lack_of_fit"))
     if "far_exponents" in law and not looped:
         for what, of in law["far_exponents"].items():
             print(f"  best {what} ~ C^{of['exponent']:.3f} {span(of['ci'])}")

@@ -7,7 +7,6 @@ in training. A row of a model without loops has params_core 0, mu_rec, mu_bwd an
 import csv
 import itertools
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ def read_csv(path):
             lines = [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from None
-    twice = [name for name, times in Counter(names).items() if name and times > 1]
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
     if twice:
         raise UserError(f"{path} has the column {', '.join(twice)} more than once")
     missing = [name for name in COLUMNS if name not in names]
@@ -142,15 +141,16 @@ def add_rows(table, rows):
 # ----------------------------------------------------------------------------- run directories
 
 
-def last_line(path):
-    """Return the last whole line of a log; {"kind": None, "flops": 0} where there is none."""
+def last_line(run):
+    """Return the last whole line of a run's log; {"kind": None, "flops": 0} where there is none."""
+    path = run / "log.jsonl"
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))  # the end alone: a sweep asks often
             line = log_line(file.read().split(b"\n")[-2])  # what no newline ends is not whole
         if {"kind", "flops"} <= line.keys():
             return line
-    except (OSError, ValueError, IndexError, AttributeError):
+    except (OSError, ValueError, IndexError):
         pass
     return {"kind": None, "flops": 0.0}
 
@@ -164,31 +164,25 @@ def model_columns(config):
     return {"model": name, "mu_rec": mu, "mu_bwd": min(mu, config["backprop_depth"])}
 
 
-def run_rows(config, last):
-    """Return the rows of a run, one for each accounting and loop count; last: its last log line.
-
-    FLOPs are what the run counted by its own accounting; by another they are in proportion, as at
-    its mean depth."""
-    settings, cost = config["settings"], config["cost"]
-    own = cost[settings["accounting"]]["flops_per_token"]  # the budget was counted so
-    rows = []
-    for accounting, its in cost.items():
-        for loops, loss in last["val_loss"].items():
-            rows.append(typed(model_columns(config["model"]) | its | {
-                "flops": last["flops"] * its["flops_per_token"] / own, "accounting": accounting,
-                "tokens": last["tokens"], "recurrence": loops, "val_loss": loss,
-                "seed": settings["seed"]}))
-    return rows
-
-
 def rows_of_run(path):
-    """Return the rows of a run of train.py; [] if it is not finished. Raises UserError."""
-    last = last_line(path / "log.jsonl")
+    """Return the rows of a run of train.py, one for each accounting and loop count; [] if it is not
+    finished. Raises UserError.
+
+    The run counted its FLOPs by one accounting; by others they are in proportion, as at its mean
+    depth."""
+    last = last_line(path)
     if last["kind"] != "done":
         return []
-    config = read_json(path / "config.json")
+    config, rows = read_json(path / "config.json"), []
     try:
-        rows = run_rows(config, last)
+        settings, cost = config["settings"], config["cost"]
+        own = cost[settings["accounting"]]["flops_per_token"]
+        for accounting, its in cost.items():
+            for loops, loss in last["val_loss"].items():
+                rows.append(typed(model_columns(config["model"]) | its | {
+                    "flops": last["flops"] * its["flops_per_token"] / own, "accounting": accounting,
+                    "tokens": last["tokens"], "recurrence": loops, "val_loss": loss,
+                    "seed": settings["seed"]}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__} {error}"
         raise UserError(f"{path} is not the directory of a run: {what}") from None
@@ -325,8 +319,8 @@ class Budget:
         self.mu, self.tokens = np.array(list(tokens.items())).T
         self.log_mu = np.log(self.mu)
         cells = [list(cell.values()) for cell in self.cells.values()]
-        self.seeds = np.array(list(map(len, cells)))
-        self.log_loss = np.array(list(map(np.mean, cells)))
+        self.seeds = np.array([len(cell) for cell in cells])
+        self.log_loss = np.array([np.mean(cell) for cell in cells])
         self.left_out = len(rows) - self.seeds.sum()
 
 

@@ -57,7 +57,7 @@ def read_table(path, columns):
 def finished(path):
     """The last line of a run's log; None, and says so, where the run is not finished or a loss is
     not finite."""
-    done = last_line(path / "log.jsonl")
+    done = last_line(path)
     if done["kind"] != "done":
         print(f"{path} is not finished and left out")
     elif not all(map(math.isfinite, done["val_loss"].values())):

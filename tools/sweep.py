@@ -64,12 +64,8 @@ class Cell:
         """Return the arguments for train.py, which begins the run or resumes it."""
         return self.flags + ["--resume"] * (self.path / "ckpt.pt").exists()
 
-    def last_line(self):
-        """Return the last line of its log: {"kind": "train", "eval" or "done", "flops", ...}."""
-        return tables.last_line(self.path / "log.jsonl")
-
     def is_done(self):
-        return self.last_line()["kind"] == "done"
+        return tables.last_line(self.path)["kind"] == "done"
 
     def has_row(self, rows):
         """Return whether a table has a row of this run. Its FLOPs are near the budget, not equal:
@@ -159,7 +155,7 @@ def collect(cell, table):
 
 def spent(cells):
     """Return the FLOPs that the runs have used so far, without what is over budget."""
-    return sum(min(cell.last_line()["flops"], cell.flops) for cell in cells)
+    return sum(min(tables.last_line(cell.path)["flops"], cell.flops) for cell in cells)
 
 
 def run_cells(cells, jobs, table):
@@ -168,31 +164,31 @@ def run_cells(cells, jobs, table):
     Returns ([(cell, why)] of those that failed, whether it was stopped). A signal has every run
     save and stop."""
     waiting = sorted(cells, key=lambda cell: -cell.flops)
-    running, failed = {}, []  # {process: (cell, environment)}; [(cell, why)]
+    running, failed = {}, []  # {slot: (cell, process)}; [(cell, why)]
     told = False  # the runs are asked to stop once: a second signal could cut their saving short
     bar = progress_bar(total=sum(cell.flops for cell in cells), initial=spent(cells), unit="FLOP",
                        unit_scale=True, desc="sweep", leave=True)
     with caught_signals() as received, bar:
-        free = [share(slot, jobs) for slot in range(jobs)]
+        environments = [share(slot, jobs) for slot in range(jobs)]
         while running or waiting and not received:
-            while free and waiting and not received:
-                cell, environment = waiting.pop(0), free.pop(0)
-                try:
-                    running[begin(cell, environment)] = cell, environment
-                except OSError as error:  # the other cells go on
-                    failed.append((cell, str(error)))
-                    free.append(environment)
+            for slot, environment in enumerate(environments):
+                if slot not in running and waiting and not received:
+                    cell = waiting.pop(0)
+                    try:
+                        running[slot] = cell, begin(cell, environment)
+                    except OSError as error:  # the other cells go on
+                        failed.append((cell, str(error)))
             time.sleep(0.2)
             if received and not told:
                 told = True
-                for process in running:
+                for _, process in running.values():
                     process.terminate()
-            for process in [process for process in running if process.poll() is not None]:
-                cell, environment = running.pop(process)
-                free.append(environment)
-                failure = collect(cell, table)
-                if failure and not told:
-                    failed.append((cell, failure))
+            for slot, (cell, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    failure = collect(cell, table)
+                    if failure and not told:
+                        failed.append((cell, failure))
             bar.n = spent(cells)
             bar.set_postfix_str(f"{len(waiting)} cells wait, {len(failed)} failed")
     return failed, bool(received)
