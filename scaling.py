@@ -82,20 +82,21 @@ def noise_of(budgets):
 
 
 def noisy_optima(budgets, noise, resamples, rng):
-    """Return log mu* (resamples, budgets) of the mean losses with their noise added once more (a
-    parametric bootstrap)."""
-    log_mu = np.empty((resamples if noise else 0, len(budgets)))
-    for sample in log_mu:
+    """Return log mu* (1 + resamples, budgets) of the mean losses as they are, then with their noise
+    added once more (a parametric bootstrap), where that is known."""
+    every = np.empty((1 + resamples if noise else 1, len(budgets)))
+    every[0] = [bottom(budget, budget.log_loss)[0] for budget in budgets]
+    for sample in every[1:]:
         # How large the noise is, is not known either: chi-squared over its degrees of freedom.
         sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
         for j, budget in enumerate(budgets):
             added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
             sample[j] = bottom(budget, budget.log_loss + added)[0]
-    return log_mu
+    return every
 
 
-def optimum_of(budget, samples, cost, noise):
-    """Return what --json writes of a budget; samples: log mu* of resamples, perhaps none."""
+def optimum_of(budget, every, cost, noise):
+    """Return what --json writes of a budget; every: its log mu*, (1 + resamples,)."""
     log_mu, parabola, near = bottom(budget, budget.log_loss)
     low, high = budget.mu[[0, -1]].tolist()
     optimum = {
@@ -110,8 +111,8 @@ def optimum_of(budget, samples, cost, noise):
         optimum["mu_rec"] = math.exp(log_mu)
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
-    if len(samples):
-        ends = np.append(np.quantile(samples, [0.025, 0.975], method="nearest"), log_mu)
+    if len(every) > 1:
+        ends = np.append(np.quantile(every[1:], [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # it holds its own point
         optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
         optimum["ci_at_edge"] = np.isinf(ends).tolist()
@@ -122,11 +123,11 @@ def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     """Return what --json writes of the runs without a law: the optimum at each budget with three
     recurrences, power laws of these, the noise of a run. cost: of laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
-    samples = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
-    optima = [optimum_of(budget, samples[:, j], cost, noise) for j, budget in enumerate(usable)]
+    every = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
+    optima = [optimum_of(*pair, cost, noise) for pair in zip(usable, every.T)]
     if noise:
         noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95 % of pairs differ by less
-    return {"isoflop": optima, "power_laws": power_laws(usable, samples, cost), "noise": noise}
+    return {"isoflop": optima, "power_laws": power_laws(usable, every, cost), "noise": noise}
 
 # ----------------------------------------------------------------------------- power laws
 
@@ -148,13 +149,11 @@ def line_through(x, y, low, high):
     return slope, intercept
 
 
-def power_laws(budgets, samples, cost):
+def power_laws(budgets, every, cost):
     """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside. "defined"
-    is the share of the resamples (resamples, budgets) that have an exponent."""
-    log_mu = np.array([bottom(budget, budget.log_loss)[0] for budget in budgets])
-    if np.isfinite(log_mu).sum() < 2:
+    is the share of resamples that have an exponent. every: of noisy_optima."""
+    if np.isfinite(every[0]).sum() < 2:
         return {}
-    every = np.concatenate([log_mu[None], samples])  # the runs as they are, then the resamples
     x = np.log([budget.flops for budget in budgets])
     low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
 
@@ -165,7 +164,7 @@ def power_laws(budgets, samples, cost):
 
     def power_law(every, low, high):
         slopes, intercepts = np.array([line_through(x, y, low, high) for y in every]).T
-        defined = float(np.isfinite(slopes[1:]).mean()) if len(samples) else None
+        defined = float(np.isfinite(slopes[1:]).mean()) if len(every) > 1 else None
         return exponent(slopes) | {"coefficient": math.exp(intercepts[0]), "defined": defined}
 
     return {"mu_rec": power_law(every, low, high),
@@ -299,10 +298,10 @@ def fitted(args, resamples=RESAMPLES):
 def predict(args):
     """Print the best recurrence, tokens and loss for a budget, by the training law."""
     out, table = fitted(args)
-    flops, best = args.flops, table.law_at(args.flops)
-    low, top = column(table.rows, "flops").min(), column(table.rows, "flops").max()
-    print(f"from {out['runs']} runs of {out['model']} at {low:.2g} to {top:.2g} FLOPs "
-          f"({out['accounting']})")
+    best = table.law_at(args.flops)
+    flops, mu = column(table.rows, "flops"), column(table.rows, "mu_rec")
+    print(f"from {out['runs']} runs of {out['model']} at {flops.min():.2g} to {flops.max():.2g} "
+          f"FLOPs ({out['accounting']})")
     for note in table.notes:
         print("note:", note)
     print(f"mu*  = {optimum_text(best)} loops")
@@ -310,14 +309,13 @@ def predict(args):
     print(f"loss = {value_text(best['val_loss'], best['ci_val_loss'])} nats per token")
 
     for optimum in out["isoflop"]:
-        if tables.same_budget(flops, optimum["flops"]):
+        if tables.same_budget(args.flops, optimum["flops"]):
             print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
-    fewest, most = column(table.rows, "mu_rec").min(), column(table.rows, "mu_rec").max()
-    beyond = max(best["mu_rec"] / most, fewest / best["mu_rec"])
+    beyond = max(best["mu_rec"] / mu.max(), mu.min() / best["mu_rec"])
     if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {fewest:g} to {most:g}, but "
-              f"{beyond:.3g} times their end: no run has been there")
-    beyond = max(flops / top, low / flops)
+        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}, "
+              f"but {beyond:.3g} times their end: no run has been there")
+    beyond = max(args.flops / flops.max(), flops.min() / args.flops)
     if beyond >= 2:
         print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "
               "nothing of that")

@@ -92,8 +92,6 @@ def most_by_chance(noise, runs):
     draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
     return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 
-# ----------------------------------------------------------------------------- gains
-
 
 def gains(budgets, noise):
     """Return (what looping gains over mu_rec = 1 at each budget, in val loss; how many runs have no
@@ -112,7 +110,12 @@ def gains(budgets, noise):
         alone += budget.seeds.sum() - len(paired) - len(gained)
         if not gained:
             continue
-        pairs = [(seed, mu) for seed in unlooped if (mu := best_by_others(gained, seed))]
+        by_others = {seed: {} for seed in unlooped}  # {seed: {mu_rec: mean gain of other seeds}}
+        for seed, mu in gained:
+            others = [gain for (other, its), gain in gained.items() if its == mu and other != seed]
+            if others:
+                by_others[seed][mu] = np.mean(others)
+        pairs = [(seed, max(means, key=means.get)) for seed, means in by_others.items() if means]
         chosen = pairs or [max(gained, key=gained.get)]
         by_seed = [gained[pair] for pair in chosen]
         gain, ci = float(np.mean(by_seed)), [None, None]
@@ -122,18 +125,6 @@ def gains(budgets, noise):
         result.append({"flops": budget.flops, "mu_rec": sorted({mu for _, mu in chosen}),
                        "gain": gain, "ci": ci, "by_seed": by_seed, "single": not pairs})
     return result, int(alone)
-
-
-def best_by_others(gained, seed):
-    """Return the recurrence of this seed that others gain most by, or None.
-
-    gained: {(seed, mu_rec): gain}."""
-    by_others = {}
-    for mine, mu in gained:
-        others = [gain for (other, its), gain in gained.items() if its == mu and other != seed]
-        if mine == seed and others:
-            by_others[mu] = np.mean(others)
-    return max(by_others, key=by_others.get, default=None)
 
 # ----------------------------------------------------------------------------- runs that diverged
 

@@ -113,7 +113,7 @@ def optima(path, points, law, slopes):
     x, inside = np.array([one["flops"] for one in law]), [p for p in points if p["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
     for axes, (name, label), ci in zip(every, labels.items(), ("ci", "ci_tokens")):
-        # NaN: no interval
+        # NaN: no interval, none drawn
         best, low, high = np.array([(one[name], *one[ci]) for one in law], dtype=float).T
         axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
         axes.loglog(x, best, "k-", label="training law")
@@ -131,8 +131,7 @@ def optima(path, points, law, slopes):
     for point in points:
         ends = np.array([point["ci"]], dtype=float).T
         at = point["mu_rec"] or point["at_most"] or point["at_least"]
-        if np.isfinite(ends).all():
-            mu.errorbar(point["flops"], at, np.abs(ends - at), fmt="none", color=RED, lw=1)
+        mu.errorbar(point["flops"], at, np.abs(ends - at), fmt="none", color=RED, lw=1)
     for key, arrow in (("at_most", "v"), ("at_least", "^")):
         edges = [(point["flops"], point[key]) for point in points if point[key]]
         if edges:

@@ -170,17 +170,13 @@ def damped_step(error, jacobian, weights, damping, at_bound):
     return step.clamp(-2, 2)  # of logarithms mostly: a factor of seven at most
 
 
-class Fit(namedtuple("Fit", "law units starts theta samples objective")):
-    """A law fitted: starts of start_ranges, theta (parameters,), samples (resamples, them)."""
-
-    @property
-    def every(self):
-        """theta of the best fit, then of the resamples: (1 + resamples, parameters)."""
-        return torch.cat([self.theta[None], self.samples])
+class Fit(namedtuple("Fit", "law units starts every objective")):
+    """A law fitted: starts of start_ranges, every (1 + resamples, parameters), theta of the best
+    fit and then of the resamples."""
 
     def predict(self, rows):
         """Return losses (rows,)."""
-        return self.law.predict(named(self.law, self.theta), runs_of(rows, self.units)).numpy()
+        return self.law.predict(named(self.law, self.every[0]), runs_of(rows, self.units)).numpy()
 
     def error(self, rows):
         """Return the mean relative error of the prediction."""
@@ -196,19 +192,19 @@ class Fit(namedtuple("Fit", "law units starts theta samples objective")):
                 with np.errstate(over="ignore"):  # infinite where the data say nothing of it
                     values[name] = values[name] * self.units[unit] ** values[power]
         result = {name: float(some[0]) for name, some in values.items()}
-        result["ci"] = {name: interval(some[1:], some[0]) for name, some in values.items()}
+        result["ci"] = {name: interval(some) for name, some in values.items()}
         result["undetermined"] = []
         for name, theta, start in zip(values, self.every.T, self.starts.T):
-            low, high = interval(theta[1:], theta[0])
+            low, high = interval(theta)
             if low is not None and high - low > (start[1] - start[0]) / 2:
                 result["undetermined"].append(name)
         return result
 
 
-def interval(samples, point):
-    """Return the central 95 % of samples, stretched to hold the point; [None, None] of fewer than
-    20 finite samples, or 95 % of them, or where the point is not finite."""
-    samples = np.asarray(samples, dtype=float)
+def interval(every):
+    """Return the central 95 % of samples, stretched to hold the point, which comes before them;
+    [None, None] of fewer than 20 finite samples, or 95 % of them, or where it is not finite."""
+    point, samples = float(every[0]), np.asarray(every[1:], dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
         return [None, None]
@@ -235,20 +231,17 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     best = theta[objective.argmin()]
 
     # Fits to resamples start from the best: other starts move no interval of our table.
-    fit = Fit(law, units, ranges, best, best[None][:0], objective.min().item())
-    if not resamples:
-        return fit
-    return fit._replace(samples=refits(fit, rows, log_loss, resample(rows, resamples, seed)))
+    fit = Fit(law, units, ranges, best[None], objective.min().item())
+    return refits(fit, rows, log_loss, resample(rows, resamples, seed)) if resamples else fit
 
 
 def refits(fit, rows, log_loss, weights=None):
-    """Return theta (fits, parameters) of fits of the same law to other log losses, or with other
-    weights, either of them (fits, rows)."""
-    many = log_loss if weights is None else weights
-    theta = fit.theta.repeat(len(many), 1)
+    """Return the Fit with resamples: fits to other log losses, or with other weights, either of
+    them (resamples, rows)."""
+    theta = fit.every[0].repeat(len(log_loss if weights is None else weights), 1)
     for _ in range(2):  # from the end with large steps again: some leave a small dip
         theta, _ = minimise(fit.law, runs_of(rows, fit.units), log_loss, theta, weights)
-    return theta
+    return fit._replace(every=torch.cat([fit.every[:1], theta]))
 
 
 def resample(rows, resamples, seed):
@@ -334,10 +327,9 @@ def cost_between(costs):
 
 def frontier(fit, size, cost, flops):
     """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,):
-    of fit.every.
+    of fit.every. mu* is 1 or 256 where it is there or beyond.
 
-    size: a row with the parameters of the model. cost: see cost_between. mu* is 1 or 256 where it
-    is there or beyond."""
+    size: a row with the parameters of the model. cost: see cost_between."""
     tokens = flops / cost(MU)
     runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
                     for mu, D in zip(MU, tokens)], fit.units)
@@ -351,7 +343,7 @@ def optimum(fit, size, cost, flops):
     width is a kink of the cost: there mu* stays for a while."""
     points = frontier(fit, size, cost, flops)
     mu, tokens, loss = (float(every[0]) for every in points)
-    ci, ci_tokens, ci_loss = (interval(every[1:], every[0]) for every in points)
+    ci, ci_tokens, ci_loss = map(interval, points)
     fewest, most = MU[[0, -1]].tolist()
     return {"flops": flops, "mu_rec": mu, "ci": ci, "ci_at_edge": [ci[0] == fewest, ci[1] == most],
             "at_most": mu if mu == fewest else None, "at_least": mu if mu == most else None,
@@ -395,4 +387,4 @@ def far_exponents(fit):
 def exponent(every):
     """Return what --json writes of an exponent, from those of Fit.every; NaN becomes None."""
     best = float(every[0])
-    return {"exponent": best if math.isfinite(best) else None, "ci": interval(every[1:], best)}
+    return {"exponent": best if math.isfinite(best) else None, "ci": interval(every)}

@@ -59,10 +59,7 @@ def by_parabola(rows, cost, seed):
 def by_law(rows, cost, seed):
     """The same from the training law fitted to the rows, of 100 resamples."""
     fit = fit_law("training", rows, starts=16, resamples=100, seed=seed)
-    intervals = {}
-    for c in BUDGETS:
-        point, *samples = frontier(fit, rows[0], cost, c)[0]
-        intervals[c] = interval(samples, point)
+    intervals = {c: interval(frontier(fit, rows[0], cost, c)[0]) for c in BUDGETS}
     return intervals, exponents_of(fit, rows[0], cost, np.array(BUDGETS))["mu_rec"]["ci"]
 
 

@@ -44,7 +44,7 @@ def test_made_up_sweeps_have_the_noise_asked_for(monkeypatch):
 
     def refits(fit, rows, log_loss):
         drawn.append(log_loss.numpy() - np.log(fit.predict(rows)))
-        return fit.theta.repeat(len(log_loss), 1)
+        return fit._replace(every=fit.every[:1].repeat(1 + len(log_loss), 1))
     monkeypatch.setattr(plan, "refits", refits)
     plan.simulate(fit, rows, cost, 0.004, 50)
     assert drawn[0].std() == pytest.approx(0.004, rel=0.1)

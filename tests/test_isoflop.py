@@ -6,13 +6,15 @@ import pytest
 from sweeps import BUDGETS, cost, parabolic, sweep
 
 from parts.chance import gains, lack_of_fit, most_by_chance, seed_differences
+from parts.show_fit import notes_on
 from parts.tables import budgets_of
 from scaling import fit_parabolas, left_by_parabola, line_through, noise_of
 
 
 def optima_of(rows, resamples=1000):
     found = fit_parabolas(budgets_of(rows), cost, resamples)
-    return [found[name] for name in ("isoflop", "power_laws", "noise", "notes")]
+    optima, noise = found["isoflop"], found["noise"]
+    return optima, found["power_laws"], noise, notes_on(budgets_of(rows), optima, noise)
 
 
 def test_the_optimum_of_exact_data_is_the_laws():

@@ -51,19 +51,19 @@ def test_exponents_of_the_published_over_training_runs():
 def test_intervals_of_a_chinchilla_law_hold_the_truth():
     rows, sweeps, resamples = chinchilla(), 100, 50
     fit = fit_law("training", rows, resamples=0)
-    truth = fit.theta
+    truth = fit.every[0]
     assert fit.summary()["x"] == pytest.approx(0.34, abs=1e-3)
     # All resamples of all sweeps are fits of one batch.
     noise = torch.tensor(np.random.default_rng(0).standard_normal((sweeps, len(rows))))
     log_loss = torch.tensor(np.log(column(rows, "val_loss"))) + 0.005 * noise
-    points = laws.refits(fit, rows, log_loss)
+    points = laws.refits(fit, rows, log_loss).every[1:]
     weights = torch.cat([laws.resample(rows, resamples, seed) for seed in range(sweeps)])
     samples, _ = laws.minimise(
         fit.law, laws.runs_of(rows, fit.units), log_loss.repeat_interleave(resamples, 0),
         points.repeat_interleave(resamples, 0), weights)
     samples = samples.view(sweeps, resamples, -1)
     for i, name in enumerate(fit.law.parameters):
-        intervals = [laws.interval(samples[s, :, i], points[s, i]) for s in range(sweeps)]
+        intervals = [laws.interval([points[s, i], *samples[s, :, i]]) for s in range(sweeps)]
         held = np.mean([low <= truth[i] <= high for low, high in intervals])
         assert 0.88 <= held <= 0.99, (name, held)
 
@@ -77,11 +77,11 @@ def test_every_fit_has_converged(law):
         rows = read_csv(ROOT / "results" / "others" / "loop-worth-24.csv")
     fit = fit_law(law, rows, resamples=100)
     runs, log_loss = laws.runs_of(rows, fit.units), torch.tensor(np.log(column(rows, "val_loss")))
-    theta, again = laws.minimise(fit.law, runs, log_loss, fit.theta[None])
+    theta, again = laws.minimise(fit.law, runs, log_loss, fit.every[:1])
     assert again.item() >= fit.objective * (1 - 1e-5)
     weights = laws.resample(rows, 100, 0)
-    _, before = laws.minimise(fit.law, runs, log_loss, fit.samples, weights, steps=0)
-    _, after = laws.minimise(fit.law, runs, log_loss, fit.samples, weights)
+    _, before = laws.minimise(fit.law, runs, log_loss, fit.every[1:], weights, steps=0)
+    _, after = laws.minimise(fit.law, runs, log_loss, fit.every[1:], weights)
     gained = 1 - after / before
     # A few of a hundred are flat enough to have two bottoms, one lower by a percent.
     assert gained.quantile(0.95) < 1e-3 and gained.max() < 0.03

@@ -37,7 +37,7 @@ def simulate(fit, rows, cost, noise, repeats):
     # of these only the recurrences and seeds are used: the losses are those of each sweep
     budgets = budgets_of([row | {"val_loss": 1.0} for row in rows])
     flops = [budget.flops for budget in budgets]
-    both = fit._replace(samples=refits(fit, rows, torch.tensor(log_loss)))  # the truth comes first
+    both = refits(fit, rows, torch.tensor(log_loss))  # the truth comes first
     mu = np.log([frontier(both, rows[0], cost, c)[0] for c in flops]).T
     exponent, _ = frontier_exponents(both, rows[0], cost, flops[0], flops[-1])
     found = {"truth": {"mu": mu[:1], "exponent": exponent[:1]},

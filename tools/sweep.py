@@ -105,9 +105,8 @@ def make_cells(args, flags):
     recurrences, seeds = sorted({*args.recurrences}), sorted({*args.seeds})
     loops = sorted({*args.eval_recurrence, *recurrences})
     flags = [*flags, "--eval-recurrence", *map(str, loops)]
-    plans = {}
-    for mu in progress_bar(recurrences, desc="planning"):
-        plans[mu] = dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)
+    plans = {mu: dry_run(Cell(folder, 1.0, mu, 0, flags, None).flags)
+             for mu in progress_bar(recurrences, desc="planning")}
     device = plans[recurrences[0]]["settings"]["device"]
     if ":" in device and torch.cuda.device_count() > 1:
         raise UserError(f"--device is {device}: a sweep deals its runs to all GPUs that it sees; "
