@@ -27,7 +27,7 @@ from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
 from parts.laws import LAWS, RESAMPLES, exponent
-from parts.show_fit import SLOPES, notes_on, optimum_text, report, value_text
+from parts.show_fit import SLOPES, notes_on, optimum_text, report, span
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
@@ -68,10 +68,8 @@ def left_by_parabola(budget):
 
 
 def noise_of(budgets):
-    """Return {"sd" of a run's log loss, "freedom", "source"}, None where nothing is left over.
-
-    The source is "seeds", or, where those are few, "parabolas": what these leave over. What a seed
-    does to all runs alike is not noise."""
+    """Return {"sd" of a run's log loss, "freedom", "source"}, None where nothing is left over. The
+    source is "seeds", or, where those are few, "parabolas": what these leave over."""
     source, (squares, freedom) = "seeds", chance.left_by_seeds(budgets)
     by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
     if not freedom or freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
@@ -79,20 +77,6 @@ def noise_of(budgets):
     if not squares:
         return None
     return {"sd": math.sqrt(squares / freedom), "freedom": int(freedom), "source": source}
-
-
-def noisy_optima(budgets, noise, resamples, rng):
-    """Return log mu* (1 + resamples, budgets) of the mean losses as they are, then with their noise
-    added once more (a parametric bootstrap), where that is known."""
-    every = np.empty((1 + resamples if noise else 1, len(budgets)))
-    every[0] = [bottom(budget, budget.log_loss)[0] for budget in budgets]
-    for sample in every[1:]:
-        # How large the noise is, is not known either: chi-squared over its degrees of freedom.
-        sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
-        for j, budget in enumerate(budgets):
-            added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
-            sample[j] = bottom(budget, budget.log_loss + added)[0]
-    return every
 
 
 def optimum_of(budget, every, cost, noise):
@@ -123,13 +107,20 @@ def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     """Return what --json writes of the runs without a law: the optimum at each budget with three
     recurrences, power laws of these, the noise of a run. cost: of laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
-    every = noisy_optima(usable, noise, resamples, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    # log mu* of the mean losses as they are, then with more noise added: a parametric bootstrap
+    every = np.empty((1 + resamples if noise else 1, len(usable)))
+    every[0] = [bottom(budget, budget.log_loss)[0] for budget in usable]
+    for sample in every[1:]:
+        # How large the noise is, is not known either: chi-squared over its degrees of freedom.
+        sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
+        for j, budget in enumerate(usable):
+            added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
+            sample[j] = bottom(budget, budget.log_loss + added)[0]
     optima = [optimum_of(*pair, cost, noise) for pair in zip(usable, every.T)]
     if noise:
         noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95 % of pairs differ by less
     return {"isoflop": optima, "power_laws": power_laws(usable, every, cost), "noise": noise}
-
-# ----------------------------------------------------------------------------- power laws
 
 
 def line_through(x, y, low, high):
@@ -151,7 +142,7 @@ def line_through(x, y, low, high):
 
 def power_laws(budgets, every, cost):
     """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside. "defined"
-    is the share of resamples that have an exponent. every: of noisy_optima."""
+    is the share of resamples that have an exponent. every: log mu* (1 + resamples, budgets)."""
     if np.isfinite(every[0]).sum() < 2:
         return {}
     x = np.log([budget.flops for budget in budgets])
@@ -305,8 +296,8 @@ def predict(args):
     for note in table.notes:
         print("note:", note)
     print(f"mu*  = {optimum_text(best)} loops")
-    print(f"D*   = {value_text(best['tokens'], best['ci_tokens'])} tokens")
-    print(f"loss = {value_text(best['val_loss'], best['ci_val_loss'])} nats per token")
+    print(f"D*   = {best['tokens']:.4g} {span(best['ci_tokens'])} tokens")
+    print(f"loss = {best['val_loss']:.4g} {span(best['ci_val_loss'])} nats per token")
 
     for optimum in out["isoflop"]:
         if tables.same_budget(args.flops, optimum["flops"]):

@@ -70,9 +70,8 @@ def cells(axes, shares, texts, lowest):
 
 
 def isoflop(path, budgets, optima, title):
-    """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point.
-
-    budgets: of tables.budgets_of. optima: as scaling.optimum_of gives them."""
+    """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point;
+    budgets: of tables.budgets_of; optima: as scaling.optimum_of gives them."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):

@@ -251,8 +251,6 @@ def resample(rows, resamples, seed):
     counts = np.random.default_rng(seed).multinomial(len(runs), equal, resamples)
     return torch.tensor(counts[:, [runs.index(run_key(row)) for row in rows]]).double()
 
-# ----------------------------------------------------------------------------- fits to a table
-
 
 def fit_without_largest(law, rows, notes):
     """Return (a fit to all but the largest budget, the rows of that); or None, and a note says
@@ -311,9 +309,8 @@ def lower_hull(costs):
 
 
 def cost_between(costs):
-    """Return a function, mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}.
-
-    Straight lines between them. Beyond the ends the first and the last line go on; below the first,
+    """Return a function, mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}:
+    straight lines between them. Beyond the ends the first and the last line go on; below the first,
     a token costs no less than in proportion."""
     known, cost = np.array(sorted(costs.items())).T
     slopes = np.diff(cost) / np.diff(known) if len(known) > 1 else np.zeros(1)

@@ -36,20 +36,15 @@ def notes_on(budgets, optima, noise):
 # ----------------------------------------------------------------------------- numbers as text
 
 
-def rounded(value, digits=3):
+def rounded(value):
     """Return a number as text, "-" for None."""
-    return "-" if value is None else f"{value:.{digits}g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def span(ci, edges=(False, False)):
     """Return an interval as text; an end that is an edge of what was tried says so."""
     low, high = (rounded(end) for end in ci)
     return f"[{'<= ' if edges[0] else ''}{low}, {'>= ' if edges[1] else ''}{high}]"
-
-
-def value_text(value, ci):
-    """Return a number and its interval as text."""
-    return f"{rounded(value, 4)} {span(ci)}"
 
 
 def optimum_text(optimum):

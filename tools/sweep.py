@@ -158,10 +158,8 @@ def spent(cells):
 
 
 def run_cells(cells, jobs, table):
-    """Train cells, `jobs` at a time, largest first, one GPU each where there are several.
-
-    Returns ([(cell, why)] of those that failed, whether it was stopped). A signal has every run
-    save and stop."""
+    """Train cells, `jobs` at a time, largest first, one GPU each where there are several. Returns
+    ([(cell, why)] of those that failed, whether it was stopped: a signal has each run save)."""
     waiting = sorted(cells, key=lambda cell: -cell.flops)
     running, failed = {}, []  # {slot: (cell, process)}; [(cell, why)]
     told = False  # the runs are asked to stop once: a second signal could cut their saving short
