@@ -287,7 +287,7 @@ def fitted(args, resamples=RESAMPLES):
 
 
 def predict(args):
-    """Print the best recurrence, tokens and loss for a budget, by the training law."""
+    """Print the best recurrence and tokens for a budget, by the law fitted to a table."""
     out, table = fitted(args)
     best = table.law_at(args.flops)
     flops, mu = column(table.rows, "flops"), column(table.rows, "mu_rec")
@@ -313,7 +313,7 @@ def predict(args):
 
 
 def fit(args):
-    """Fit everything, print it next to the published figures, write --json, draw."""
+    """Fit the laws to a table of runs, print and draw them."""
     rows, accounting = read_tables(args.tables, args.accounting)
     drawing = True
     try:
@@ -334,8 +334,7 @@ def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(prog="python scaling.py", dest="command", metavar="command")
 
-    about = "Fit the laws to a table of runs, print and draw them."
-    add = commands.add_parser("fit", help=about, description=about).add_argument
+    add = commands.add_parser("fit", help=fit.__doc__, description=fit.__doc__).add_argument
     add_table_flags(add, "tables")
     add("--json", type=new_file, metavar="FILE", help="write every fitted number")
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
@@ -343,7 +342,7 @@ def main():
     add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
         help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
 
-    about = "The best recurrence and tokens for a budget, by the law fitted to a table."
+    about = predict.__doc__
     add = commands.add_parser("predict", help=about, description=about).add_argument
     add_table_flags(add, "tables")
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")

@@ -104,10 +104,8 @@ def isoflop(path, budgets, optima, title):
 
 
 def optima(path, points, law, slopes):
-    """Draw the best recurrence and token count against the budget, by parabola and by law.
-
-    points: as scaling.optimum_of gives them. law: as laws.optimum does, by rising budget. slopes:
-    the published exponents of both."""
+    """Draw the best recurrence and token count against the budget, by parabola and by law; points:
+    as scaling.optimum_of gives them; law: as laws.optimum does; slopes: the published exponents."""
     figure, every = panels(2, 9, 4)
     x, inside = np.array([one["flops"] for one in law]), [p for p in points if p["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
