@@ -26,17 +26,14 @@ import torch
 from parts import chance, figures, laws, tables
 from parts.cli import Parser, UserError, new_directory, new_file, number, run_script
 from parts.files import write_json
-from parts.laws import LAWS, RESAMPLES, exponent
 from parts.show_fit import SLOPES, notes_on, optimum_text, report, span
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
-
-# A parabola is fitted to the recurrences within this factor of the lowest.
-WINDOW = math.log(4)
+WINDOW = math.log(4)  # a parabola is fitted to the recurrences within this factor of the lowest
 ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
 
-# ----------------------------------------------------------------------------- a budget's parabola
+# ----------------------------------------------------------------------------- parabolas
 
 
 def bottom(budget, log_loss):
@@ -156,7 +153,7 @@ def power_laws(budgets, every, cost):
     def power_law(every, low, high):
         slopes, intercepts = np.array([line_through(x, y, low, high) for y in every]).T
         defined = float(np.isfinite(slopes[1:]).mean()) if len(every) > 1 else None
-        return exponent(slopes) | {"coefficient": math.exp(intercepts[0]), "defined": defined}
+        return laws.exponent(slopes) | {"coefficient": math.exp(intercepts[0]), "defined": defined}
 
     return {"mu_rec": power_law(every, low, high),
             "tokens": power_law(log_tokens(every), log_tokens(high), log_tokens(low))}
@@ -192,7 +189,7 @@ class Table:
         return laws.optimum(self.fit, self.rows[0], self.cost, flops)
 
 
-def fit_optima(every_row, accounting, resamples=RESAMPLES):
+def fit_optima(every_row, accounting, resamples=laws.RESAMPLES):
     """Return (a dict for --json, the Table): optima at equal FLOPs by parabolas and by the law."""
     table = Table(every_row, accounting)
     notes = table.notes.copy()
@@ -239,12 +236,12 @@ def left_by_law(table):
     return squares, freedom
 
 
-def fit_table(every_row, accounting, resamples=RESAMPLES):
+def fit_table(every_row, accounting, resamples=laws.RESAMPLES):
     """Return what fit_optima does, with all other laws."""
     out, table = fit_optima(every_row, accounting, resamples)
     out["laws"] = {}
     of_loops = {"unified": table.at_every_T, "worth": table.every_model}
-    for name in LAWS:
+    for name in laws.LAWS:
         if name != "training" and (table.looped or name not in of_loops):
             rows = of_loops.get(name, table.rows)
             _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
@@ -276,7 +273,7 @@ def add_table_flags(add, name):
         help="FLOPs to fit by (default: exact, if the table has it)")
 
 
-def fitted(args, resamples=RESAMPLES):
+def fitted(args, resamples=laws.RESAMPLES):
     """Return fit_optima of the tables of the command line. Raises UserError without a training law
     of loops."""
     out, table = fit_optima(*read_tables(args.tables, args.accounting), resamples)
@@ -339,7 +336,7 @@ def main():
     add("--json", type=new_file, metavar="FILE", help="write every fitted number")
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
         help="where figures go (default: %(default)s)")
-    add("--resamples", type=number(int, 0), default=RESAMPLES, metavar="N",
+    add("--resamples", type=number(int, 0), default=laws.RESAMPLES, metavar="N",
         help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
 
     about = predict.__doc__

@@ -25,8 +25,7 @@ def seed_effects(cells):
     """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
 
     A seed is a block: it gives all runs the same order of the text. Its effect is the least squares
-    of log loss = cell + seed, with mean 0. Only seeds that share two cells with another have one.
-    """
+    of log loss = cell + seed, with mean 0, known where it shares two cells with another seed."""
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
@@ -172,8 +171,8 @@ def distances(rows):
     left = np.log(column(rows, "val_loss"))
     left -= predicted_by_others(terms, left, cells)
     away = np.abs(left)
-    for group in cells_of(rows) + rows_by_budget(rows) + alike(rows, "mu_rec"):
-        at = column(group, "at")
+    wider = [column(some, "at") for some in rows_by_budget(rows) + alike(rows, "mu_rec")]
+    for at in cells + wider:
         for i in at if len(at) > 1 else ():
             away[i] = min(away[i], abs(left[i] - np.median(left[at[at != i]])))
 

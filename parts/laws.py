@@ -171,8 +171,8 @@ def damped_step(error, jacobian, weights, damping, at_bound):
 
 
 class Fit(namedtuple("Fit", "law units starts every objective")):
-    """A law fitted: starts of start_ranges, every (1 + resamples, parameters), theta of the best
-    fit and then of the resamples."""
+    """A law fitted. starts: of start_ranges. every: theta of the best fit, then of those to
+    resamples, (1 + resamples, parameters)."""
 
     def predict(self, rows):
         """Return losses (rows,)."""
@@ -324,9 +324,8 @@ def cost_between(costs):
 
 def frontier(fit, size, cost, flops):
     """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,):
-    of fit.every. mu* is 1 or 256 where it is there or beyond.
-
-    size: a row with the parameters of the model. cost: see cost_between."""
+    of fit.every. mu* is 1 or 256 where it is there or beyond. size: a row with the parameters of
+    the model. cost: see cost_between."""
     tokens = flops / cost(MU)
     runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
                     for mu, D in zip(MU, tokens)], fit.units)

@@ -166,10 +166,8 @@ def model_columns(config):
 
 def rows_of_run(path):
     """Return the rows of a run of train.py, one for each accounting and loop count; [] if it is not
-    finished. Raises UserError.
-
-    The run counted its FLOPs by one accounting; by others they are in proportion, as at its mean
-    depth."""
+    finished. Raises UserError. By an accounting that is not the run's own, its FLOPs are in
+    proportion, as at its mean depth."""
     last = last_line(path)
     if last["kind"] != "done":
         return []
@@ -198,15 +196,15 @@ def read_tables(paths, accounting=None):
     accounting named, else exact, else what is there). Raises UserError."""
     rows, folders = [], []
     for path in map(Path, paths):
-        if not path.is_dir():
-            rows += read_csv(path)
-            continue
-        found = [log.parent for log in sorted(path.rglob("log.jsonl"))]
-        runs = [rows_of_run(folder) for folder in found]
-        if [] in runs:
-            print(f"{path}: {runs.count([])} of {len(runs)} runs are not finished and left out")
+        if path.is_dir():
+            found = [log.parent for log in sorted(path.rglob("log.jsonl"))]
+            runs = [rows_of_run(folder) for folder in found]
+            if [] in runs:
+                print(f"{path}: {runs.count([])} of {len(runs)} runs are not finished and left out")
+            folders += found
+        else:
+            runs = [read_csv(path)]
         rows += itertools.chain(*runs)
-        folders += found
     if not rows:
         raise UserError(f"no finished run in {', '.join(map(str, paths)) or 'results/sweep*.csv'}")
     say_differences(folders)
@@ -306,8 +304,7 @@ class Budget:
     """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
 
     cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed the one with most tokens counts, the cheapest; of those the one with the higher loss.
-    """
+    and seed the one with most tokens counts, the cheapest; of those the one of higher loss."""
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean(np.log(column(rows, "flops"))))

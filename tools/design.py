@@ -27,11 +27,9 @@ def grid(size, cost, budgets, recurrences, seeds):
 
 
 def simulate(fit, rows, cost, noise, repeats):
-    """Return what the two methods find in made-up sweeps of a law with noise (relative) in the
-    losses.
-
-    {"truth", "law", "parabola"}: each {"mu": log mu* (repeats, budgets), "exponent": (repeats,)};
-    of truth one repeat."""
+    """Return {"truth", "law", "parabola"}, what both methods find in made-up sweeps of a law with
+    noise (relative) in the losses: each {"mu": log mu* (repeats, budgets), "exponent": (repeats,)},
+    of the truth one repeat."""
     rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
     # of these only the recurrences and seeds are used: the losses are those of each sweep
@@ -45,7 +43,7 @@ def simulate(fit, rows, cost, noise, repeats):
 
     means = log_loss.reshape(repeats, len(budgets), len(budgets[0].mu), -1).mean(-1)  # over seeds
     mu = np.array([[scaling.bottom(*pair)[0] for pair in zip(budgets, one)] for one in means])
-    low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
+    low, high = budgets[0].log_mu[[0, -1]]
     exponents = [scaling.line_through(np.log(flops), one, low, high)[0] for one in mu]
     return found | {"parabola": {"mu": mu, "exponent": np.array(exponents)}}
 
@@ -92,6 +90,7 @@ def design(args):
         low, middle, high = central(of["exponent"])
         print(f"  {label:12s}  {span(low, middle, high)}, half width {(high - low) / 2:.2f}; none "
               f"in {np.isnan(of['exponent']).mean():.0%} of sweeps")
+
 
 def main():
     parser = Parser(description=__doc__)
