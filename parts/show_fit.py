@@ -137,11 +137,10 @@ def exponent_span(law):
 
 def report_law(name, law, looped):
     """Print the parameters of a law and its errors, next to the papers'."""
-    said = []
-    for parameter, ci in law["ci"].items():
-        undetermined = parameter in law["undetermined"]
-        value = "not determined" if undetermined else rounded(law[parameter])
-        said.append(f"{parameter} {value} {span(ci)}")
+    values = {parameter: rounded(law[parameter]) for parameter in law["ci"]}
+    values |= dict.fromkeys(law["undetermined"], "not determined")
+    said = [f"{parameter} {value} {span(law['ci'][parameter])}"
+            for parameter, value in values.items()]
     print(f"{name} law: {', '.join(said)}{PHI if name == 'worth' else ''}")
     if law["held_out_error"] is not None:
         published = f"   published: {PUBLISHED[name]}" if looped and name in PUBLISHED else ""
