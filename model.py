@@ -363,11 +363,13 @@ class Parcae(nn.Module):
         return KVCache(self.config, batch_size, capacity, recurrence, device, self.dtype, kind)
 
     def compile_layers(self):
-        """Compile each layer, once for all batch sizes. With and without value embeddings, gradient
-        and training it is a graph of its own: more than the 8 that PyTorch allows."""
+        """Compile each layer, and the loss of the head. PyTorch makes a first graph for one size of
+        batch and a second one for all; so it does with and without value embeddings, gradient and
+        training, which is more than the 8 graphs of a function that it allows."""
         torch._dynamo.config.recompile_limit = 64
         for block in [*self.prelude, *self.recurrent, *self.coda]:
-            block.compile(dynamic=True)
+            block.compile()
+        self.loss_and_gradient = torch.compile(loss_and_gradient)
 
     # ------------------------------------------------------------------------- depths
 

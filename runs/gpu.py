@@ -1,0 +1,156 @@
+"""Measure on a GPU what results/README.md says of one, in a call of some eight minutes.
+
+    python -m runs.gpu results                    the tests that need a GPU, then three tables
+    python -m runs.gpu out --code . ../before     training by other code too, all in turns
+    python -m runs.gpu out --presets parcae-nano --context 64 --batch 4 --micro 2    small, on a CPU
+
+Writes OUT/gpu-training.csv, gpu-decoding.csv and gpu-memory.csv, each as soon as it is measured.
+Training is train.py, Muon and all, on made-up tokens; with two GPUs, on both of them as well.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+import bench
+from data import write_shards
+from model import PRESETS, ParcaeConfig
+from parts.cli import COUNT, Parser, UserError, run_script
+from parts.machine import pick_device, pick_dtype
+from parts.tables import write_csv
+from parts.tokenizer import EOT, save_tokenizer
+
+STEPS = 14  # of training; the first half warms up and compiles
+VOCABULARY = ParcaeConfig().vocab_size
+# train.py, and what it held at most; in a process of its own, of any version of this code
+TRAIN = """
+import runpy, sys, torch
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print("peak", peak)
+"""
+
+
+def make_data(folder, tokens):
+    """Write a data directory of made-up tokens, all of a vocabulary like the published one."""
+    names = [bytes([a]) for a in range(256)]
+    names += [bytes(pair) for pair in product(range(256), repeat=2)]
+    ranks = {name: i for i, name in enumerate(names[:VOCABULARY - 1])}
+    save_tokenizer(tiktoken.Encoding("made-up", pat_str="(?s:.{1,256})", mergeable_ranks=ranks,
+                                     special_tokens={EOT: VOCABULARY - 1}),
+                   folder / "tokenizer.json")
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        write_shards(folder, split, [random.integers(0, VOCABULARY, tokens)], VOCABULARY)
+
+
+def train(code, preset, compiled, ranks, args, data, out):
+    """Train for STEPS steps by the code of a folder. Return a row of the table."""
+    flags = ["--preset", preset, "--block-size", args.context, "--batch-size", args.batch,
+             "--micro-batch", args.micro // ranks, "--max-steps", STEPS, "--eval-sequences", 1,
+             "--eval-recurrence", 1, "--data", data, "--out", out, "--overwrite"]
+    flags += ["--compile"] * compiled
+    start = [sys.executable, "-c", TRAIN]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start = [*torchrun, f"--nproc-per-node={ranks}", "train.py"]
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    done = subprocess.run([*start, *map(str, flags)], cwd=code, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"train.py of {code} failed with {preset}: {done.stdout[-500:]}")
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    steps = [line for line in lines if line["kind"] == "train"][STEPS // 2:]
+    speeds = sorted(step["tok_per_s"] for step in steps)
+    held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    return {"code": code.name, "preset": preset, "compiled": "yes" if compiled else "",
+            "ranks": ranks, "tokens_per_second": round(statistics.median(speeds)),
+            "slowest": round(speeds[0]), "fastest": round(speeds[-1]),
+            "mfu": round(statistics.median(step["mfu"] for step in steps), 3),
+            "peak_gigabytes": round(held[0] / 1e9, 2) if held else ""}
+
+
+def measure_training(args, out):
+    """Train every preset, eager and compiled, by every folder of code in turns."""
+    ranks = [1, 2] if torch.cuda.device_count() > 1 else [1]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        data.mkdir()
+        make_data(data, 64 * args.batch * args.context)
+        for preset, compiled, n, code in product(args.presets, (False, True), ranks, args.code):
+            rows.append(train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run")))
+            print(*rows[-1].values(), flush=True)
+            write_csv(out / "gpu-training.csv", rows, rows[0])
+
+
+def measure_decoding(args, out, device):
+    """Decode by every preset with a loop: launched, recorded, compiled."""
+    rows = []
+    ways = {"eager": (False, True), "recorded": (False, False), "compiled": (True, False)}
+    if device.type != "cuda":
+        del ways["recorded"]
+    for preset, (way, (compiled, eager)) in product(args.presets, ways.items()):
+        config = ParcaeConfig(**PRESETS[preset])
+        if config.n_recurrent:
+            how = Namespace(context=args.context // 4, rounds=5, device=device, compile=compiled,
+                            eager=eager, dtype=pick_dtype(device))
+            for row in bench.decode_speed(bench.cases_of(config, [1, 4, 8]), how):
+                values = {name: float(f"{value:.4g}") if isinstance(value, float) else value
+                          for name, value in row.items()}
+                rows.append({"preset": preset, "way": way} | values)
+            write_csv(out / "gpu-decoding.csv", rows, rows[0])
+
+
+def measure_memory(args, out, device):
+    """Measure the memory of training and inference of every preset with a loop."""
+    rows = []
+    for preset in args.presets:
+        config = ParcaeConfig(**PRESETS[preset])
+        if config.n_recurrent:
+            how = Namespace(context=args.context, batch=args.micro, device=device,
+                            dtype=pick_dtype(device))
+            for case in bench.cases_of(config, [1, 4, 8, 16]):
+                row = bench.memory_of(case, how)
+                rows.append({"preset": preset} | {
+                    name: round(value) if isinstance(value, float) else value
+                    for name, value in row.items()})
+    write_csv(out / "gpu-memory.csv", rows, rows[0])
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="directory for the tables")
+    add("--code", type=Path, nargs="+", default=[Path(".")], metavar="DIR",
+        help="folders with this repository, at the commits to compare (default: this one)")
+    add("--presets", nargs="+", choices=PRESETS, metavar="NAME",
+        default=["parcae-140m", "parcae-370m", "gpt-140m"], help="(default: parcae-140m "
+        "parcae-370m gpt-140m)")
+    add("--context", type=COUNT, default=2048, metavar="N", help="tokens of a training sequence")
+    add("--batch", type=COUNT, default=64, metavar="N", help="sequences of a step (default: 64)")
+    add("--micro", type=COUNT, default=16, metavar="N",
+        help="of a forward pass, over all ranks (default: 16)")
+    args = parser.parse_args()
+    device = pick_device()
+    if device.type == "cuda":
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"],
+                       check=True)
+    measure_training(args, args.out)
+    measure_decoding(args, args.out, device)
+    measure_memory(args, args.out, device)
+
+
+if __name__ == "__main__":
+    run_script(main)
