@@ -1,5 +1,6 @@
 """How many lookups do how many loops do? The table and the picture of runs/p_hop.sh.
 
+    python -m runs.p_hop --quick                      a small one, three minutes with the training
     python -m runs.p_hop text data/p-hop              the text
     python -m runs.p_hop out/p-hop results            the runs, OUT/p-hop.csv and OUT/p-hop.png
     python -m runs.p_hop results/p-hop.csv results    the table and picture again, from the table
@@ -8,6 +9,9 @@ Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000
 kept for validation. Runs are named MODEL-SEED; the picture is of looped, once and layers.
 """
 
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,11 @@ DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
 HOPS = range(9)
 TRAINED = 8  # mean loops in runs/p_hop.sh; the table does not say
+# of --quick: fewer lookups, and a layer that sees less text
+QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
+QUICK = """--data data/p-hop-quick --preset parcae-nano --n-embd 64 --n-head 4 --no-value-embeds
+    --n-prelude 0 --n-recurrent 1 --n-coda 0 --block-size 96 --batch-size 16 --max-steps 800
+    --muon-lr 4e-2 --adamw-lr 1e-2 --eval-sequences 16 --eval-every 1000 --overwrite""".split()
 COLUMNS = {"model": str, "seed": int, "T": int, "p": int, "accuracy": float}
 
 
@@ -72,8 +81,8 @@ def p_hop_doc(string, chances, hops):
 
 @torch.no_grad()
 def accuracies(model, docs):
-    """{T: [share of right answers to questions of p hops, for p in HOPS]}. Raises
-    UserError where a prediction is not finite.
+    """{T: [share of right answers to questions of p hops, for p = 0, 1, ...]}. Raises UserError
+    where a prediction is not finite.
 
     docs (N, 1 + 3 * questions): begin, then hops, symbol, answer, hops, symbol, answer, ..."""
     looped = model.config.n_recurrent > 0 and model.config.mean_recurrence > 1
@@ -92,15 +101,16 @@ def accuracies(model, docs):
     result = {}
     for T in loops:
         all_right = torch.cat(right[T]).float()
-        result[T] = [all_right[hops == p].mean().item() for p in HOPS]
+        result[T] = [all_right[hops == p].mean().item() for p in range(hops.max() + 1)]
     return result
 
 
-def read_docs():
-    """The validation strings, (1000, 1 + 3 * questions) int64. Raises UserError."""
-    if not DATA.exists():
-        raise UserError(f"{DATA} does not exist: make it with python -m runs.p_hop text data/p-hop")
-    return torch.from_numpy(open_shard(DATA).astype(np.int64).reshape(1000, -1))
+def read_docs(path=DATA):
+    """The validation strings, (N, 1 + 3 * questions) int64. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: make it with python -m runs.p_hop text data/p-hop")
+    tokens = open_shard(path).astype(np.int64)
+    return torch.from_numpy(tokens.reshape((tokens == tokens[0]).sum(), -1))
 
 
 def measure(folder):
@@ -120,11 +130,33 @@ def measure(folder):
         model = Parcae.from_pretrained(path)
         if name == "looped":
             trained = model.config.mean_recurrence
-        for T, shares in accuracies(model, docs).items():
-            for p, share in zip(HOPS, shares):
-                rows.append({"model": name, "seed": int(seed), "T": T, "p": p,
-                             "accuracy": round(share, 4)})
+        rows += rows_of(name, int(seed), accuracies(model, docs))
     return rows, trained
+
+
+def rows_of(name, seed, found):
+    """The rows of a run, from its accuracies."""
+    return [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(share, 4)}
+            for T, shares in found.items() for p, share in enumerate(shares)]
+
+
+def quick():
+    """Make a text of fewer lookups, train the layer run once and looped, and print what they
+    answer."""
+    data, root, rows = Path("data/p-hop-quick"), Path(__file__).parent.parent, []
+    if not data.exists():
+        SOURCES["p-hop"] = partial(p_hop_docs, **QUICK_TEXT)
+        prepare("p-hop", data)
+    for name, loops in (("once", 1), ("looped", 4)):
+        out = Path("out/p-hop-quick", name)
+        done = subprocess.run([sys.executable, root / "train.py", *QUICK, "--mean-recurrence",
+                               str(loops), "--out", out])
+        if done.returncode:
+            sys.exit(done.returncode)
+        docs = read_docs(data / DATA.name)
+        rows += rows_of(name, 0, accuracies(Parcae.from_pretrained(out), docs))
+    print()
+    print_table(rows)
 
 
 def by_seed(rows, name, T, p):
@@ -133,14 +165,16 @@ def by_seed(rows, name, T, p):
 
 
 def print_table(rows):
-    """Accuracy by p, models and loops below each other: mean of the seeds (range)."""
-    print("accuracy, mean of the seeds (range)")
-    print(" " * 16 + "".join(f"p = {p}{'':13}" for p in HOPS))
+    """Accuracy by p, models and loops below each other: mean of the seeds, and their range."""
+    hops = sorted({row["p"] for row in rows})
+    print("right answers to p lookups in a row, mean of the seeds (range); guessing gives 0.25")
+    print(" " * 14 + "".join(f"p = {p:<15}" for p in hops))
     for name, T in sorted({(row["model"], row["T"]) for row in rows}):
-        line = f"{name:8} T = {T:<3}"
-        for p in HOPS:
+        line = f"{name:8} T = {T:<2}"
+        for p in hops:
             shares = by_seed(rows, name, T, p)
-            line += f"{np.mean(shares):6.3f} ({min(shares):.2f}-{max(shares):.2f})"
+            span = f" ({min(shares):.2f}-{max(shares):.2f})" if len(shares) > 1 else " " * 12
+            line += f"{np.mean(shares):7.3f}{span}"
         print(line)
 
 
@@ -206,6 +240,9 @@ def picture(path, hops, loops, looped, once, layers, trained):
 
 
 def main():
+    if sys.argv[1:] == ["--quick"]:
+        quick()
+        return
     args = parse_args(__doc__)
     if str(args.source) == "text":
         SOURCES["p-hop"] = p_hop_docs

@@ -208,6 +208,18 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
     assert len(rows) == 27 and png(tmp_path / "p-hop.png")
 
 
+def test_a_quick_p_hop_trains_both_models_and_prints_their_answers(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(p_hop, "QUICK_TEXT", p_hop.QUICK_TEXT | {"n_train": 40, "n_val": 20})
+    tiny = ["--max-steps", "1", "--n-embd", "16", "--n-head", "1"]
+    monkeypatch.setattr(p_hop, "QUICK", [*p_hop.QUICK, *tiny])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["p_hop.py", "--quick"])
+    p_hop.main()
+    *_, head, once = [line for line in capfd.readouterr().out.splitlines() if "T = " in line][-13:]
+    assert head.startswith("looped   T = 32") and once.startswith("once     T = 1 ")
+    assert len(once.split()) == 4 + 4  # of 0 to 3 lookups
+
+
 def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
     done = {"val_loss": {"8": 2.0, "64": 2.5}, "state_rms": {"1": 1.0, "8": 4.0, "64": 32.0}}
     for name, last in (("add-1e-1", {"kind": "done", "spectral_radius": 1.0} | done),
