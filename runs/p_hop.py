@@ -20,12 +20,12 @@ import torch
 from data import open_shard, prepare
 from model import Parcae
 from parts import figures
-from parts.cli import UserError, progress_bar, run_script
+from parts.cli import Parser, UserError, progress_bar, run_script
 from parts.comparable import changed_text, say_differences
 from parts.generation import check_predicts
 from parts.sources import SOURCES
 from parts.tables import write_csv
-from runs.half import finished, parse_args, read_table
+from runs.half import finished, read_table
 
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
@@ -239,11 +239,26 @@ def picture(path, hops, loops, looped, once, layers, trained):
     figures.save(figure, path)
 
 
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, nargs="?", metavar="text|DIR|CSV",
+        help="the word text, a directory of runs, or the table of before")
+    add("out", type=Path, nargs="?", metavar="OUT", help="directory for what is made of it")
+    add("--quick", action="store_true", help="train a small layer, run once and looped")
+    args = parser.parse_args()
+    if args.quick == (args.out is not None):
+        parser.error("give a source and OUT, or --quick alone")
+    if not args.quick:
+        figures.pyplot()  # where matplotlib is missing, say so now
+    return args
+
+
 def main():
-    if sys.argv[1:] == ["--quick"]:
+    args = parse_args()
+    if args.quick:
         quick()
         return
-    args = parse_args(__doc__)
     if str(args.source) == "text":
         SOURCES["p-hop"] = p_hop_docs
         prepare("p-hop", args.out)
