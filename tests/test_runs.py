@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from data import open_shard, prepare
 from model import PRESETS, Parcae, ParcaeConfig
 from parts.cli import UserError
 from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
-from runs import guide, half, p_hop, short, worth
+from runs import gpu, guide, half, p_hop, short, worth
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
 
@@ -218,6 +219,20 @@ def test_a_quick_p_hop_trains_both_models_and_prints_their_answers(tmp_path, mon
     *_, head, once = [line for line in capfd.readouterr().out.splitlines() if "T = " in line][-13:]
     assert head.startswith("looped   T = 32") and once.startswith("once     T = 1 ")
     assert len(once.split()) == 4 + 4  # of 0 to 3 lookups
+
+
+def test_a_gpus_training_is_measured_by_the_code_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "STEPS", 4)
+    args = SimpleNamespace(context=32, batch=4, micro=2)
+    (tmp_path / "data").mkdir()
+    gpu.make_data(tmp_path / "data", 4096)
+    row = gpu.train(ROOT, "gpt-nano", False, 1, args, tmp_path / "data", tmp_path / "run")
+    assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"] and row["code"] == ROOT.name
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["vocab_size"] == gpu.VOCABULARY and row["mfu"] > 0
+    with pytest.raises(UserError, match="train.py of .* failed with gpt-nano: .*--batch-size"):
+        args.micro = 3  # of 4 sequences
+        gpu.train(ROOT, "gpt-nano", False, 1, args, tmp_path / "data", tmp_path / "run")
 
 
 def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
