@@ -69,6 +69,17 @@ def test_curves_of_runs_side_by_side(tmp_path, drawn):
     assert axes[0].get_legend().get_title().get_text().endswith("val loss at T loops")
 
 
+def test_the_last_losses_of_two_runs_and_their_difference_are_printed(tmp_path):
+    runs = [make_run(tmp_path / "looped", {30: {"4": 3.1}, 60: {"1": 3.5, "4": 3.0}}),
+            make_run(tmp_path / "never", {})]
+    lines = script("tools/curves.py", *runs, "--out", tmp_path / "c.png").stdout.splitlines()
+    assert lines[1].split() == ["looped", "4", "3.0000", "30,720", "6.00e+07", "30"]
+    assert lines[2].split()[:3] == ["never", "4", "nan"]
+    assert lines[3].startswith("difference +nan; between seeds of the default run: 0.008")
+    alone = script("tools/curves.py", runs[0], "--out", tmp_path / "c.png").stdout
+    assert "3.0000" in alone and "difference" not in alone
+
+
 SAID = {"settings": {"accounting": "exact"}, "text": {"source": "text", "sha256": "a"}}
 
 

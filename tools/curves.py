@@ -1,4 +1,5 @@
-"""Draw training curves from the logs of runs, what an experiment tracker shows, into one picture.
+"""Draw training curves from the logs of runs, what an experiment tracker shows, into one picture;
+print the last losses.
 
     python -m tools.curves out/default                            one run: loss, and what steers it
     python -m tools.curves out/looped out/plain --out both.png    several: which makes more of what?
@@ -20,6 +21,7 @@ from parts.comparable import say_differences
 from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
+SEEDS_DIFFER = 0.008  # val loss of the default run, five seeds of results/first.csv
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
 
 # ----------------------------------------------------------------------------- reading
@@ -147,6 +149,20 @@ def steering(axes, run):
         panel.set(xlabel="training tokens", xlim=axes[0].get_xlim())
 
 
+def print_losses(runs):
+    """Print the last val loss of each run and what it took; of two runs also the difference."""
+    width = max(len(run["label"]) for run in runs)
+    print(f"{'run':{width}}    T  val loss       tokens     FLOPs  seconds")
+    losses = [run["val"]["loss"][-1] if run["val"]["loss"] else np.nan for run in runs]
+    for run, loss in zip(runs, losses):
+        tokens, flops, seconds = (run[key][-1] for key in AXES)
+        print(f"{run['label']:{width}}  {run['T']:3d}  {loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  "
+              f"{seconds:7,.0f}")
+    if len(runs) == 2:
+        print(f"difference {losses[1] - losses[0]:+.4f}; between seeds of the default run: "
+              f"{SEEDS_DIFFER} (standard deviation)")
+
+
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -157,6 +173,7 @@ def main():
     figures.pyplot()  # where matplotlib is missing, say so now
     runs = read_runs(args.runs)
     picture(args.out, runs, say_differences(run["folder"] for run in runs))
+    print_losses(runs)
     print("wrote", args.out)
 
 
