@@ -11,6 +11,7 @@ and how far the loop moved the state.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from parts import figures
@@ -92,12 +93,13 @@ def picture(path, tokens, tops, probabilities, moved):
     """Draw what each loop would predict.
 
     tokens: the T labels of what is read. tops, probabilities, moved: (loops, T), the likeliest next
-    token, its probability, and how far the loop moved the state; arrays but for tops."""
+    token, its probability, and how far the loop moved the state."""
+    moved = np.asarray(moved)
     loops, T = moved.shape
     figure, (axes, below) = figures.pyplot().subplots(
         2, 1, figsize=(2 + 0.32 * T, 1.8 + 0.3 * loops), sharex=True, layout="constrained",
         height_ratios=[loops, 3])
-    image = figures.cells(axes, probabilities, tops, lowest=0)
+    image = figures.cells(axes, np.asarray(probabilities), tops, lowest=0)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     for i in range(T):
         # the loop from which on the prediction stays
