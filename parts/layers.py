@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
-CHUNK = 1024, 4096  # tokens whose logits are held at once in training: on a CPU, on a GPU
+CHUNK = 1024  # tokens whose logits are held at once in training
+GPU_CHUNK = 4096  # fewer, longer steps: each reads and writes the gradient of the head
 IGNORED = -100  # a target that does not count
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
@@ -148,7 +149,7 @@ class HeadLoss(torch.autograd.Function):
         counts = targets != IGNORED                                                         # (N,)
         x = x * counts.unsqueeze(-1)  # rows to be ignored have no part in d_weight
         d_x, d_weight, loss = torch.empty_like(x), torch.zeros_like(weight), 0.0
-        chunk = CHUNK[x.is_cuda]
+        chunk = GPU_CHUNK if x.is_cuda else CHUNK
         for x_, target, d_x_ in zip(*(tensor.split(chunk) for tensor in (x, targets, d_x))):
             loss_, d_logits = loss_and_gradient(F.linear(x_, w), target)       # (chunk, vocab_size)
             loss = loss + loss_

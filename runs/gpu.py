@@ -8,7 +8,6 @@ Writes OUT/gpu-training.csv, gpu-decoding.csv and gpu-memory.csv, each as soon a
 Training is train.py, Muon and all, on made-up tokens; with two GPUs, on both of them as well.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from data import write_shards
 from model import PRESETS, ParcaeConfig
 from parts.cli import COUNT, Parser, UserError, run_script
 from parts.machine import pick_device, pick_dtype
+from parts.reading import read_json_lines
 from parts.tables import write_csv
 from parts.tokenizer import EOT, save_tokenizer
 
@@ -70,7 +70,7 @@ def train(code, preset, compiled, ranks, args, data, out):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise UserError(f"train.py of {code} failed with {preset}: {done.stdout[-500:]}")
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    lines, _ = read_json_lines(out / "log.jsonl")
     steps = [line for line in lines if line["kind"] == "train"][STEPS // 2:]
     speeds = sorted(step["tok_per_s"] for step in steps)
     held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
@@ -81,7 +81,7 @@ def train(code, preset, compiled, ranks, args, data, out):
             "peak_gigabytes": round(held[0] / 1e9, 2) if held else ""}
 
 
-def measure_training(args, out):
+def measure_training(args):
     """Train every preset, eager and compiled, by every folder of code in turns."""
     ranks = [1, 2] if torch.cuda.device_count() > 1 else [1]
     rows = []
@@ -92,41 +92,37 @@ def measure_training(args, out):
         for preset, compiled, n, code in product(args.presets, (False, True), ranks, args.code):
             rows.append(train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run")))
             print(*rows[-1].values(), flush=True)
-            write_csv(out / "gpu-training.csv", rows, rows[0])
+            write_csv(args.out / "gpu-training.csv", rows, rows[0])
 
 
-def measure_decoding(args, out, device):
-    """Decode by every preset with a loop: launched, recorded, compiled."""
+def short(row):
+    """Return a row with five digits of each fraction."""
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value
+            for name, value in row.items()}
+
+
+def measure_decoding(args, looped, device):
+    """Decode by every model with a loop: launched, recorded, compiled."""
     rows = []
     ways = {"eager": (False, True), "recorded": (False, False), "compiled": (True, False)}
     if device.type != "cuda":
         del ways["recorded"]
-    for preset, (way, (compiled, eager)) in product(args.presets, ways.items()):
-        config = ParcaeConfig(**PRESETS[preset])
-        if config.n_recurrent:
-            how = Namespace(context=args.context // 4, rounds=5, device=device, compile=compiled,
-                            eager=eager, dtype=pick_dtype(device))
-            for row in bench.decode_speed(bench.cases_of(config, [1, 4, 8]), how):
-                values = {name: float(f"{value:.4g}") if isinstance(value, float) else value
-                          for name, value in row.items()}
-                rows.append({"preset": preset, "way": way} | values)
-            write_csv(out / "gpu-decoding.csv", rows, rows[0])
+    for (preset, config), (way, (compiled, eager)) in product(looped.items(), ways.items()):
+        how = Namespace(context=args.context // 4, rounds=5, device=device, compile=compiled,
+                        eager=eager, dtype=pick_dtype(device))
+        rows += [{"preset": preset, "way": way} | short(row)
+                 for row in bench.decode_speed(bench.cases_of(config, [1, 4, 8]), how)]
+        write_csv(args.out / "gpu-decoding.csv", rows, rows[0])
 
 
-def measure_memory(args, out, device):
-    """Measure the memory of training and inference of every preset with a loop."""
+def measure_memory(args, looped, device):
+    """Measure the memory of training and inference of every model with a loop."""
+    how = Namespace(context=args.context, batch=args.micro, device=device, dtype=pick_dtype(device))
     rows = []
-    for preset in args.presets:
-        config = ParcaeConfig(**PRESETS[preset])
-        if config.n_recurrent:
-            how = Namespace(context=args.context, batch=args.micro, device=device,
-                            dtype=pick_dtype(device))
-            for case in bench.cases_of(config, [1, 4, 8, 16]):
-                row = bench.memory_of(case, how)
-                rows.append({"preset": preset} | {
-                    name: round(value) if isinstance(value, float) else value
-                    for name, value in row.items()})
-    write_csv(out / "gpu-memory.csv", rows, rows[0])
+    for preset, config in looped.items():
+        rows += [{"preset": preset} | short(bench.memory_of(case, how))
+                 for case in bench.cases_of(config, [1, 4, 8, 16])]
+        write_csv(args.out / "gpu-memory.csv", rows, rows[0])
 
 
 def main():
@@ -148,9 +144,11 @@ def main():
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"]
         if subprocess.run(tests).returncode:
             raise UserError("the tests that need a GPU fail: measure nothing")
-    measure_training(args, args.out)
-    measure_decoding(args, args.out, device)
-    measure_memory(args, args.out, device)
+    measure_training(args)
+    configs = {name: ParcaeConfig(**PRESETS[name]) for name in args.presets}
+    looped = {name: config for name, config in configs.items() if config.n_recurrent}
+    measure_decoding(args, looped, device)
+    measure_memory(args, looped, device)
 
 
 if __name__ == "__main__":

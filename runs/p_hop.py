@@ -33,7 +33,7 @@ HOPS = range(9)
 TRAINED = 8  # mean loops in runs/p_hop.sh; the table does not say
 # of --quick: fewer lookups, and a layer that sees less text
 QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
-QUICK = """--data data/p-hop-quick --preset parcae-nano --n-embd 64 --n-head 4 --no-value-embeds
+QUICK = """--preset parcae-nano --n-embd 64 --n-head 4 --no-value-embeds
     --n-prelude 0 --n-recurrent 1 --n-coda 0 --block-size 96 --batch-size 16 --max-steps 800
     --muon-lr 4e-2 --adamw-lr 1e-2 --eval-sequences 16 --eval-every 1000 --overwrite""".split()
 COLUMNS = {"model": str, "seed": int, "T": int, "p": int, "accuracy": float}
@@ -149,8 +149,8 @@ def quick():
         prepare("p-hop", data)
     for name, loops in (("once", 1), ("looped", 4)):
         out = Path("out/p-hop-quick", name)
-        done = subprocess.run([sys.executable, root / "train.py", *QUICK, "--mean-recurrence",
-                               str(loops), "--out", out])
+        done = subprocess.run([sys.executable, root / "train.py", *QUICK, "--data", data,
+                               "--mean-recurrence", str(loops), "--out", out])
         if done.returncode:
             sys.exit(done.returncode)
         docs = read_docs(data / DATA.name)

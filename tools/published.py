@@ -13,7 +13,7 @@ format cannot say: a field, a rule or a tensor of your own.
 """
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -178,13 +178,21 @@ def tensors_of(config):
 
 
 def check_can_be_said(config, weights):
-    """Raise UserError that names what the published format cannot say of a model: a field, a rule
-    or a tensor that the format does not have."""
-    known = {*FIELDS.values(), "state_init", "value_embeds"}  # the last is told by the weights
-    # as in an import, a field that the other side does not know must be switched off
-    unsaid = [name for name, value in asdict(config).items() if value and name not in known]
-    if config.state_init not in STATES.values():
-        unsaid.append("state_init")
+    """Raise UserError that names what the published format cannot say of a model: a field that
+    would not come back, a rule or a tensor that the format does not have."""
+    wanted, again = config, config_from(settings_of(config))
+    if not config.n_recurrent:  # a GPT has one stack
+        wanted = replace(config, n_prelude=config.n_layer, n_coda=0)
+    unsaid = []
+    for name, value in asdict(wanted).items():
+        if name == "value_embeds":
+            continue  # told by the weights
+        if name in FIELDS.values() or name == "state_init":
+            comes_back = getattr(again, name) == value
+        else:  # as in an import, a field that the other side does not know must be switched off
+            comes_back = not value
+        if not comes_back:
+            unsaid.append(name)
     if config.n_recurrent and config.injection not in INJECTED:
         unsaid.append("injection")
     problems = [f"{name} is {getattr(config, name)!r}" for name in unsaid]
