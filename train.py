@@ -18,6 +18,7 @@ import contextlib
 import math
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -31,11 +32,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EVAL_SEED, EVAL_TOKENS, Loader, prepare
 from model import Parcae
 from parts.cli import UserError, progress_bar, run_script
 from parts.comparable import changed_text
 from parts.files import json_text
+from parts.loader import EVAL_SEED, EVAL_TOKENS, Loader
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
 from parts.ranks import asked_to_stop, common_dtype, rank, say, setup_device, world
@@ -74,7 +75,9 @@ def setup(args):
 
     # the data, and the tokenizer that it was made with
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
-        prepare("stdlib", args.data)
+        code = subprocess.run([sys.executable, Path(__file__).with_name("data.py")]).returncode
+        if code:  # data.py has said why
+            sys.exit(code)
     if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)

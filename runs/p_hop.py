@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import open_shard, prepare
+from data import prepare
 from model import Parcae
 from parts import figures
 from parts.cli import Parser, UserError, progress_bar, run_script
 from parts.comparable import changed_text, say_differences
 from parts.generation import check_predicts
+from parts.loader import open_shard
 from parts.sources import SOURCES
 from parts.tables import write_csv
 from runs.half import finished, read_table

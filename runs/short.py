@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 import data
-from data import open_shard, write_shards
+from data import write_shards
 from parts import figures
 from parts.cli import UserError, run_script
 from parts.files import whole_directory
+from parts.loader import open_shard
 from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs.half import collect, finished, gain_text, losses_of, pairs, parse_args
 

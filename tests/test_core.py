@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import save_run, script
 
+from data import make_tokenizer
 from model import Parcae
 from parts.cli import UserError
-from parts.tokenizer import make_tokenizer
 from tools import core
 
 

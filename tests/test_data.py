@@ -16,12 +16,17 @@ import torch
 from conftest import ROOT, script
 
 import data
-from data import Loader, UserError, open_shard, prepare, tokens_of, write_shards
+from data import make_tokenizer, prepare, tokens_of, write_shards
+from parts import bpe as training
+from parts import loader as loading
 from parts import sources
 from parts import tokenizer as tokenizing
+from parts.bpe import train_bpe
 from parts.comparable import texts_differ
+from parts.errors import UserError
+from parts.loader import Loader, open_shard
 from parts.sources import read_text
-from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
+from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs import p_hop
 
 TEXTS = ["", "a", "def f(x):\n        return x + 1  # comment\n",
@@ -59,7 +64,7 @@ def test_tokenizers_round_trip(name, bpe, tmp_path):
 def test_bpe_merges_the_most_frequent_pair_every_time(corpus):
     """Against the definition: count all pairs anew for every merge."""
     ranks = train_bpe(corpus, 330)
-    counts = Counter(w for doc in corpus for w in regex.findall(tokenizing.WORDS, doc))
+    counts = Counter(w for doc in corpus for w in regex.findall(training.WORDS, doc))
     words = {w: [bytes([b]) for b in w.encode()] for w in counts}
     for token in list(ranks)[256:]:
         pairs = Counter()
@@ -77,8 +82,8 @@ def test_bpe_merges_the_most_frequent_pair_every_time(corpus):
 
 
 def test_every_part_of_a_long_word_is_counted(monkeypatch):
-    monkeypatch.setattr(tokenizing, "LONGEST_WORD", 3)
-    assert tokenizing.count_words(["abcdefgh abc"]) == {"abc": 1, "def": 1, "gh": 1, " ab": 1,
+    monkeypatch.setattr(training, "LONGEST_WORD", 3)
+    assert training.count_words(["abcdefgh abc"]) == {"abc": 1, "def": 1, "gh": 1, " ab": 1,
                                                         "c": 1}
 
 
@@ -322,7 +327,7 @@ def test_the_order_of_an_epoch_is_drawn_once(numbers, monkeypatch):
     loader, drawn, rng = Loader(numbers, "train", 10, 2000, seed=7), [], np.random.default_rng
     n, right = len(loader), Loader(numbers, "train", 10, 2000, seed=7)
     single = {i: right.batch([i])[0][0] for i in range(10 * n)}
-    data.epoch_order.cache_clear()
+    loading.epoch_order.cache_clear()
     monkeypatch.setattr(np.random, "default_rng", lambda s: drawn.append(s[1]) or rng(s))
     shuffled = rng(0).permutation(np.arange(n - 32, n + 32))
     for part in np.split(shuffled, 4):  # micro-batches of one step
@@ -337,7 +342,7 @@ def test_bad_shards_are_refused(numbers, monkeypatch):
     said = "train_000001.bin has token 1.* must be below the model's vocab_size 1000"
     with pytest.raises(UserError, match=said):
         Loader(numbers, "train", 10, 1000)
-    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)  # large data: as it comes
+    monkeypatch.setattr(loading, "SHARD_TOKENS", 1000)  # large data: as it comes
     with pytest.raises(UserError, match=said):
         Loader(numbers, "train", 10, 1000).batch(range(150))
     with pytest.raises(UserError, match="no val_"):
@@ -562,7 +567,7 @@ def test_two_preparations_at_once_both_end_well(tmp_path):
 
 def test_ids_above_65535_are_kept(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b" T": 70_000}
-    tokenizer = tiktoken.Encoding("large", pat_str=tokenizing.WORDS, mergeable_ranks=ranks,
+    tokenizer = tiktoken.Encoding("large", pat_str=training.WORDS, mergeable_ranks=ranks,
                                   special_tokens={tokenizing.EOT: 128_000})
     write_shards(tmp_path, "train", tokens_of([" T T"], tokenizer, ""), tokenizer.n_vocab)
     assert open_shard(tmp_path / "train_000000.bin").tolist() == [128_000, 70_000, 70_000]

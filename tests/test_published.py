@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-from data import prepare
+from data import make_tokenizer, prepare
 from model import INJECTIONS, Diagonal, Parcae, ParcaeConfig
 from parts.cli import UserError
-from parts.tokenizer import begin_token, load_tokenizer, make_tokenizer, save_tokenizer
+from parts.tokenizer import begin_token, load_tokenizer, save_tokenizer
 from tools.published import export_model, import_model, our_name, read_tokenizer
 
 PARITY = json.loads((Path(__file__).parent / "parity.json").read_text())

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, save_run, script
 
-from data import open_shard, prepare
+from data import make_tokenizer, prepare
 from model import PRESETS, Parcae, ParcaeConfig
 from parts.cli import UserError
-from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from parts.loader import open_shard
+from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs import gpu, guide, half, p_hop, short, worth
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))

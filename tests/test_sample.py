@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import save_run, script
 
+from data import make_tokenizer
 from model import KVCache, Parcae, UserError
 from parts.generation import EXIT_RULES, Look, choose, generate, probabilities, settle
 from parts.tokenizer import (
     begin_token,
     decode_stream,
     load_tokenizer,
-    make_tokenizer,
     save_tokenizer,
 )
 

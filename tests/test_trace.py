@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import save_run, script
 
+from data import make_tokenizer
 from model import Parcae
-from parts.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from parts.tokenizer import load_tokenizer, save_tokenizer
 from tools import trace as trace_tool
 from tools.trace import trace, write_page
 

@@ -20,10 +20,11 @@ from conftest import ROOT, script
 from forks import Forked
 
 import train as train_module
-from data import open_shard, prepare
+from data import prepare
 from model import Parcae, ParcaeConfig
 from parts import ranks, settings
 from parts import run_directory as run_module
+from parts.loader import open_shard
 from parts.run_directory import FILES
 from train import schedule
 
@@ -129,6 +130,17 @@ def test_a_run_learns_and_writes_its_directory(train):
         "ckpt.pt",
         "tokenizer.json",
     }
+
+
+def test_missing_data_is_made_or_data_py_says_why_not(tmp_path, capfd):
+    assert script("train.py", "--dry-run", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "data" / "stdlib" / "val_000000.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "data").write_text("in the way")
+    capfd.readouterr()
+    assert script("train.py", "--dry-run", cwd=tmp_path).returncode == 2
+    assert capfd.readouterr().err == f"data.py: error: {tmp_path / 'data'}: File exists\n"
 
 
 def test_loops_may_begin_late(train):

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import EVAL_SEED, EVAL_TOKENS, Loader
 from model import Parcae
 from parts.cli import COUNT, LOOPS, Parser, progress_bar, run_script, some_path
 from parts.comparable import changed_text, text_of
 from parts.errors import UserError
 from parts.files import write_json
 from parts.generation import check_predicts
+from parts.loader import EVAL_SEED, EVAL_TOKENS, Loader
 from parts.machine import keep_freed_memory, pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
 from parts.reading import read_json
