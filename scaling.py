@@ -16,6 +16,7 @@ Tables come from tools/sweep.py, tools/design.py plans the next one. Without loo
 is that of Chinchilla.
 """
 
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -312,11 +313,8 @@ def predict(args):
 def fit(args):
     """Fit the laws to a table of runs, print and draw them."""
     rows, accounting = read_tables(args.tables, args.accounting)
-    drawing = True
-    try:
-        figures.pyplot()  # asked before the fit, which takes a while
-    except UserError:
-        drawing = False
+    drawing = importlib.util.find_spec("matplotlib")
+    if not drawing:
         print("no figures: pip install matplotlib")
     out, table = fit_table(rows, accounting, args.resamples)
     report(out)

@@ -75,9 +75,8 @@ def setup(args):
 
     # the data, and the tokenizer that it was made with
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
-        code = subprocess.run([sys.executable, Path(__file__).with_name("data.py")]).returncode
-        if code:  # data.py has said why
-            sys.exit(code)
+        if subprocess.run([sys.executable, Path(__file__).with_name("data.py")]).returncode:
+            sys.exit(2)  # data.py has said why
     if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)

@@ -56,16 +56,6 @@ def loops_axis(axes, label, which="x"):
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_label_text(label)
 
-
-def cells(axes, shares, texts, lowest):
-    """Draw a table (rows, columns) of shares, lowest (white) to 1 (blue), with a text in each."""
-    image = axes.imshow(shares, cmap="Blues", vmin=lowest, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        color = "w" if share > 0.4 * lowest + 0.6 else "k"
-        axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=7.5,
-                  color=color, parse_math=False)
-    return image
-
 # ----------------------------------------------------------------------------- scaling laws
 
 

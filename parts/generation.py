@@ -59,17 +59,12 @@ def kl(now, last):
     return F.kl_div(last.log_probs, now.log_probs, reduction="sum", log_target=True)
 
 
-def entropy(now, last):
-    """Return how unsure the prediction is, in nats."""
-    return -(now.log_probs.exp() * now.log_probs).sum()
-
-
 def state(now, last):
     """Return how far the state moved, as a share of its size."""
     return (now.h - last.h).norm() / now.h.norm()
 
 
-EXIT_RULES = {"kl": kl, "entropy": entropy, "state": state}
+EXIT_RULES = {"kl": kl, "state": state}
 
 
 def settle(model, idx, most, cache, threshold, rule="kl"):

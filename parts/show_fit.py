@@ -33,8 +33,6 @@ def notes_on(budgets, optima, noise):
     }
     return [f"isoFLOP: {note}" for note, holds in notes.items() if holds]
 
-# ----------------------------------------------------------------------------- numbers as text
-
 
 def rounded(value):
     """Return a number as text, "-" for None."""
@@ -64,9 +62,6 @@ def gain_text(gain):
         known = f", +-{(gain['ci'][1] - gain['gain']):.2g}" if None not in gain["ci"] else ""
         return f"{gain['gain']:+.2g} (one pair{known}) by mu_rec {mu}, the best"
     return f"{gain['gain']:+.4f} {span(gain['ci'])} by mu_rec {mu}, {len(gain['by_seed'])} pairs"
-
-
-# ----------------------------------------------------------------------------- what is printed
 
 
 def report(out):

@@ -15,7 +15,7 @@ import torch
 from model import Parcae
 from parts import figures
 from parts.cli import Parser, UserError, number, progress_bar, run_script, some_path
-from parts.generation import settle
+from parts.generation import EXIT_RULES, settle
 from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
 from tools.evaluate import (
@@ -33,6 +33,14 @@ THRESHOLDS = {  # of each rule, from a late stop to an early one
     "state": (0.03, 0.1, 0.2, 0.3, 0.5),
     "entropy": (0.03, 0.1, 0.3, 1, 2),
 }
+
+
+def entropy(now, last):
+    """Return how unsure a prediction is, in nats: a rule that is worse than none."""
+    return -(now.log_probs.exp() * now.log_probs).sum()
+
+
+EXIT_RULES["entropy"] = entropy
 COLUMNS = ["rule", "threshold", "loops", "val_loss", "standard_error", "above", "above_error"]
 
 

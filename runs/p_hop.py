@@ -208,6 +208,14 @@ def lookup(axes):
     axes.axis("off")
 
 
+def cells(axes, shares):
+    """Draw a table (rows, columns) of shares, from guessing (white) to 1 (blue), in %."""
+    axes.imshow(shares, cmap="Blues", vmin=0.25, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5,
+                  color="w" if share > 0.7 else "k")
+
+
 def picture(path, hops, loops, looped, once, layers, trained):
     """Draw how many lookups in a row take how many loops.
 
@@ -222,7 +230,7 @@ def picture(path, hops, loops, looped, once, layers, trained):
     widths = [table.shape[1] for table in tables.values()]
     every = right.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
     for axes, (name, table) in zip(every, tables.items()):
-        figures.cells(axes, table, [[f"{100 * share:.0f}" for share in row] for row in table], 0.25)
+        cells(axes, table)
         axes.invert_yaxis()
         axes.set_xticks([0], [name])
         axes.set_yticks([])

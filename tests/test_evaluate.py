@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, save_run, script
 
 from data import prepare
-from parts import figures
+from parts import figures, loader
 from parts.cli import UserError
 from parts.tokenizer import load_tokenizer
 from runs import exits
@@ -162,7 +162,7 @@ def test_mistakes_get_one_line(run, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_text_file_is_read_whole(run, tmp_path):
+def test_a_text_file_is_read_whole(run, tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("Grüße, " * 30)
     done = call("--run", run, "--text", tmp_path / "t.txt", "--recurrence", 2)
     saved = json.loads((run / "eval.json").read_text())
@@ -170,7 +170,8 @@ def test_a_text_file_is_read_whole(run, tmp_path):
         ("Grüße, " * 30).encode()
     )
     (tmp_path / "t.txt").write_text("Grüße, " * 30, encoding="utf-8-sig")  # a mark is no text
-    one = call("--run", run, "--text", tmp_path / "t.txt", "--recurrence", 2, "--batch-size", 1)
+    monkeypatch.setattr(loader, "EVAL_TOKENS", 1)  # sequences one by one
+    one = call("--run", run, "--text", tmp_path / "t.txt", "--recurrence", 2)
     first = saved["results"][0]["val_loss"]
     saved = json.loads((run / "eval.json").read_text())
     assert saved["tokens"] == len(("Grüße, " * 30).encode())

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from conftest import OUR_FILES
 
-import tools.trace
 from parts import figures
 from parts.cli import UserError
 from parts.tables import budgets_of
@@ -21,8 +20,6 @@ EDGE = {"flops": 2e12, "inside": False, "at_most": 1.0, "at_least": None, "ci": 
 BUDGETS = budgets_of([{"flops": c, "mu_rec": mu, "tokens": c, "val_loss": loss, "seed": 0}
                       for c in (1e12, 2e12, 3e12) for mu, loss in zip(X, LOSS)])
 PICTURES = {
-    "trace": (["a", "$b"], [["x", "$_"], ["y", "\\n"], ["y", "z"]], np.eye(3)[:, :2],
-              [[1, 1], [0.1, 0.2], [0.01, 0.02]]),
     "one_dimension": (),
     "fixed_point": (np.geomspace(1, 1e-3, 12).reshape(4, 3).T, 0.4, 2),
     "isoflop": (BUDGETS, [INSIDE | {"flops": BUDGETS[0].flops},
@@ -50,7 +47,6 @@ PICTURES = {
 }
 
 NAMED = {name: (guide, name) for name in ("one_dimension", "fixed_point")}
-NAMED["trace"] = tools.trace, "picture"
 NAMED |= {module.__name__.removeprefix("runs."): (module, "picture")
           for module in (half, p_hop, paper, rates, short, stability, worth)}
 

@@ -89,6 +89,9 @@ def test_it_runs_and_shows_its_pictures(tmp_path, monkeypatch):
     for cell, count in zip(cells, pictures):
         shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         assert len(shown) == count
-    assert sum(pictures) >= 4
+    assert sum(pictures) >= 3
+    pages = [output.data["text/html"] for cell in cells for output in cell.outputs
+             if "text/html" in output.get("data", {})]
+    assert len(pages) == 1 and "srcdoc='&lt;!doctype html&gt;" in pages[0]
     assert (tmp_path / "out/class/looped/eval.json").exists()
     assert not list(ROOT.glob("out/class"))  # it wrote in its own folder only

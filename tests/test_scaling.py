@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,8 @@ from conftest import ROOT, script
 from sweeps import cost, evaluated, parabolic, parametric, sweep
 
 import scaling
-from parts import figures, laws
+from parts import laws
 from parts import show_fit as report
-from parts.cli import UserError
 from parts.laws import fit_law, frontier, token_cost
 from parts.tables import column, read_tables, write_csv
 
@@ -222,9 +222,7 @@ def test_what_no_resample_says_is_not_said(capsys):
 
 
 def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
-    def pyplot():
-        raise UserError("pictures need matplotlib")
-    monkeypatch.setattr(figures, "pyplot", pyplot)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_csv(tmp_path / "t.csv", sweep(parabolic, 0.002))
     done = run("fit", "t.csv", "--figures", "figures", "--resamples", 2, cwd=tmp_path)
     assert done.stdout.startswith("no figures: pip install matplotlib\n")

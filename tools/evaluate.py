@@ -210,17 +210,15 @@ def main():
     add = parser.add_argument
     add_run_flags(add)
     add_text_flags(add, 512)
-    add("--batch-size", type=COUNT, metavar="N",
-        help=f"sequences at a time (default: {EVAL_TOKENS:,} tokens / block_size)")
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
         help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
         "last loop's keys and values only")
     args = parser.parse_args()
     model, tokenizer, recurrence = open_run(args)
     text = open_text(args, model, tokenizer)
+    batches = text.batches(max(1, EVAL_TOKENS // model.config.block_size))
 
-    size = args.batch_size or max(1, EVAL_TOKENS // model.config.block_size)
-    bar = progress_bar(text.batches(size), desc="evaluating", unit="batch")
+    bar = progress_bar(batches, desc="evaluating", unit="batch")
     rows, tokens, n_bytes = bits_per_byte(model, bar, tokenizer, recurrence, args.kv_cache)
     print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "
           f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
