@@ -905,7 +905,7 @@ def test_a_finished_run_is_not_finished_twice(train):
     train("f", "--max-steps", 2)
     before = tree(train.out / "f")
     done = train("f", "--resume", "--max-tokens", 1e9, tiny=[])
-    assert "is finished: to go on, give a larger --max-steps\n" in done.stdout
+    assert "is finished: to continue it, give a larger --max-steps\n" in done.stdout
     assert tree(train.out / "f") == before
 
 
