@@ -68,7 +68,7 @@ LINE_SECONDS = 25  # between two lines of a progress bar in a log
 
 
 class Lines(tqdm):
-    """A progress bar for a log: a plain line at most every LINE_SECONDS, so none for short work."""
+    """Show progress in a log: print a line at most every LINE_SECONDS, so none for short work."""
 
     def __init__(self, *arguments, **options):
         self.due = time.monotonic() + LINE_SECONDS
@@ -158,14 +158,14 @@ def check_idle(parser, args, names, why):
 
 
 def some_path(text):
-    """Return text if it is a path that is not empty. An argparse type."""
+    """Return text if it is a path that is not empty (an argparse type)."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty, must name a file or directory")
     return text
 
 
 def new_file(text):
-    """Return text if it names a file that can be written, existing or new. An argparse type."""
+    """Return text if it names a file that can be written, existing or new (an argparse type)."""
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
@@ -174,7 +174,7 @@ def new_file(text):
 
 
 def new_directory(text):
-    """Return text if it names a directory to write to, existing or new. An argparse type."""
+    """Return text if it names a directory to write to, existing or new (an argparse type)."""
     path = Path(some_path(str(text)))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
