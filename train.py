@@ -65,7 +65,7 @@ class Setup:
 
 
 def setup(args):
-    """Check the settings and return a Setup. Write no file except the default data, if missing."""
+    """Check the settings, make missing default data and return a Setup. Raises UserError."""
     micro = args.micro_batch or max(1, args.batch_size // world())
     if args.batch_size % (world() * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * "
@@ -314,7 +314,7 @@ def caught_signals():
 
 
 def train(s):
-    """Train until the budget is spent or a signal arrives. Return False if a signal ended it."""
+    """Train until the budget is spent. Return False if a signal stops it. Raises UserError."""
     args, model, run = s.args, s.model, s.run
     state, device = run.state, model.wte.weight.device
     if args.compile:

@@ -10,7 +10,7 @@
 
 One process at a time writes there, and files appear whole. A run that replaces another one is in
 the folder .new until its first checkpoint; then `mend` moves it into place. If the process is
-killed before that, the next train.py moves it.
+killed in between, the next train.py moves it.
 """
 
 import contextlib
