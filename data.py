@@ -1,14 +1,14 @@
-"""Text in, token shards out; parts/loader.py reads batches of them.
+"""Turn text into token shards, from which parts/loader.py reads batches.
 
     python data.py                            the Python standard library's source, as bytes
     python data.py stdlib --tokenizer bpe:4096
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
 
-A data directory holds {train,val}_000000.bin, ... in the llm.c shard format (a header of 256 int32:
-magic 20240520, version 1, number of tokens; then the tokens as uint16; or 20240801, 7 and uint32
-for vocabularies of more than 65,536) and tokenizer.json. Every document begins with the
-end-of-text token, which also serves as "begin of text".
+A data directory holds tokenizer.json and shards {train,val}_000000.bin, ... in the llm.c format: a
+header of 256 int32 (magic number 20240520, version 1, number of tokens), then the tokens as uint16.
+Vocabularies of more than 65,536 tokens have magic number 20240801, version 7 and uint32. Every
+document begins with the end-of-text token, which also serves as the begin token.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from parts.tokenizer import EOT, begin_token, encode, load_tokenizer, save_token
 
 
 def make_tokenizer(name, docs=()):
-    """Return a tiktoken.Encoding: "bytes", "gpt2" (tiktoken fetches it), "bpe:N" trained on docs,
-    or that of a directory. Raises UserError."""
+    """Return a tiktoken.Encoding by name: "bytes", "gpt2" (tiktoken downloads it), "bpe:N" (trained
+    on docs) or a directory whose tokenizer.json to load. Raises UserError."""
     if name == "gpt2":
         return tiktoken.get_encoding("gpt2")
     kind, _, size = name.partition(":")
@@ -45,7 +45,7 @@ def make_tokenizer(name, docs=()):
         pattern, ranks = r"(?s:.{1,256})", {bytes([i]): i for i in range(256)}
     elif kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 65536:
         pattern, ranks = WORDS, train_bpe(docs, int(size) - 1)
-    elif Path(name).is_dir():  # one with a name of these is ./bytes
+    elif Path(name).is_dir():  # a directory called bytes is given as ./bytes
         return load_tokenizer(name)
     else:
         raise UserError(f"tokenizer is {name!r}, must be bytes, gpt2, bpe:N with N from 257 to "
@@ -55,8 +55,8 @@ def make_tokenizer(name, docs=()):
 
 
 def write_shards(directory, split, arrays, n_vocab):
-    """Write arrays of tokens, one after the other, to {split}_000000.bin, ... of at most
-    SHARD_TOKENS each. Return the number of tokens."""
+    """Write arrays of tokens, one after the other, to shards {split}_000000.bin, ... of at most
+    SHARD_TOKENS tokens. Return the number of all tokens."""
     small, large = FORMATS
     magic = small if n_vocab <= 2 ** 16 else large
     version, dtype = FORMATS[magic]
@@ -72,7 +72,7 @@ def write_shards(directory, split, arrays, n_vocab):
                 files[-1].write(tokens[:room].astype(dtype).tobytes())
                 total += len(tokens[:room])
                 tokens = tokens[room:]
-        for i, file in enumerate(files):  # the headers, now that the lengths are known
+        for i, file in enumerate(files):  # write the headers, now that the lengths are known
             count = min(SHARD_TOKENS, total - i * SHARD_TOKENS)
             file.seek(0)
             file.write(np.array([magic, version, count], dtype=np.int32).tobytes())
@@ -80,7 +80,7 @@ def write_shards(directory, split, arrays, n_vocab):
 
 
 def tokens_of(docs, tokenizer, title):
-    """Yield the tokens of docs in arrays, the begin token before each document."""
+    """Yield the tokens of docs in arrays. Each document begins with the begin token."""
     with progress_bar(total=sum(map(len, docs)), desc=title, unit="char", unit_scale=True) as bar:
         for doc in docs:
             yield np.array([begin_token(tokenizer)])
@@ -90,7 +90,7 @@ def tokens_of(docs, tokenizer, title):
 
 
 def fingerprint(directory, source, files):
-    """Return what tells a data directory from others, {"sha256": of all tokens, ...}."""
+    """Return what identifies a data directory: its source, Python, files and tokens' sha256."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.bin")):
         with open(path, "rb") as file:
@@ -101,20 +101,20 @@ def fingerprint(directory, source, files):
 
 
 def check_replaceable(directory):
-    """Raise UserError where a directory holds anything that data.py did not make: it is replaced
-    as a whole."""
+    """Raise UserError if a directory, which is replaced as a whole, holds anything that data.py did
+    not make."""
     paths = sorted(Path(directory).glob("*"))
     for path in paths:
         ours = False
         if path.name == "tokenizer.json":
-            ours = "name" in read_json(path)  # those of others have a model
+            ours = "name" in read_json(path)  # Hugging Face's file has "model" instead
         elif re.fullmatch(r"(train|val)_\d{6}\.bin", path.name):
             ours = np.fromfile(path, dtype=np.int32, count=1).tolist() in [[m] for m in FORMATS]
         if not ours:
             raise UserError(f"--out {directory} holds {path.name}, which data.py did not make: "
                             "choose another directory")
     if [path.name for path in paths] == ["tokenizer.json"]:
-        raise UserError(f"--out {directory} holds a tokenizer alone: choose another directory")
+        raise UserError(f"--out {directory} holds only a tokenizer: choose another directory")
 
 
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a dataset on the Hugging Face hub, already in shards
@@ -122,44 +122,44 @@ FINEWEB_SHARDS = 99
 
 
 def from_hub(function, repository, *arguments, **options):
-    """Return the path that a function of huggingface_hub fetches to. Raises UserError."""
+    """Return the path to which a function of huggingface_hub downloads. Raises UserError."""
     try:
         import huggingface_hub
         return Path(getattr(huggingface_hub, function)(repository, *arguments, **options))
     except ImportError:
         raise UserError(f"{repository} is on the Hugging Face hub: "
                         "pip install huggingface_hub") from None
-    except Exception as error:  # whatever the network or the hub makes of it
+    except Exception as error:  # the network and the hub raise many kinds
         reason = first_line(error, type(error).__name__)
         raise UserError(f"{repository} was not fetched from the Hugging Face hub: "
                         f"{reason}") from None
 
 
 def fetch_fineweb(out, shards):
-    """Fetch shards of FineWeb-Edu to the directory `out`, each by itself: a long download goes on
-    with the first that is missing. Raises UserError."""
+    """Download shards of FineWeb-Edu to the directory `out`. Shards that are there already are
+    skipped, so an interrupted download can be repeated. Raises UserError."""
     check_replaceable(out)
     saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}
     if saved.exists() and read_json(saved) not in (made, {"name": "gpt2"}):
         raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     names = {"val_000000.bin": "finewebedu_val_000000.bin"}
-    for i in range(shards):  # theirs count from 1
+    for i in range(shards):  # the hub counts shards from 1
         names[f"train_{i:06d}.bin"] = f"finewebedu_train_{i + 1:06d}.bin"
     with tempfile.TemporaryDirectory(prefix=".hub-", dir=out.resolve().parent) as arriving:
         for name, theirs in progress_bar(names.items(), desc="fetching", unit="shard"):
             if not (out / name).exists():
                 arrived = from_hub("hf_hub_download", FINEWEB, theirs, repo_type="dataset",
                                    local_dir=arriving)
-                open_shard(arrived)  # checks it
+                open_shard(arrived)  # raises UserError if it is damaged
                 os.replace(arrived, out / name)
-    write_text(saved, json.dumps(made))  # tiktoken fetches gpt2 when it is needed
+    write_text(saved, json.dumps(made))  # tiktoken downloads gpt2 when it is used
     print(f"{out}: {len(list(out.glob('train_*.bin')))} train and 1 val shard, tokenizer gpt2")
 
 
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):
-    """Make the data directory `out` (default data/<source>), whole or not at all. Return its path.
-    Raises UserError."""
+    """Make the data directory `out` (default: data/<source>) and return its path. It is written
+    whole or not at all, except for fineweb-edu. Raises UserError."""
     out = Path(out or f"data/{source}")
     if source == "fineweb-edu":
         fetch_fineweb(out, shards)
@@ -187,16 +187,16 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("source", nargs="?", default="stdlib", metavar="SOURCE", choices=choices,
-        help=f"{', '.join(choices)} (default: stdlib); text is followed by files and folders")
+        help=f"one of {', '.join(choices)} (default: stdlib); text needs files or folders")
     add("files", nargs="*", type=some_path, metavar="FILE",
-        help="for SOURCE text: UTF-8 files, and folders whose .txt, .md and .py files are read")
+        help="for SOURCE text: UTF-8 files, or folders, whose .txt, .md and .py files are read")
     add("--out", type=some_path, metavar="DIR",
         help="data directory to make (default: data/SOURCE)")
     add("--tokenizer", metavar="NAME",
         help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a "
              "directory with a tokenizer.json")
     add("--shards", type=number(int, 1, FINEWEB_SHARDS), metavar="N",
-        help=f"fineweb-edu: train shards of 100M tokens, 1 to {FINEWEB_SHARDS} (default: 1)")
+        help=f"for fineweb-edu: number of 100M-token shards, 1 to {FINEWEB_SHARDS} (default: 1)")
     args = parser.parse_args()
     if args.source == "text" and not args.files:
         parser.error("SOURCE text needs files: python data.py text FILE...")
@@ -204,9 +204,9 @@ def main():
         parser.error(f"SOURCE {args.source} takes no files, got {args.files[0]}")
     if args.source == "fineweb-edu" and args.tokenizer not in (None, "gpt2"):
         parser.error(f"--tokenizer is {args.tokenizer}, must be gpt2 (or left out): "
-                     "fineweb-edu comes in its tokens")
+                     "fineweb-edu is already in GPT-2 tokens")
     if args.source != "fineweb-edu" and args.shards:
-        parser.error(f"--shards is for SOURCE fineweb-edu: {args.source} has as many as it needs")
+        parser.error(f"--shards is for SOURCE fineweb-edu: leave it out for {args.source}")
     prepare(args.source, args.out, args.tokenizer or "bytes", args.files, args.shards or 1)
 
 

@@ -3,14 +3,14 @@
     python train.py                                        the small default, minutes on a laptop
     python train.py --mean-recurrence 1 --out out/fixed    the same layers, run once
     python train.py --preset gpt-nano --max-flops 1e13 --out out/plain
-    python train.py --resume                               go on with an interrupted run
+    python train.py --resume                               continue an interrupted run
     python train.py --init-from out/default --data data/mine --out out/mine --muon-lr 1e-2
     torchrun --standalone --nproc-per-node=8 train.py --preset parcae-140m --data data/fineweb-edu
 
-Writes a run directory, see parts/run_directory.py. The recipe is the paper's (§4.2, appendix E):
-Muon for the matrices of the layers, AdamW for the rest, no warm-up, the learning rate constant and
-then falling linearly to 0. All randomness of a step is a function of (seed, step), so that a
-resumed run repeats an uninterrupted one, and several ranks repeat a single one.
+It writes a run directory, whose files parts/run_directory.py lists. The recipe is from the paper
+(§4.2, appendix E): Muon trains the matrices of the layers, AdamW everything else; the learning rate
+has no warm-up, stays constant and then falls linearly to 0. All randomness of a step depends on
+(seed, step) alone, so neither resuming a run nor adding ranks changes what a step draws.
 """
 
 import argparse
@@ -45,27 +45,27 @@ from parts.run_directory import Run, check_free, describe
 from parts.settings import DEFAULT_DATA, model_of, parse_args
 from parts.tokenizer import begin_token, decode_stream, load_tokenizer
 
-MAX_SKIPPED = 10  # steps in a row that are not finite
+MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row
 
 # ------------------------------------------------------------------------------- setup
 
 
 @dataclass
 class Setup:
-    """All that training needs."""
+    """Hold everything that training needs."""
 
     args: argparse.Namespace
     model: Parcae
-    loader: Loader  # of the train split
+    loader: Loader  # reads the train split
     val_loader: Loader
     tokenizer: object
     run: Run
-    record: dict  # what config.json says
-    micro: int  # sequences of a forward pass
+    record: dict  # the content of config.json
+    micro: int  # sequences in one forward pass of a rank
 
 
 def setup(args):
-    """Check the settings, then make data, model and optimisers. Writes nothing but missing data."""
+    """Check the settings, make missing default data and return a Setup. Raises UserError."""
     micro = args.micro_batch or max(1, args.batch_size // world())
     if args.batch_size % (world() * micro):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * "
@@ -73,19 +73,19 @@ def setup(args):
     check_free(args.out, args.resume or args.overwrite or args.dry_run)
     device = setup_device(args)
 
-    # the data, and the tokenizer that it was made with
+    # the data and its tokenizer
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
         if subprocess.run([sys.executable, Path(__file__).with_name("data.py")]).returncode:
-            sys.exit(2)  # data.py has said why
+            sys.exit(2)  # data.py has printed why
     if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
-    begin_token(tokenizer)  # raises where there is none: the closing sample begins with it
+    begin_token(tokenizer)  # raises if there is none: the sample after training begins with it
     config, weights = model_of(args, tokenizer)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
                           for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
 
-    # the model, new or from the weights of another run
+    # the model, with new weights or with those of another run
     use_threads(config.n_embd, args.threads)
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
@@ -115,12 +115,12 @@ def make_optimizers(model, args):
 
 
 def schedule(progress, cooldown):
-    """Return the learning rate's factor after a share of the budget: 1, then linear to 0."""
+    """Return the learning rate's factor: 1, falling to 0 over the last `cooldown` of the budget."""
     return min(1, (1 - progress) / cooldown) if cooldown else 1
 
 
 def shares_spent(args, state):
-    """Return {flag: the share of its budget that is spent} for the budgets given."""
+    """Return {flag: the share of its budget that is spent} for each budget that is given."""
     budgets = {"--max-steps": (state["step"], args.max_steps),
                "--max-tokens": (state["tokens"], args.max_tokens),
                "--max-flops": (state["flops"], args.max_flops)}
@@ -128,12 +128,12 @@ def shares_spent(args, state):
 
 
 def spent(args, state):
-    """Return the share of the budget that is spent, 0 to 1."""
+    """Return the share of the budget that is spent, 0 to 1; of several budgets, the largest."""
     return min(1, max(shares_spent(args, state).values()))
 
 
 def draw_depths(model, args, progress, step_seed):
-    """Return the loops (batch_size,) of a training batch, see --depth-sampling and --loop-from."""
+    """Return the loops of each row of a batch, (batch_size,); see --depth-sampling, --loop-from."""
     size, generator = args.batch_size, torch.Generator().manual_seed(step_seed)
     if progress < args.loop_from or not model.config.n_recurrent:
         return torch.ones(size, dtype=torch.int64)
@@ -145,30 +145,30 @@ def draw_depths(model, args, progress, step_seed):
 
 
 def deal(rows, hands):
-    """Deal rows, deepest first, to `hands` back and forth: (hands, rows of each), of equal work."""
+    """Deal rows, sorted deepest first, back and forth to `hands`. Return (hands, rows of each)."""
     rounds = rows.view(-1, hands).clone()
-    rounds[1::2] = rounds[1::2].flip(1)  # who came last begins the next round
+    rounds[1::2] = rounds[1::2].flip(1)  # so that each hand gets about equal work
     return rounds.T
 
 
 def backward(model, loader, depths, first_sample, micro, step_seed):
-    """Accumulate the gradient of this rank's rows of a batch. Return the mean loss over all ranks'
-    rows, a tensor."""
-    # deal the rows to ranks, another one gets the deepest in each step
+    """Accumulate the gradient of this rank's rows of a batch. Return the mean loss of the whole
+    batch in nats per token, a tensor ()."""
+    # deal the rows to the ranks; in each step a different rank gets the deepest row
     rows = depths.argsort(descending=True, stable=True)
     mine = deal(rows, world())[(rank() + step_seed) % world()]
-    # rows of like depth go into a micro-batch: it loops as often as its deepest row
+    # a micro-batch loops as often as its deepest row, so its rows have similar depths
     parts = mine.split(micro)
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for n, part in enumerate(parts, start=1):
-        # on mps, what is copied without waiting may be freed before it has arrived
+        # on mps, wait for the copy: its source may be freed before the copy is done
         idx, targets = (t.to(device, non_blocking=device.type == "cuda")
                         for t in loader.batch(first_sample + part))           # (micro, T) each
-        # the noise in which the loop starts is the same for every row, on every rank; anything else
-        # that is random, as dropout, repeats from part to part
+        # every row, on every rank, starts its loop from the same noise; if you add dropout, its
+        # draws repeat from part to part
         torch.manual_seed(step_seed)
-        # ranks add up their gradients once, after the last part
+        # ranks average their gradients once, after the last part
         wait = world() > 1 and n < len(parts)
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(idx, targets, depths=depths[part])[1] / len(parts)
@@ -180,8 +180,9 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
 
 
 def update(model, optimizers, args, loss, progress, step):
-    """Clip the gradient and step the optimisers, at the rates for a share `progress` of the budget;
-    skip what is not finite. Return (loss, gradient norm, whether they are finite)."""
+    """Clip the gradient and update the weights, at the learning rates for `progress`, the share of
+    the budget that is spent; skip the update if loss or gradient is not finite. Return (loss,
+    gradient norm before clipping, whether both are finite)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     loss, norm = torch.stack([loss, norm]).tolist()
     finite = math.isfinite(loss + norm)
@@ -200,10 +201,9 @@ def update(model, optimizers, args, loss, progress, step):
 
 
 def add_step(state, args, model, depths, seconds):
-    """Add a step to what is spent. Return its tokens, and its exact FLOPs: MFU is of those,
-    whatever --accounting counts for the budget."""
+    """Add a step to the counts in `state`. Return its tokens and, for MFU, its exact FLOPs."""
     tokens = args.batch_size * model.config.block_size
-    # FLOPs are linear in the loops, so those of the mean are the mean of those of the rows
+    # FLOPs are linear in the number of loops, so the mean depth gives the mean FLOPs of a row
     loops = depths.double().mean().item()
     with_gradient = depths.clamp(max=model.config.backprop_depth).double().mean().item()
     counted, exact = (tokens * model.flops_per_token(loops, with_gradient, accounting=accounting)
@@ -221,27 +221,28 @@ def add_step(state, args, model, depths, seconds):
 
 @torch.no_grad()
 def evaluate(model, loader, sequences, batch_size, recurrence):
-    """Return what the log has of an evaluation: {metric: {loops: mean}}, and the spectral radius.
+    """Return what the log stores: {"val_loss": {loops: nats per token}} and, for a looped model,
+    "state_rms": {loops: root mean square of the state} and "spectral_radius": a number.
 
-    Every rank reads its share of the sequences. A plain transformer has one entry, for 1 loop."""
+    Each rank reads a share of the sequences. A plain transformer is evaluated at 1 loop only."""
     device = model.wte.weight.device
     looped = model.config.n_recurrent > 0
     recurrence = recurrence if looped else [1]
     batch_size = max(1, min(batch_size, EVAL_TOKENS // model.config.block_size))
-    sequences = max(world(), min(sequences, len(loader)))  # one for each rank at least
+    sequences = max(world(), min(sequences, len(loader)))  # at least one for each rank
     mine = range(rank(), sequences, world())
-    sums = defaultdict(lambda: torch.zeros((), device=device))  # (metric, loops): over sequences
+    sums = defaultdict(lambda: torch.zeros((), device=device))  # of (metric, loops)
     model.eval()
     for start in progress_bar(range(0, len(mine), batch_size), desc="evaluating", delay=1,
                               disable=rank() > 0):
         idx, targets = (t.to(device) for t in loader.batch(mine[start:start + batch_size]))
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
-                # each metric is a line; logits: (B, T, vocab_size)
-                logits = model.head(model.readout(h, inputs))
+                # to add a metric, add a line that sums it over sequences
+                logits = model.head(model.readout(h, inputs))       # (B, T, vocab_size)
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                 sums["val_loss", loops] += loss * len(idx)  # nats per token
-                # a mean of squares: means add up over sequences, their roots do not
+                # the mean square: its root is taken after averaging over sequences
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)
     model.train()
 
@@ -259,14 +260,14 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
 
 
 def still_predicts(s):
-    """Return whether the loss is finite on a val sequence of each rank: that of a step is of the
-    weights before its update, and no checkpoint may be replaced by what predicts nothing."""
+    """Return whether the updated weights have a finite val loss, on one sequence for each rank: the
+    train loss is from before the update, and broken weights must not replace a good checkpoint."""
     values = evaluate(s.model, s.val_loader, 1, 1, [s.model.config.mean_recurrence])
     return all(map(math.isfinite, values["val_loss"].values()))
 
 
 def save_and_evaluate(s, train_loss):
-    """Write a checkpoint on the way, and evaluate at the mean recurrence."""
+    """Write a checkpoint during training, and log and print the val loss at mean_recurrence."""
     state, mean = s.run.state, s.model.config.mean_recurrence
     s.run.save()
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
@@ -282,7 +283,7 @@ def save_and_evaluate(s, train_loss):
 
 
 def start_or_resume(s):
-    """Start the run or load its checkpoint. Return False, and say so, where it is finished."""
+    """Start the run, or resume it. Return False, with a message, if it is finished already."""
     args, run = s.args, s.run
     if not args.resume:
         run.start(s.record, s.tokenizer, args.overwrite)
@@ -293,7 +294,7 @@ def start_or_resume(s):
     run.resume()
     if spent(args, run.state) == 1 and run.lines and run.lines[-1]["kind"] == "done":
         limits = [flag for flag, share in shares_spent(args, run.state).items() if share >= 1]
-        say(f"{args.out} is finished: to go on, give a larger {' and '.join(limits)}")
+        say(f"{args.out} is finished: to continue it, give a larger {' and '.join(limits)}")
         return False
     run.go_on(s.record)
     return True
@@ -301,7 +302,7 @@ def start_or_resume(s):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Yield a list that gets the signals that ask to stop, while the block runs."""
+    """Yield a list. While the block runs, SIGINT and SIGTERM are added to it and end nothing."""
     received = []
     before = {number: signal.signal(number, lambda number, frame: received.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
@@ -313,7 +314,7 @@ def caught_signals():
 
 
 def train(s):
-    """Train until the budget is spent or a signal comes. Return whether it was spent."""
+    """Train until the budget is spent. Return False if a signal stops it. Raises UserError."""
     args, model, run = s.args, s.model, s.run
     state, device = run.state, model.wte.weight.device
     if args.compile:
@@ -322,18 +323,18 @@ def train(s):
     bar = progress_bar(total=100, initial=100 * spent(args, state), disable=rank() > 0,
                        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", leave=True)
     skipped = 0  # steps in a row
-    stop = False  # ranks must agree: one that leaves alone would have the others wait
+    stop = False  # the same on all ranks: if one stopped alone, the others would wait for it
 
     with caught_signals() as received:
         while spent(args, state) < 1 and not stop and skipped < MAX_SKIPPED:
             start, progress = time.perf_counter(), spent(args, state)
-            step_seed = args.seed * 1_000_003 + state["step"]  # a million steps till seeds meet
+            step_seed = args.seed * 1_000_003 + state["step"]  # unique up to a million steps
 
             # 1. how often each sequence loops
             depths = draw_depths(model, args, progress, step_seed)            # (batch_size,)
             # 2. forward and backward
             loss = backward(parallel, s.loader, depths, state["samples"], s.micro, step_seed)
-            # 3. update the weights, or skip what is not finite
+            # 3. update the weights, if loss and gradient are finite
             loss, norm, finite = update(model, run.optimizers, args, loss, progress,
                                         state["step"])
             skipped = 0 if finite else skipped + 1
@@ -348,7 +349,7 @@ def train(s):
             bar.update(100 * (spent(args, state) - progress))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s, "
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
-            # 5. now and then save and evaluate, but never over a good checkpoint
+            # 5. every --eval-every steps, save and evaluate if the val loss is finite
             stop = asked_to_stop(received, device)
             due = state["step"] % args.eval_every == 0 and spent(args, state) < 1 and not stop
             if due and still_predicts(s):
@@ -356,21 +357,21 @@ def train(s):
         bar.close()
         works = skipped < MAX_SKIPPED and still_predicts(s)
         if works:
-            run.save()  # a second signal does not interrupt it
+            run.save()  # in this block, where a second signal does not interrupt it
 
     if not works and not stop:
         what = (f"loss or gradient was not finite {skipped} steps in a row" if skipped
                 else "the val loss is not finite")
         raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
-                        f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo what else "
-                        f"you changed; {run.last_checkpoint()}")
+                        f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo your "
+                        f"other changes; {run.last_checkpoint()}")
     return not stop
 
 # ------------------------------------------------------------------------------- what is printed
 
 
 def introduce(s):
-    """Print what is trained, on what, and what a loss is to be held against."""
+    """Print the model, the data, the machine, and a loss to compare the losses with."""
     config, record = s.model.config, s.record
     loop = f"a loop of {config.n_recurrent}" if config.n_recurrent else "no loop"
     if config.n_recurrent and config.mean_recurrence > 1:
@@ -381,16 +382,16 @@ def introduce(s):
     print(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
           f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
           f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
-          f"windows of {config.block_size}\n"
+          f"windows of {config.block_size} tokens\n"
           f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
-          f"{record['dtype'].removeprefix('torch.')}; MFU is the share of "
+          f"{record['dtype'].removeprefix('torch.')}; the peak for MFU is "
           f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
-          f"  loss     in nats per token; {-(shares * np.log(shares)).sum():.2f} is knowing how "
-          "frequent each token is, and nothing else")
+          f"  loss     in nats per token; it is {-(shares * np.log(shares)).sum():.2f} for a model "
+          "that knows only how frequent each token is")
 
 
 def report(s):
-    """Evaluate once more, over more sequences; print the losses, a sample and what to try next."""
+    """Evaluate on more sequences; print the losses, a sample and commands to try next."""
     args, state, config = s.args, s.run.state, s.model.config
     values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro,
                       args.eval_recurrence)
@@ -411,21 +412,20 @@ def report(s):
     loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
     print(f"\n{what_it_says(config, values['val_loss'])}\nnext:\n"
           f'  python sample.py --run {run} --prompt "def "{loops}\n'
-          f"  python -m tools.curves {run}     how the loss fell (needs matplotlib)")
+          f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:
         print("  " + run_once(sys.argv, args.out) + "\n"
-              "                the same layers, trained to run once: is the loop worth its FLOPs?")
+              "                train the same layers to run once: is the loop worth its FLOPs?")
 
 
 def run_once(words, out):
-    """Return the command line, a list of words, changed so that the layers are trained to run once.
-    Of a flag that comes twice the last one counts."""
+    """Return the command line `words` with flags added that train the same layers to run once. They
+    come last, since the last value of a flag counts."""
     return shlex.join(["python", *words, "--mean-recurrence", "1", "--out", f"{out}-once"])
 
 
 def what_it_says(config, losses):
-    """Return a sentence on the losses {loops: nats} of the same weights run once and run as often
-    as in training, or ""."""
+    """Return a sentence that compares the losses {loops: nats} at 1 and mean_recurrence, or ""."""
     mean = config.mean_recurrence
     if mean == 1 or not {1, mean} <= losses.keys():
         return ""
@@ -464,11 +464,11 @@ def main():
             elif s.run.saved is None:
                 say("stopped, and nothing was saved")
             else:
-                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; go on with: "
-                    f"python train.py --resume --out {shlex.quote(args.out)}")
+                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue "
+                    f"with: python train.py --resume --out {shlex.quote(args.out)}")
     if world() > 1:
-        dist.barrier()  # ranks leave together: gloo may abort one whose partner has left
-        time.sleep(0.5)  # while it is still on its way out of the barrier, too
+        dist.barrier()  # ranks leave together: gloo may abort a rank whose partner has left,
+        time.sleep(0.5)  # even while that rank is still leaving the barrier
         dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The command line of every script: checked flags, the one-line error, progress."""
+"""What every script needs on the command line: checked flags, one-line errors, progress bars."""
 
 import argparse
 import io
@@ -16,14 +16,14 @@ from parts.errors import UserError, first_line
 
 
 def run_script(main):
-    """Call main(). What a user can mend becomes one line and exit code 2, no traceback."""
+    """Call main(). An error that a user can fix is printed in one line, with exit code 2."""
     open_streams()
-    # as Ctrl-C: temporary files are removed
+    # end as Ctrl-C does, so that temporary files are removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+    except BrokenPipeError:  # the reader has stopped reading, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print()
@@ -38,25 +38,25 @@ def run_script(main):
 
 
 def open_streams():
-    """Lead closed standard streams to nowhere: else the next files opened would get their numbers,
-    and what is printed."""
+    """Open closed standard streams on os.devnull: otherwise the next files that are opened would
+    get their numbers, and printed text would be written into them."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # gets the lowest number that is free
+            setattr(sys, name, open(os.devnull, mode))  # it gets the lowest free number
         elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # consoles that are not UTF-8
+            stream.reconfigure(errors="replace")  # for consoles that are not UTF-8
 
 
 def trouble(error):
-    """Return in one line what a user can mend: a value, or a file, disk or memory that the system
-    refused; None for any other error."""
+    """Return a message for an error that a user can fix: a wrong value, or a file, disk space or
+    memory that the system refused. Return None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save on a full disk
     if isinstance(error, OSError):
-        name = error.filename2 or error.filename  # of a rename the file that was to be
+        name = error.filename2 or error.filename  # in a rename, the new name
         return f"{name}: {error.strerror}" if name else str(error)
     no_room = "out of memory", "allocate memory", "PytorchStreamWriter"
     if isinstance(error, MemoryError) or any(words in str(error) for words in no_room):
@@ -64,27 +64,27 @@ def trouble(error):
     return None
 
 
-LINE_SECONDS = 25  # between two lines about the same work, in a log
+LINE_SECONDS = 25  # between two lines of a progress bar in a log
 
 
 class Lines(tqdm):
-    """A progress bar for a log: a plain line now and then, none for what is soon done."""
+    """Show progress in a log: print a line at most every LINE_SECONDS, so none for short work."""
 
     def __init__(self, *arguments, **options):
         self.due = time.monotonic() + LINE_SECONDS
         options["bar_format"] = "{l_bar} {elapsed} so far, {remaining} to go{postfix}"
-        options["file"] = io.StringIO()  # for what tqdm itself writes at the end
+        options["file"] = io.StringIO()  # takes what tqdm itself writes at the end
         super().__init__(*arguments, **options)
 
     def display(self, msg=None, pos=None):
-        """Print a line if it is time for one."""
+        """Print a line if LINE_SECONDS have passed since the last one."""
         if time.monotonic() > self.due:
             print(self, file=sys.stderr, flush=True)
             self.due = time.monotonic() + LINE_SECONDS
 
 
 def progress_bar(iterable=None, **options):
-    """Return a tqdm bar, of an iterable or to be updated; where there is no terminal, see Lines."""
+    """Return a tqdm bar, over an iterable or updated by hand; Lines if there is no terminal."""
     bar = tqdm if sys.stderr.isatty() else Lines
     return bar(iterable, **{"leave": False} | options)
 
@@ -97,13 +97,13 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ...", as do choices
+        # "argument --seed: is -1, must ..." becomes "--seed is -1, must ..."; choices likewise
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise UserError(re.sub(r": invalid choice: (.*) \(choose from (.*)\)$",
                                r" is \1, must be one of \2", message))
 
     def checked(self, values):
-        """Return settings, a dict read as JSON, each checked as its flag is. Raises UserError."""
+        """Return settings from JSON, a dict, each checked as its flag is. Raises UserError."""
         actions = {action.dest: action for action in self._actions}
         result = {}
         for name, value in values.items():
@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, above=False):
-    """Return an argparse type: a finite number from low to high; above: larger than low.
+    """Return an argparse type: a finite number from low to high; if `above`, larger than low.
 
     >>> number(int, 1)("2e3")
     2000
@@ -146,26 +146,26 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def flag_of(name):
-    """Return the flag of a setting: "--top-k" of "top_k"."""
+    """Return the flag of a setting: "--top-k" for "top_k"."""
     return "--" + name.replace("_", "-")
 
 
 def check_idle(parser, args, names, why):
-    """Raise UserError for the flags among `names` that are not at their defaults: why."""
+    """Raise UserError if flags among `names` are not at their defaults. why: the reason to give."""
     idle = [flag_of(name) for name in names if getattr(args, name) != parser.get_default(name)]
     if idle:
         raise UserError(f"{why}: leave out {', '.join(idle)}")
 
 
 def some_path(text):
-    """Return text, an argparse type: a path that is not empty."""
+    """Return text if it is a path that is not empty (an argparse type)."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty, must name a file or directory")
     return text
 
 
 def new_file(text):
-    """Return text, an argparse type: a file that can be written, there already or not."""
+    """Return text if it names a file that can be written, existing or new (an argparse type)."""
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
@@ -174,13 +174,13 @@ def new_file(text):
 
 
 def new_directory(text):
-    """Return text, an argparse type: a directory that can be written to, there already or not."""
+    """Return text if it names a directory to write to, existing or new (an argparse type)."""
     path = Path(some_path(str(text)))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"is {text}, but {there} is not a directory")
     if not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"is {text}, but {there} may not be written to")
+        raise argparse.ArgumentTypeError(f"is {text}, but you may not write to {there}")
     return text
 
 

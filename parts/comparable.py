@@ -1,4 +1,4 @@
-"""What tells the texts of data directories and runs apart, and which runs can be compared."""
+"""Compare the texts of data directories and runs, and warn about runs that cannot be compared."""
 
 from pathlib import Path
 
@@ -6,25 +6,25 @@ from parts.reading import read_json
 
 
 def text_of(directory):
-    """Return the fingerprint of a data directory's text; None where it is not known."""
+    """Return the fingerprint of a data directory's text; None if it is not known."""
     file = Path(directory) / "tokenizer.json"
     return read_json(file).get("text") if file.exists() else None
 
 
 def identity(text):
-    """Return what tells a fingerprint from those of other texts; None if it says nothing."""
+    """Return the part of a fingerprint that identifies its text; None if there is none."""
     return text.get("sha256", text.get("source")) if isinstance(text, dict) else None
 
 
 def texts_differ(text, other):
-    """Return whether two fingerprints are known to be those of different texts."""
+    """Return whether two fingerprints are known to belong to different texts."""
     known = identity(text), identity(other)
     return None not in known and known[0] != known[1]
 
 
 def changed_text(run, directory):
-    """Return a sentence that says so where a data directory holds another text than a run was
-    trained on; or ""."""
+    """Return a warning if a data directory holds another text than a run was trained on; otherwise
+    return ""."""
     trained_on = read_json(Path(run) / "config.json").get("text")
     if not texts_differ(trained_on, text_of(directory)):
         return ""
@@ -33,8 +33,8 @@ def changed_text(run, directory):
 
 
 def say_differences(folders):
-    """Print, and return, a sentence that names what makes the numbers of several runs hard to
-    compare, as far as the runs say; or return ""."""
+    """Print and return a sentence that names what differs between runs so that their numbers cannot
+    be compared, as far as the runs record it; otherwise return ""."""
     found = [facts(Path(folder)) for folder in folders]
     what = [name for name in (found[0] if found else ())
             if len({repr(one[name]) for one in found if one[name] is not None}) > 1]
@@ -46,7 +46,7 @@ def say_differences(folders):
 
 
 def facts(folder):
-    """Return what the losses and FLOPs of a run are of, None for what it does not say."""
+    """Return what the losses and FLOPs of a run depend on; None for what it does not record."""
     config, tokenizer = (read_json(file) if file.exists() else {}
                          for file in (folder / "config.json", folder / "tokenizer.json"))
     settings = config.get("settings")

@@ -1,6 +1,6 @@
-"""Files and directories that appear whole, JSON without NaN, a lock.
+"""Write files and directories that appear whole, and JSON without NaN; lock a directory.
 
-Files are written to a temporary name and renamed: a reader finds the old file or the new one.
+A file is written under a temporary name and then renamed: readers find the old file or the new one.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-# what a file system answers that does not offer a call: mounted buckets, Lustre, FUSE
+# the errors of file systems that lack a system call, as mounted buckets, Lustre and FUSE may
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-# what the lock's system call answers while another process has the file, or has just removed it
+# the errors of try_lock while another process holds the file, or has just removed it
 BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT)
 
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """Open a file that takes path's place when the block ends well; else no file is left behind.
-    Its directory is made where it is missing."""
+    """Yield an open file that replaces the one at path if the block ends without an error, and is
+    removed otherwise. A missing directory is made."""
     path = Path(os.path.realpath(path))  # a link to a file stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp: its files are for the owner alone, and chmod fails on mounted buckets
+    # not mkstemp: only the owner could read its files, and chmod fails on mounted buckets
     temporary = path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -57,17 +57,17 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write a value as JSON, see json_text."""
+    """Write a value as a JSON file, see json_text."""
     write_text(path, json_text(value, indent=1))
 
 
 def json_text(value, **options):
-    """Return a value as JSON. It has no NaN and no infinity: such a number becomes null."""
+    """Return a value as JSON text, with null for NaN and infinity. options: for json.dumps."""
     return json.dumps(with_null(value), allow_nan=False, **options)
 
 
 def with_null(value):
-    """Return a value of JSON with None in place of each number that is not finite."""
+    """Return a value with None in place of each number that is not finite, however deep."""
     if isinstance(value, dict):
         return {key: with_null(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -77,25 +77,25 @@ def with_null(value):
 
 @contextlib.contextmanager
 def whole_directory(path, check):
-    """Yield an empty directory that takes path's place when the block ends well: the old one is
-    moved aside, the new one in, then the old removed. check(path) raises UserError where what is
-    there must not be replaced."""
+    """Yield an empty directory that replaces the one at path if the block ends without an error:
+    the old one is moved aside, the new one is moved in, then the old one is removed. check(path)
+    raises UserError if the old one must not be replaced."""
     path = Path(os.path.realpath(path))  # a link to a folder stays a link
     if path.is_symlink():
         raise UserError(f"--out {path} is a link to itself (Too many levels of symbolic links)")
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is not a directory: choose another name")
     if path == Path.cwd().resolve():
-        raise UserError(f"--out {path} is the current directory: choose a name of its own")
+        raise UserError(f"--out {path} is the current directory: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     check(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
-    new.mkdir()  # mkdtemp's directory is for the owner alone
+    new.mkdir()  # not mkdtemp's own directory, which only the owner can read
     try:
         yield new
         with lock(path.parent, patience=60):
-            check(path)  # again: hours may have passed
+            check(path)  # again: hours may have passed since the first check
             if path.exists():
                 os.rename(path, old)
             os.rename(new, path)
@@ -107,8 +107,8 @@ def whole_directory(path, check):
 
 @contextlib.contextmanager
 def lock(directory, patience=0):
-    """Hold directory/.lock: one process at a time writes there; the system drops the lock with the
-    process. Raises UserError that names the holder if it has the lock for `patience` seconds."""
+    """Hold directory/.lock: one process at a time writes there, and the lock ends with the process.
+    Raises UserError that names the holder if the lock is not free within `patience` seconds."""
     path = Path(directory) / ".lock"
     deadline = time.monotonic() + patience
     while not (file := try_lock(path)):
@@ -122,20 +122,20 @@ def lock(directory, patience=0):
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file
             path.unlink()
         file.close()
 
 
 def try_lock(path):
-    """Return the open file at path, locked; None where another process holds it or just removed
-    it. Raises UserError, as on a file system without locks."""
+    """Return the open and locked file at path; None if another process holds it or has just removed
+    it. Raises UserError if it cannot be locked, for example on a file system without locks."""
     file = open(path, "a+")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(2 ** 30)  # far behind the holder's number, which others read
+            file.seek(2 ** 30)  # far behind the process id, which others must be able to read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file

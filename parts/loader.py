@@ -1,4 +1,4 @@
-"""Batches of token shards, whose format is described in data.py."""
+"""Read batches from token shards, whose format is described in data.py."""
 
 import functools
 from pathlib import Path
@@ -8,16 +8,16 @@ import torch
 
 from parts.errors import UserError
 
-# of shards, magic number: (version, dtype); the second is for large vocabularies
+# {magic number: (version, dtype)} of shards; the second is for large vocabularies
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
-EVAL_SEED = 1234  # of a Loader's order of validation sequences: every script reads the same first
-EVAL_TOKENS = 8192  # read at once in an evaluation, which holds all their logits
+EVAL_SEED = 1234  # of the validation Loader: every script reads the same sequences first
+EVAL_TOKENS = 8192  # in a batch of an evaluation, whose logits are all in memory at once
 
 
 def open_shard(path):
-    """Return the tokens of a shard, a read-only memory map. Raises UserError if it is damaged."""
+    """Return the tokens of a shard as a read-only memory map. Raises UserError if it is damaged."""
     header = np.fromfile(path, dtype=np.int32, count=256).tolist()
     magic, version, count = header[:3] if len(header) == 256 else ["missing"] * 3
     if magic not in FORMATS:
@@ -33,25 +33,25 @@ def open_shard(path):
 
 
 def check_tokens(tokens, path, vocab_size):
-    """Raise UserError where some of a shard's tokens are not in the vocabulary."""
+    """Raise UserError if a token of the shard at `path` is not in the vocabulary."""
     if tokens.max() >= vocab_size:
         raise UserError(f"{path} has token {tokens.max()}, must be below the model's vocab_size "
                         f"{vocab_size}")
 
 
-@functools.lru_cache(maxsize=4)  # a batch may touch two epochs, of train and of val
+@functools.lru_cache(maxsize=4)  # a batch may span two epochs, for train and for val
 def epoch_order(seed, epoch, count):
-    """Return an epoch's order of its windows, and how far they are moved, in [0, 1)."""
+    """Return the order of an epoch's windows, and how far they are moved, a share in [0, 1)."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(count), rng.random()
 
 
 class Loader:
-    """Windows of block_size tokens and their targets, by sample number.
+    """Read windows of block_size tokens, and their targets, by sample number.
 
-    Sample i depends on (seed, i) alone: training resumes by remembering a number, and ranks ask for
-    different ones. In an epoch every window comes once, in random order; each epoch cuts the shards
-    at other places. Raises UserError on missing or bad shards."""
+    Sample i depends on (seed, i) alone. So a run resumes from a sample number, and each rank reads
+    its own numbers. An epoch has every window once, in random order; each epoch cuts the shards at
+    different places. Raises UserError if shards are missing or damaged."""
 
     def __init__(self, directory, split, block_size, vocab_size, seed=0):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
@@ -60,17 +60,17 @@ class Loader:
             raise UserError(f"{directory} has no {split}_*.bin; make it with: python data.py")
         self.shards = [open_shard(path) for path in self.paths]
         lengths = np.array([len(shard) for shard in self.shards])
-        # The first shards are checked before the work, and each window of any as it comes.
+        # The first shards are checked now, and every window again when it is read.
         for path, shard, end in zip(self.paths, self.shards, lengths.cumsum()):
             if end - len(shard) < SHARD_TOKENS:
                 check_tokens(shard, path, vocab_size)
 
-        # A shard has as many windows as fit, but for one: its room lets an epoch move the others
-        # by up to a window. A shard with a single window has the tokens behind it as room.
+        # A shard has one window less than would fit, so that each epoch can move its windows by up
+        # to block_size tokens. A single window moves within the tokens that are left behind it.
         fit, behind = np.divmod(lengths - 1, block_size)
         several = lengths > 2 * block_size
         self.room = np.where(several, block_size, behind)
-        self.first = np.cumsum([0, *(fit - several)])  # shard s: windows first[s] to first[s + 1]
+        self.first = np.cumsum([0, *(fit - several)])  # first[s]: the first window of shard s
         if len(self) < 1:
             raise UserError(f"{directory} has no {split} shard of more than {block_size} tokens, "
                             "the block size")
@@ -90,8 +90,8 @@ class Loader:
         return tokens
 
     def batch(self, samples):
-        """Return (idx, targets), each (len(samples), block_size) int64; samples: their numbers."""
+        """Return (idx, targets), each (len(samples), block_size) int64. samples: sample numbers."""
         samples = [int(i) for i in samples]
-        windows = {i: self.window(i) for i in sorted(samples)}  # one epoch after the other
+        windows = {i: self.window(i) for i in sorted(samples)}  # sorted: one epoch after the other
         tokens = torch.from_numpy(np.stack([windows[i] for i in samples]))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

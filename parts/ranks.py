@@ -1,6 +1,6 @@
-"""Several processes that train together, as torchrun starts them; alone, all of this is plain.
+"""Set up ranks: the processes that torchrun starts and that train together, or a single process.
 
-Rank 0 writes and prints. Each rank reads its share of a batch on a device of its own.
+Rank 0 writes and prints. Each rank computes its share of a batch on its own device.
 """
 
 import os
@@ -13,12 +13,12 @@ from parts.machine import keep_freed_memory, pick_device, pick_dtype
 
 
 def ranks():
-    """Return (the number of this process, how many train together), as torchrun tells; (0, 1) where
-    nobody does. Raises UserError where the environment does not say how several find each other."""
+    """Return (rank of this process, number of ranks) from the variables that torchrun sets; (0, 1)
+    without them. Raises UserError if they do not say how several ranks find each other."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    advice = "start several ranks with torchrun; else: unset RANK WORLD_SIZE"
+    advice = "start several ranks with torchrun; for a single one: unset RANK WORLD_SIZE"
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment, must be "
                         f"whole numbers with RANK below WORLD_SIZE: {advice}")
@@ -29,23 +29,23 @@ def ranks():
 
 
 def rank():
-    """Return the number of this process, 0 for the only or the first one."""
+    """Return the rank of this process; it is 0 for the first process or a single one."""
     return ranks()[0]
 
 
 def world():
-    """Return how many processes train together."""
+    """Return the number of ranks."""
     return ranks()[1]
 
 
 def say(text):
-    """Print on the first rank alone."""
+    """Print a text on rank 0 only."""
     if rank() == 0:
         print(text)
 
 
 def setup_device(args):
-    """Return the device of this rank, and have the ranks find each other."""
+    """Return the device of this rank, after connecting the ranks with each other."""
     device = pick_device(args.device, args.compile)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -60,7 +60,7 @@ def setup_device(args):
 
 
 def common_dtype(device, dtype):
-    """Return the dtype of activations that rank 0 picks: "auto" measures, so ranks might differ."""
+    """Return the dtype of activations, picked by rank 0: "auto" measures, so ranks might differ."""
     picked = [pick_dtype(device, dtype) if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(picked)
@@ -68,7 +68,7 @@ def common_dtype(device, dtype):
 
 
 def asked_to_stop(received, device):
-    """Return whether any rank has received a signal: the same answer on all of them."""
+    """Return whether any rank has received a signal; all ranks get the same answer."""
     if world() == 1:
         return bool(received)
     count = torch.tensor(len(received), device=device)

@@ -1,4 +1,4 @@
-"""Reading what was written before: JSON, logs, checkpoints. Each is checked before it is used."""
+"""Read JSON, logs and checkpoints, and check them before they are used."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def log_line(text):
 
 
 def read_json_lines(path):
-    """Return (the lines of a log, see log_line, and how many are damaged)."""
+    """Return (the lines of a log that can be read, see log_line; how many are damaged)."""
     values, bad = [], 0
     for line in filter(None, Path(path).read_bytes().split(b"\n")):
         try:
@@ -45,25 +45,25 @@ def read_json_lines(path):
 
 
 def load_checkpoint(path):
-    """Return what torch.save wrote to path, tensors and plain Python types only. Raises UserError,
-    also where a byte has changed since, by the archive's sums."""
+    """Return what torch.save wrote to path, if it holds only tensors and plain Python types. Raises
+    UserError otherwise, and if a checksum in the file shows that a byte has changed."""
     try:
-        if zipfile.is_zipfile(path):  # the format of before 2020 is not one, and has no sums
+        if zipfile.is_zipfile(path):  # PyTorch's format before 2020 has no checksums
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise UserError(f"the sum of {damaged} in it is wrong")
+                raise UserError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes the reader raise
+    except Exception as error:  # a damaged file can raise any error
         reason = first_line(error, "it is empty")
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from None
 
 
 def misfits(expected, weights):
-    """Return what is wrong, in words, with tensors that are to be loaded: missing and unknown
-    names, other shapes and dtypes. expected, weights: {name: tensor}."""
+    """Return a list of what is wrong with tensors that are to be loaded, in words: missing and
+    unknown names, wrong shapes and dtypes. expected, weights: {name: tensor}."""
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
     for name in filter(weights.__contains__, expected):
@@ -78,25 +78,25 @@ def misfits(expected, weights):
 
 
 def fit_weights(model, weights, complaint):
-    """Load a state dict. Raises UserError that begins with `complaint` and names every tensor that
-    does not fit, see misfits, or differs from another name of the same weights."""
+    """Load a state dict. Raises UserError, beginning with `complaint`, that names every tensor that
+    does not fit (see misfits) or whose weights differ under two names of one tensor."""
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{complaint}: they are not a state dict of names and tensors")
     problems = misfits(model.state_dict(), weights)
     if problems:
         raise UserError(f"{complaint}: {'; '.join(problems)}")
-    names = {}  # {address: the first name there}: a tied head is the embedding
+    names = {}  # {address: first name}: a tied head shares the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
         same = torch.allclose(weights[first], weights[name], rtol=0, atol=0, equal_nan=True)
         if first != name and not same:
-            raise UserError(f"{complaint}: {first} and {name} are one tensor here, and differ "
-                            "there: one would be lost")
+            raise UserError(f"{complaint}: {first} and {name} are one tensor in this model but "
+                            "differ in the file: one would be lost")
     model.load_state_dict(weights)
 
 
 def check_finite(model, path):
-    """Raise UserError where a weight of a model that comes from `path` is not finite."""
+    """Raise UserError if a weight of the model, read from `path`, is not finite."""
     for name, w in model.state_dict().items():
         if not w.isfinite().all():
             raise UserError(f"the weights in {path} are damaged: {name} is not finite")

@@ -1,6 +1,6 @@
-"""Where text comes from: each source gives two lists of documents, to train on and to validate.
+"""Read text from sources. Each returns two lists of documents, to train on and to validate on.
 
-A source of your own is a function and an entry in SOURCES.
+To add a source of your own, write a function and give it an entry in SOURCES.
 """
 
 import os
@@ -10,22 +10,22 @@ from pathlib import Path
 
 from parts.cli import UserError, progress_bar
 
-# What some distributions of Python leave out or make anew: without it, the same version of Python
-# gives the same text everywhere.
+# These names are missing or different in some distributions of Python. Without them, the same
+# version of Python gives the same text everywhere.
 NOT_EVERYWHERE = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils",
     "macholib", "lib-dynload", "site-packages", "dist-packages", "__phello__", "sitecustomize.py",
     "usercustomize.py", "_distutils_system_mod.py"}
-TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files that are read of a folder
+TEXT_SUFFIXES = (".txt", ".md", ".py")  # of the files in a folder that are read
 
 
 def for_validation(name):
-    """Return whether a file is for validation: every 20th or so, by a hash of its path."""
+    """Return whether a file is for validation: about one in 20 is, by a hash of its path."""
     return zlib.crc32(os.fsencode(name.as_posix())) % 20 == 0
 
 
 def stdlib_docs():
-    """Return (train, val), lists of source texts, see for_validation."""
+    """Return (train, val), lists of the source files of Python's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     train, val = [], []
@@ -51,8 +51,8 @@ def read_text(path):
 
 
 def text_docs(files):
-    """Return (train, val), lists of the texts of files, each cut in two, and of folders. Raises
-    UserError, OSError."""
+    """Return (train, val), lists of texts from files, which are each cut in two, and from folders.
+    Raises UserError, OSError."""
     train, val = [], []
     for file in map(Path, files):
         if file.is_dir():
@@ -60,7 +60,7 @@ def text_docs(files):
         else:
             text = read_text(file)
             if len(text) < 2:
-                raise UserError(f"{file} is too short, must have at least 2 characters")
+                raise UserError(f"{file} is too short: it must have at least 2 characters")
             parts = cut([text])
         train += parts[0]
         val += parts[1]
@@ -68,15 +68,15 @@ def text_docs(files):
 
 
 def cut(texts):
-    """Return (train, val): of each text the first nine tenths and the rest."""
+    """Return (train, val): the first nine tenths of each text, and the rest of each."""
     at = [len(text) * 9 // 10 for text in texts]
     return [t[:i] for t, i in zip(texts, at)], [t[i:] for t, i in zip(texts, at)]
 
 
 def folder_docs(folder):
-    """Return (train, val), lists of the texts in a folder and in the folders below it, each file
-    for one of the two. Where that leaves one of them less than a hundredth of the text, as with few
-    files, each file is cut. Files that are not UTF-8 are left out and named. Raises UserError."""
+    """Return (train, val), lists of the texts in a folder and the folders below it. Each file goes
+    into one list; if one list would get at most 1% of the text, as with few files, each file is cut
+    instead. Files that are not UTF-8 are left out, with a message. Raises UserError."""
     names, bad, train, val = files_in(folder), [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
@@ -96,8 +96,8 @@ def folder_docs(folder):
 
 
 def files_in(folder):
-    """Return the paths below a folder of the text files in it, in the same order on every system.
-    Links to folders are not followed. Raises OSError."""
+    """Return the paths of the text files in a folder, relative to it and in the same order on every
+    system. Hidden names and links to folders are skipped. Raises OSError."""
     def refuse(error):
         raise error
     names = []
@@ -108,4 +108,4 @@ def files_in(folder):
     return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
-SOURCES = {"stdlib": stdlib_docs, "text": text_docs}  # the last gets the command line's FILEs
+SOURCES = {"stdlib": stdlib_docs, "text": text_docs}  # text_docs gets the command line's FILEs

@@ -1,6 +1,6 @@
-"""Tokenizers: text to numbers and back, all of them tiktoken.Encodings.
+"""Tokenizers turn text into numbers and back. All of them are tiktoken.Encodings.
 
-tokenizer.json keeps one, in data and run directories; data.py makes them.
+data.py makes them, and tokenizer.json stores one in each data and run directory.
 """
 
 import base64
@@ -17,16 +17,16 @@ from parts.files import write_text
 from parts.reading import read_json
 
 EOT = "<|endoftext|>"
-BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # names under which tokenizers have it
+BEGIN = (EOT, "<|bos|>", "<|begin_of_text|>", "<s>")  # the begin token's names in tokenizers
 PIECE = 1 << 17  # characters given to a tokenizer at once: tiktoken fails on 999,999 spaces
-# Up to the last place where every tokenizer cuts: between the end of a line and a letter, or
-# between a letter and a single space before another.
+# The text up to the last place where every tokenizer cuts: between the end of a line and a letter,
+# or between a letter and a single space that another letter follows.
 UP_TO_CUT = regex.compile(r"(?s).+(?:(?<=\S\n)(?=\p{L})|(?<=\p{L})(?= \p{L}))")
 
 
 def pieces(text, bar=None):
-    """Yield a text in pieces of at most PIECE characters that have the tokens of the whole; a
-    progress bar counts them. A text with no place to cut for so long is cut anywhere."""
+    """Yield pieces of at most PIECE characters, whose tokens together are the tokens of the text;
+    only a piece without a place to cut is cut anywhere. bar: a progress bar of the characters."""
     at = 0
     while at < len(text):
         end = at + PIECE
@@ -40,7 +40,7 @@ def pieces(text, bar=None):
 
 
 def encode(tokenizer, text, bar=None):
-    """Yield the tokens of a text in arrays, see pieces. Raises UserError."""
+    """Yield the tokens of a text in arrays, one for each of its `pieces`. Raises UserError."""
     for piece in pieces(text, bar):
         try:
             tokens = tokenizer.encode_to_numpy(piece, disallowed_special=())
@@ -53,8 +53,8 @@ def encode(tokenizer, text, bar=None):
 
 
 def save_tokenizer(tokenizer, path, text=None):
-    """Write a tiktoken.Encoding as JSON, or its name where tiktoken knows it; text: the fingerprint
-    of the data."""
+    """Write a tiktoken.Encoding as JSON: only its name if tiktoken knows it, otherwise its tokens.
+    text: the fingerprint of the data."""
     saved = {"name": tokenizer.name} | ({"text": text} if text else {})
     if tokenizer.name not in tiktoken.list_encoding_names():
         ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -70,7 +70,7 @@ def load_tokenizer(directory):
     saved = read_json(path)
     try:
         if "model" in saved:
-            raise UserError("this is Hugging Face's format; make it ours with: "
+            raise UserError("this is Hugging Face's format; convert it with: "
                             f"python -m tools.published tokenizer {directory} --out DIR")
         if "tokens" not in saved:
             return tiktoken.get_encoding(saved["name"])
@@ -87,7 +87,7 @@ def load_tokenizer(directory):
 
 
 def checked_encoding(name, pattern, ranks, special):
-    """Return a tiktoken.Encoding. Raises UserError where its ids or its pattern cannot work."""
+    """Return a tiktoken.Encoding. Raises UserError if its ids or its pattern cannot work."""
     ids = [*ranks.values(), *special.values()]
     if not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids) or len(set(ids)) < len(ids):
         raise UserError("its token ids must be different whole numbers from 0 to 16,777,215")
@@ -113,8 +113,8 @@ def begin_token(tokenizer):
 
 
 def decode_stream(tokenizer, tokens):
-    """Yield the text of each token as it comes. Bytes that are not UTF-8 show as U+FFFD, ids of no
-    token (a model's vocabulary is rounded up) as nothing."""
+    """Yield the text of each token as it arrives. Bytes that are not UTF-8 become U+FFFD. Ids
+    without a token, which exist since a model's vocabulary is rounded up, become nothing."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         with contextlib.suppress(KeyError):

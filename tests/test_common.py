@@ -155,7 +155,7 @@ def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
     for at in (place, place + 4000, len(good) // 2):
         path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
         assert not torch.load(path)["model"].equal(weights)
-        with pytest.raises(UserError, match="ckpt.pt is not a checkpoint .*: the sum of "):
+        with pytest.raises(UserError, match="ckpt.pt is not a checkpoint .*: the checksum of "):
             load_checkpoint(path)
     for old in (False, True):  # the format of before 2020 has no sums
         torch.save({"model": weights}, path, _use_new_zipfile_serialization=not old)

@@ -628,7 +628,7 @@ def test_a_tokenizer_alone_is_not_replaced(tmp_path):
     save_tokenizer(make_tokenizer("bytes"), tmp_path / "mine" / "tokenizer.json")
     (tmp_path / "text").write_text("some text " * 40)
     done = script("data.py", "text", tmp_path / "text", "--out", tmp_path / "mine")
-    assert done.returncode == 2 and "holds a tokenizer alone" in done.stderr
+    assert done.returncode == 2 and "holds only a tokenizer" in done.stderr
 
 
 def test_large_token_ids_are_kept_by_whoever_writes_them(tmp_path):

@@ -402,7 +402,7 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     torch.save(checkpoint, tmp_path / "n" / "ckpt.pt")
     run = train("n", "--resume", "--max-steps", 30, code=2, tiny=[])
     assert "not finite 10 steps in a row, at step 12" in run.stderr
-    assert "ckpt.pt is of step 2" in run.stderr
+    assert "ckpt.pt is from step 2" in run.stderr
     assert log(train.out / "n")[-1]["skipped"] == 10 and losses(train.out / "n")[2:] == [None] * 10
     run = train("n", "--max-steps", 3, "--adamw-lr", 1e30, "--muon-lr", 1e30, "--overwrite", code=2)
     assert "not finite 2 steps in a row" in run.stderr and "no checkpoint was saved" in run.stderr
@@ -416,7 +416,7 @@ def test_weights_that_predict_nothing_replace_no_checkpoint(train):
     for steps, every in ((3, 400), (9, 1)):  # the last step breaks them; one on the way
         run = train("b", "--resume", "--max-steps", steps, "--eval-every", every, *flags, code=2,
                     tiny=[])
-        assert "ckpt.pt is of step 2" in run.stderr
+        assert "ckpt.pt is from step 2" in run.stderr
         assert ("the val loss is not finite" in run.stderr) == (steps == 3)
     again = weights(train.out / "b")
     assert all(torch.equal(again[name], w) for name, w in good.items())
@@ -609,7 +609,7 @@ def test_what_is_not_a_run_is_not_replaced(train, name, content):
     (train.out / "mine" / name).write_text(content)
     for flags in ([], ["--overwrite"]):
         done = train("mine", "--max-steps", 1, *flags, code=2)
-        assert "of something else than a run" in done.stderr and done.stderr.count("\n") == 1
+        assert "that does not belong to a run: " in done.stderr and done.stderr.count("\n") == 1
     assert tree(train.out / "mine") == {name: content.encode()}
 
 
@@ -796,8 +796,8 @@ def test_another_text_or_arithmetic_is_said(train, tmp_path, corpus):
     same = train("t", "--resume", "--max-steps", 2, *text, tiny=[])
     assert "up to rounding" not in same.stdout and "another text" not in same.stdout
     other = train("t", "--resume", "--max-steps", 3, "--micro-batch", 4, tiny=[])
-    assert f"goes on with another text, of {corpus}" in other.stdout
-    assert "goes on up to rounding: --micro-batch was None, is 4" in other.stdout
+    assert f"resumes with another text, from {corpus}" in other.stdout
+    assert "resumes up to rounding: --micro-batch was None, is 4" in other.stdout
     start = "--init-from", train.out / "t", "--max-steps", 1
     said = f"holds another text than {train.out / 't'} was trained on"
     assert said not in train("i", *start, tiny=TINY[4:]).stdout  # t went on with the corpus
@@ -832,7 +832,7 @@ def test_a_run_goes_on_with_its_own_settings_or_says_which_are_missing(train, co
     assert lost.returncode == 2 and "names no data that the run read: give --data" in lost.stderr
     assert tree(train.out / "s") == before
     said = train("s", "--resume", "--max-steps", 2, tiny=[]).stdout  # with --data
-    assert "goes on with --grad-clip 1.0, which the run had not recorded" in said
+    assert "resumes with --grad-clip 1.0, which the run had not recorded" in said
 
 
 def test_small_models_compute_alike_on_any_number_of_cores(train, monkeypatch):
@@ -905,7 +905,7 @@ def test_a_finished_run_is_not_finished_twice(train):
     train("f", "--max-steps", 2)
     before = tree(train.out / "f")
     done = train("f", "--resume", "--max-tokens", 1e9, tiny=[])
-    assert "is finished: to go on, give a larger --max-steps\n" in done.stdout
+    assert "is finished: to continue it, give a larger --max-steps\n" in done.stdout
     assert tree(train.out / "f") == before
 
 
