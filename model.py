@@ -1,4 +1,4 @@
-"""The looped transformer: a decoder-only transformer whose middle layers are run several times.
+"""The looped transformer: a decoder-only transformer that runs its middle layers several times.
 
     e       = Norm(P(tokens))                       prelude, once
     h_0     ~ N(0, sigma^2)                         start state
@@ -6,25 +6,26 @@
     h_{t+1} = x + what the recurrent block adds     its layers are residual
     logits  = Head(Norm(C(C_proj h)))               coda, once
 
-0 < A_bar < 1, and the layers read normalised input, so that what they add is bounded: with given
-weights the state cannot blow up, however many loops run ("Parcae: Scaling Laws For Stable Looped
-Language Models", arXiv 2604.12946, eq. 3; "§" and "eq." refer to it).
-A plain transformer is this one with an empty recurrent block (n_recurrent=0).
+0 < A_bar < 1, and the layers read normalised input, so what they add is bounded. For given weights
+the state therefore cannot blow up, however many loops run ("Parcae: Scaling Laws For Stable Looped
+Language Models", arXiv 2604.12946, eq. 3; "§" and "eq." refer to this paper).
+A plain transformer is the same model with an empty recurrent block (n_recurrent=0).
 
-What differs from a textbook GPT, as in the published model:
-- RMSNorm before each layer; no biases; ReLU squared in the MLP, halved; embedding and head tied
-- rotary positions on adjacent pairs; queries and keys normalised after the rotation
-- optional value embeddings: every second layer, and the last, adds a gated lookup to its values
-- every sequence of a training batch draws its own number of loops, and starts them from noise
-- gradient flows through a sequence's last `backprop_depth` loops only
-and, departing from the published code:
-- only rows that still loop are computed
-- the noise is one draw for all rows of a batch (so any split of the batch over devices agrees),
-  and in eval mode its mean, zero (so evaluation and sampling are deterministic)
+Like the published model, this one differs from a textbook GPT:
+- an RMSNorm precedes attention and MLP, which have no biases; the MLP has relu(x)^2 / 2
+- embedding and head are the same matrix, unless the configuration unties them
+- rotary positions turn adjacent pairs of channels; then queries and keys are normalised
+- with value embeddings, every second layer and the last add a gated lookup to their values
+- every sequence of a training batch draws its own number of loops and starts from noise
+- the gradient flows through a sequence's last `backprop_depth` loops only
+This code departs from the published code in three points:
+- it computes only the rows that still loop
+- all rows of a batch start from the same noise, however devices split it; in eval mode they start
+  from zero, the mean of the noise, which makes evaluation deterministic
 - float32 weights are cast to the dtype of the activations where they are used (`compute_dtype`)
 
-In comments B is the batch, T the tokens of a sequence and C the channels; (B, T, C) is a shape.
-Loops are `recurrence` (asked for), `depths` (of each row) or t (the one that runs).
+The shape (B, T, C) is B rows (sequences of a batch) of T tokens with C channels. `recurrence` is
+the number of loops for all rows, `depths` has one for each row, and t counts the loops so far.
 """
 
 import math
@@ -44,15 +45,15 @@ from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm, loss_and_gra
 from parts.reading import check_finite, fit_weights, load_checkpoint
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
-A0 = math.sqrt(1 / 5)  # A_bar's initial value (published code)
+A0 = math.sqrt(1 / 5)  # initial value of A_bar (published code)
 
 # ------------------------------------------------------------------------------- injection
 
 
 class Diagonal(nn.Module):
-    """A_bar * h + dt * (B e), the rule of Parcae (eq. 3): stable whatever is learned.
+    """Compute A_bar * h + dt * (B e), Parcae's rule (eq. 3), which is stable whatever is learned.
 
-    A = -exp(log_A), dt = softplus(dt_bias), A_bar = exp(dt * A) (zero-order hold), in (0, 1)."""
+    A = -exp(log_A) and dt = softplus(dt_bias), so 0 < A_bar = exp(dt * A) < 1 (zero-order hold)."""
 
     products_once = 1  # B e
     products_per_loop = 0
@@ -60,18 +61,18 @@ class Diagonal(nn.Module):
     def __init__(self, d, a0=A0):
         super().__init__()
         self.log_A = nn.Parameter(torch.zeros(d))
-        # softplus(dt_bias) = -ln a0: A_bar starts at a0
+        # softplus(dt_bias) = -ln a0, so A_bar starts at a0
         self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / a0 - 1)))
         self.B = nn.Parameter(torch.eye(d))
 
     def dt(self):
-        """(C,) float32 step sizes."""
+        """Return the step sizes, (C,) float32."""
         return F.softplus(self.dt_bias.float())
 
     def A_bar(self):
-        """(C,) float32 factors by which the state shrinks in each loop."""
+        """Return the factors, (C,) float32, by which each loop shrinks the state."""
         A_bar = torch.exp(-self.dt() * self.log_A.float().exp())
-        # float32 would round the ends to 0 and 1
+        # without the clamp, float32 would round extreme factors to 0 or 1
         return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)
 
     def input(self, e):
@@ -79,7 +80,7 @@ class Diagonal(nn.Module):
 
     def forward(self, h, u):
         dtype = u.dtype
-        if h.device.type == "mps":  # where dtypes may not be mixed
+        if h.device.type == "mps":  # it cannot mix dtypes
             h, u = h.float(), u.float()
         return (self.A_bar() * h + u).to(dtype)
 
@@ -88,10 +89,10 @@ class Diagonal(nn.Module):
 
 
 class Add(nn.Module):
-    """h + e (table 1): as if A_bar were the identity, marginally stable.
+    """Compute h + e (table 1). A_bar is the identity, so this is only marginally stable.
 
-    A new rule is a class like this one and an entry in INJECTIONS. It says how many d x d matrices
-    it multiplies e by, once, and the state by, in every loop, so that FLOPs stay exact."""
+    A new rule is a class like this one and an entry in INJECTIONS. For exact FLOPs, it counts
+    its products of d x d matrices with e, which run once, and with the state, in each loop."""
 
     products_once = 0
     products_per_loop = 0
@@ -100,20 +101,20 @@ class Add(nn.Module):
         super().__init__()
 
     def input(self, e):
-        """u: what forward needs of e (B, T, C); the same in every loop, so computed once."""
+        """Return u (B, T, C), what forward needs from e (B, T, C). All loops use the same u."""
         return e
 
     def forward(self, h, u):
-        """The injected state (B, T, C) from the state h (B, T, C) and u."""
+        """Return the layers' input (B, T, C), made from the state h (B, T, C) and u (B, T, C)."""
         return h + u
 
     def spectral_radius(self):
-        """Of the matrix that multiplies the state: above 1, the loop alone lets it grow."""
+        """Return the largest absolute eigenvalue of h's matrix. Above 1, this rule lets h grow."""
         return torch.ones(())
 
 
 class Concat(nn.Module):
-    """W [h; e] (table 1): unconstrained. W starts where the diagonal rule does, [a0 I, dt I]."""
+    """Compute W [h; e] (table 1), unconstrained. W starts as [a0 I, dt I], like Diagonal."""
 
     products_once = 1  # the half of W that sees e
     products_per_loop = 1  # the half that sees the state
@@ -140,12 +141,12 @@ INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 
 @dataclass
 class Inputs:
-    """What the layers read of a batch of tokens, beside the state."""
+    """Hold what the layers read for a batch of tokens, in addition to the state."""
 
-    rope: tuple  # cos and sin of their positions, each (T, 1, head_dim)
-    value_embeds: dict  # layer: (B, T, C)
-    places: slice | torch.Tensor  # their places in the cache, see KVCache.reserve
-    mask: torch.Tensor | None  # what each of them sees there
+    rope: tuple  # cos and sin of the positions, each (T, 1, head_dim)
+    value_embeds: dict  # {number of the layer: (B, T, C)}
+    places: slice | torch.Tensor  # where a cache holds the tokens, see KVCache.reserve
+    mask: torch.Tensor | None  # which of the cache's places each token sees
 
     def each(self, f):
         """Return the same Inputs, with f applied to each tensor that has a row per sequence."""
@@ -153,14 +154,14 @@ class Inputs:
 
 
 class Parcae(nn.Module):
-    """The looped transformer: `begin`, then `recurrent_pass` as often as wanted, then `readout`.
+    """A looped transformer: `begin`, `recurrent_pass` in every loop, then `readout` and `head`.
 
-    `model(idx, ...)` trains: each row has a depth of its own. `hidden` and `advance` run all rows
-    equally deep, with a KV cache, to generate. `states` stops after each loop."""
+    `model(idx, ...)` is for training and gives each row its own depth. `hidden` and `advance` are
+    for generation with a KV cache, at one depth for all rows. `states` yields after each loop."""
 
-    compute_dtype = None  # of the activations; None: that of the weights
+    compute_dtype = None  # dtype of the activations; None: the dtype of the weights
     loss_and_gradient = staticmethod(loss_and_gradient)
-    step = None  # of the training that the weights come from, see from_pretrained
+    step = None  # the training step that the weights come from, see from_pretrained
 
     def __init__(self, config: ParcaeConfig):
         super().__init__()
@@ -180,7 +181,7 @@ class Parcae(nn.Module):
         self.prelude = nn.ModuleList(blocks[:P])
         self.recurrent = nn.ModuleList(blocks[P:P + R])
         self.coda = nn.ModuleList(blocks[P + R:])
-        # a plain transformer has none of the next three: its coda reads what the prelude made
+        # a plain transformer needs none of the next three: its coda reads the prelude's output
         normed = R and config.prelude_norm
         self.norm_prelude = RMSNorm(d, eps=config.norm_eps) if normed else nn.Identity()
         self.injection = INJECTIONS[config.injection](d) if R else Add(d)
@@ -190,7 +191,7 @@ class Parcae(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
 
-        # the tables of `rotate`, (2, block_size, 1, head_dim)
+        # the tables for `rotate`, (2, block_size, 1, head_dim)
         head_dim = d // config.n_head
         frequency = config.rope_base ** -(torch.arange(0, head_dim, 2) / head_dim)
         angle = torch.outer(torch.arange(config.block_size), frequency).repeat_interleave(2, -1)
@@ -198,15 +199,15 @@ class Parcae(nn.Module):
         rope = torch.stack([angle.cos(), angle.sin() * sign]).unsqueeze(2)
         self.register_buffer("rope", rope, persistent=False)
 
-        self.init_std = math.sqrt(2 / (5 * d))  # of the embeddings and of h_0 (published code)
+        self.init_std = math.sqrt(2 / (5 * d))  # std of weights and h_0 (published code)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Give the weights the start of the published code; a matrix of your own is orthogonal."""
+        """Initialise weights as the published code does. A matrix that you add is orthogonal."""
         for name, p in self.named_parameters():
             if p.is_meta:
-                continue  # only its shape is asked for
+                continue  # only its shape is needed
             if name.startswith("value_embeds."):
                 nn.init.normal_(p)
             elif name.endswith("ve_gate.weight"):
@@ -214,19 +215,19 @@ class Parcae(nn.Module):
                 nn.init.uniform_(p, -limit, limit)
             elif name.endswith(("attn.c_proj.weight", "mlp.proj.weight")):
                 nn.init.zeros_(p)
-            elif p.ndim == 2 and not name.startswith("injection."):  # it has a start of its own
+            elif p.ndim == 2 and not name.startswith("injection."):  # its class initialises it
                 orthogonal_(p, self.init_std)
 
     @property
     def dtype(self):
-        """The dtype of the activations."""
+        """Return the dtype of the activations."""
         return self.compute_dtype or self.wte.weight.dtype
 
     # ------------------------------------------------------------------------- one loop
 
     def begin(self, idx, cache=None):
-        """Return what the loops need: the Inputs of idx (B, T); u = B_bar e, made once for all
-        loops; and h_0, noise in training, else zero. u and h_0 are (B, T, C)."""
+        """Return what the loops need from the tokens idx (B, T): their Inputs; u = B_bar e, the
+        same in all loops; h_0, noise in training, zero otherwise. u and h_0 are (B, T, C)."""
         inputs = self.look_up(idx, cache)
         x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
         e = self.norm_prelude(self.run(self.prelude, 0, x, inputs, cache))
@@ -236,25 +237,25 @@ class Parcae(nn.Module):
         return inputs, self.injection.input(e), h.expand_as(e)
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """Return the state (B, T, C) after one more loop (eq. 3). t: the number of this loop, 0, 1,
-        ...: an int or, in training, a tensor (B, 1) with one for each row. Something that depends
-        on it begins with t = torch.as_tensor(t, device=h.device)."""
+        """Return the state (B, T, C) after one more loop (eq. 3). t counts the loops before it: an
+        int or, in training, a tensor (B, 1) with a number for each row. Code that uses t should
+        begin with t = torch.as_tensor(t, device=h.device)."""
         if not self.recurrent:
-            return u  # of a plain transformer: what the prelude made
+            return u  # in a plain transformer, u is the prelude's output
         h = self.injection(h, u)
         return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
 
     def readout(self, h, inputs, cache=None):
-        """Return what the head reads, (B, T, C), of a state (B, T, C)."""
+        """Return the head's input (B, T, C), which the coda makes from a state h (B, T, C)."""
         first = self.config.n_prelude + self.config.n_recurrent
         return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
 
     def head(self, x):
-        """Return the logits (B, T, vocab_size) float32 of what the head reads, x (B, T, C)."""
+        """Return the logits (B, T, vocab_size) float32 for the head's input x (B, T, C)."""
         return self.lm_head(x).float()
 
     def look_up(self, idx, cache=None):
-        """Return the Inputs of idx (B, T). With a cache: its next T places are theirs now."""
+        """Return the Inputs of idx (B, T). A cache reserves its next T places for them."""
         T = idx.shape[1]
         self.config.check_length(T)
         places, mask = (slice(T), None) if cache is None else cache.reserve(T)
@@ -263,7 +264,7 @@ class Parcae(nn.Module):
         return Inputs((cos, sin), value_embeds, places, mask)
 
     def run(self, layers, first, x, inputs, cache, t=0):
-        """Return x (B, T, C) after layers number first, first + 1, ... in loop t."""
+        """Return x (B, T, C) after `layers`, whose numbers begin with `first`, in loop t."""
         for i, block in enumerate(layers, first):
             kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
             x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
@@ -272,16 +273,16 @@ class Parcae(nn.Module):
     # ------------------------------------------------------------------------- all loops at once
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None):
-        """Return (logits (B, T, vocab_size) float32, None); with targets (None, the mean loss in
-        nats per token): all logits of a batch would be the largest tensor of a training step.
+        """Return (logits, None) or, with targets, (None, mean loss in nats per token). Logits are
+        (B, T, vocab_size) float32; in training they would be the largest tensor, so none are kept.
 
         idx, targets: (B, T) int64; targets of -100 are ignored.
-        recurrence: loops for every sequence; depths: (B,) int64, loops for each, in place of
-            recurrence; neither: drawn in train mode, mean_recurrence in eval mode.
+        recurrence: loops of every row. depths: (B,) int64, loops of each row, which replace it.
+            Without both, depths are drawn in train mode and are mean_recurrence in eval mode.
         In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
-        Raises UserError on depths below 1 or not one for each row, and on more than block_size
-        tokens."""
-        # Rows are independent. Sorted deepest first, those that still loop are the first ones.
+        Raises UserError if a depth is below 1, if depths are not one for each row, or if T exceeds
+        block_size."""
+        # Rows are independent. Sort the deepest first, so that rows that still loop come first.
         depths = self.depths_of(len(idx), recurrence, depths)
         order = sorted(range(len(idx)), key=lambda row: -depths[row])
         depths = [depths[row] for row in order]
@@ -290,16 +291,16 @@ class Parcae(nn.Module):
         # the prelude, once
         inputs, u, h = self.begin(idx[order])
 
-        # the loop: each row's last backprop_depth loops with gradient, those before without
+        # the loop: first without gradient, then each row's last backprop_depth loops with it
         most = self.config.backprop_depth if self.training else max(depths)
-        with_gradient = [min(depth, most) for depth in depths]  # of [9, 5, 2], most 4: [4, 4, 2]
+        with_gradient = [min(depth, most) for depth in depths]  # [9, 5, 2], most = 4: [4, 4, 2]
         without = [depth - n for depth, n in zip(depths, with_gradient)]  # [5, 1, 0]
         done = torch.tensor(without, device=idx.device)
-        with torch.no_grad():  # detached, since PyTorch's FLOP counter fails on views made here
+        with torch.no_grad():  # detached, because PyTorch's FLOP counter fails on views made here
             h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), without)
         h = self.loop(h, u, inputs, done, with_gradient)
 
-        # the coda, once; the rows in their own order again
+        # the coda, once; then rows return to their original order
         x = self.readout(h, inputs)[order.argsort()]
         if targets is None:
             return self.head(x), None
@@ -312,8 +313,8 @@ class Parcae(nn.Module):
         return None, loss
 
     def loop(self, h, u, inputs, done, rounds):
-        """Return the state (B, T, C) after rounds[i] more loops of row i. The rows are sorted,
-        those with the most rounds first. done: (B,), the loops that each row has had before."""
+        """Return the state (B, T, C) after rounds[i] more loops of row i. Rows must be sorted, most
+        rounds first. done (B,): how many loops each row has already run."""
         for n in range(rounds[0]):
             live = slice(sum(count > n for count in rounds))  # rows that still loop: the first ones
             t = (done[live] + n)[:, None]
@@ -325,30 +326,29 @@ class Parcae(nn.Module):
 
     @torch.no_grad()
     def states(self, idx, most, cache=None):
-        """Yield (state (B, T, C), Inputs) after each loop 1, ..., most. For idx (B, T) int64:
+        """Yield (state (B, T, C), Inputs) of idx (B, T) int64 after each loop 1, ..., most.
 
             for h, inputs in model.states(idx, 8):
-                logits = model.head(model.readout(h, inputs))
+                logits = model.head(model.readout(h, inputs))  # as if this loop were the last
 
-        are the logits as if that loop were the last. Early exit is a `break`: a cache has moved on
-        by T tokens already."""
+        To exit early, use `break`. A cache has moved on by T tokens before the first loop."""
         inputs, u, h = self.begin(idx, cache)
         for t in range(most):
             h = self.recurrent_pass(h, u, inputs, cache, t)
             yield h, inputs
 
     def hidden(self, idx, recurrence, cache=None):
-        """Return what the head reads, (B, T, C), after `recurrence` loops of every row."""
+        """Return the head's input (B, T, C) after `recurrence` loops of every row."""
         inputs, u, h = self.begin(idx, cache)
         for t in range(recurrence):
             h = self.recurrent_pass(h, u, inputs, cache, t)
         return self.readout(h, inputs, cache)
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
-        """Run loops start, ..., stop - 1 of more tokens idx (B, T) of a cache's sequences. Return
-        their logits (B, T, vocab_size) float32, the state h and u, both (B, T, C).
+        """Run loops start, ..., stop - 1 for idx (B, T), the next tokens of a cache's sequences.
+        Return their logits (B, T, vocab_size) float32, the state h and u, both (B, T, C).
 
-        A later call for the same tokens takes up h and u from `stop` on (parts/draft.py)."""
+        To continue these tokens later, reset cache.pos, pass h and u, and start at `stop`."""
         if start == 0:
             inputs, u, h = self.begin(idx, cache)
         else:
@@ -363,9 +363,9 @@ class Parcae(nn.Module):
         return KVCache(self.config, batch_size, capacity, recurrence, device, self.dtype, kind)
 
     def compile_layers(self):
-        """Compile each layer, and the loss of the head. PyTorch makes a first graph for one size of
-        batch and a second one for all; so it does with and without value embeddings, gradient and
-        training, which is more than the 8 graphs of a function that it allows."""
+        """Compile each layer and the head's loss. PyTorch makes a graph for the first batch size
+        and one for all others, both with and without value embeddings, gradient and training. These
+        are more than the 8 graphs that it allows for a function by default."""
         torch._dynamo.config.recompile_limit = 64
         for block in [*self.prelude, *self.recurrent, *self.coda]:
             block.compile()
@@ -374,18 +374,18 @@ class Parcae(nn.Module):
     # ------------------------------------------------------------------------- depths
 
     def sample_depths(self, batch_size, generator=None, mean=None):
-        """Return the loops of a training batch, (B,) int64: Poisson(mean_recurrence), at least 1
-        (§4), so that their mean is mean_recurrence + exp(-mean_recurrence). A mean_recurrence of 1
-        stands for fixed depth: all 1.
+        """Return depths for a training batch, (batch_size,) int64, drawn from Poisson(mean) but at
+        least 1 (§4), so that they average mean + exp(-mean). If mean is 1, all depths are 1. None
+        stands for mean_recurrence.
 
-        Stratified: one draw from each of batch_size equal slices of the distribution, shuffled. A
-        row's depth is distributed as an independent draw, yet the sum hardly varies."""
+        The draws are stratified: one comes from each of batch_size equal slices of the
+        distribution, in random order. Each draw alone is Poisson, but their sum hardly varies."""
         mean = self.config.mean_recurrence if mean is None else mean
         if mean == 1 or not self.config.n_recurrent:
             return torch.ones(batch_size, dtype=torch.int64)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         quantile = (torch.arange(batch_size) + uniform) / batch_size
-        # where the distribution function P(Poisson <= k) reaches it; k to 12 standard deviations
+        # the first k with P(Poisson <= k) >= quantile, up to 12 standard deviations above the mean
         end = mean + 12 * math.ceil(math.sqrt(mean)) + 12
         k = torch.arange(end, dtype=torch.float64)
         cdf = torch.special.gammaincc(k + 1, torch.tensor(mean, dtype=torch.float64))
@@ -393,7 +393,7 @@ class Parcae(nn.Module):
         return depths[torch.randperm(batch_size, generator=generator)]
 
     def depths_of(self, batch_size, recurrence=None, depths=None):
-        """Return the loops of each row, a list of B numbers, as forward says."""
+        """Return the loops of each row, a list of batch_size ints; arguments are as in forward."""
         if depths is not None:
             if depths.shape != (batch_size,):
                 raise UserError(f"depths has shape {tuple(depths.shape)}, must be ({batch_size},), "
@@ -412,7 +412,7 @@ class Parcae(nn.Module):
     # ------------------------------------------------------------------------- what it costs
 
     def matrices(self):
-        """Return the weight matrices of the layers: what Muon trains (appendix E)."""
+        """Return the weight matrices of the layers, which Muon trains (appendix E)."""
         blocks = [*self.prelude, *self.recurrent, *self.coda]
         return [p for block in blocks for p in block.parameters() if p.ndim == 2]
 
@@ -434,22 +434,22 @@ class Parcae(nn.Module):
                         accounting="exact"):
         """Return the training FLOPs per token; a multiply-add is two.
 
-        recurrence: loops, None: mean_recurrence (a mean over sequences may be fractional).
-        backprop_depth: loops with gradient, None: as configured; 0: inference.
-        context: tokens attended to, None: block_size; not halved for causality.
-        accounting: "exact" counts matmuls; "paper" is the published code's count (appendix D): it
-            takes value-embedding tables for matmuls and leaves out the tied head."""
+        recurrence: loops; None is mean_recurrence (a mean over sequences may be fractional).
+        backprop_depth: loops with gradient; None is the configured number; 0 is inference.
+        context: tokens attended to; None is block_size; it is not halved for causality.
+        accounting: "exact" counts matmuls; "paper" counts as the published code does (appendix D),
+            which takes value-embedding tables for matmuls and leaves out a tied head."""
         cfg = self.config
         loops = cfg.mean_recurrence if recurrence is None else recurrence
         with_gradient = min(loops, cfg.backprop_depth) if backprop_depth is None else backprop_depth
         once, core = self.matmul_params(accounting)
-        attention = 4 * cfg.n_embd * (context or cfg.block_size)  # a layer's, forward
+        attention = 4 * cfg.n_embd * (context or cfg.block_size)  # of one layer, forward
         forward_once = 2 * once + (cfg.n_prelude + cfg.n_coda) * attention
         forward_loop = 2 * core + cfg.n_recurrent * attention
         if backprop_depth == 0:
             return float(forward_once + loops * forward_loop)
-        # a backward pass costs two forward passes; the first loop with gradient has no earlier
-        # state to pass it on to, and saves one product there
+        # a backward pass costs two forward passes; the first loop with gradient saves one product,
+        # because it passes no gradient on to an earlier state
         flops = 3 * forward_once + (loops + 2 * with_gradient) * forward_loop
         if accounting == "exact":
             flops -= 2 * self.injection.products_per_loop * cfg.n_embd ** 2
@@ -459,8 +459,8 @@ class Parcae(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run_directory):
-        """Return a model in eval mode from a run directory of train.py; its `step` is that of the
-        weights, None where the run does not say. Raises UserError."""
+        """Return the model in a run directory of train.py, in eval mode. Its `step` is the training
+        step of the weights, or None if the run does not record it. Raises UserError."""
         path = Path(run_directory)
         model = cls(read_config(path))
         checkpoint = load_checkpoint(path / "ckpt.pt")
@@ -474,9 +474,9 @@ class Parcae(nn.Module):
 
 
 def orthogonal_(p, std):
-    """Fill a matrix with orthogonal rows, or columns, of entries of a standard deviation.
+    """Fill a matrix p with orthogonal rows (columns if it is tall) whose entries have this std.
 
-    As published, from normal numbers without those beyond two standard deviations."""
+    As published, they are made from normal numbers, truncated at two standard deviations."""
     start = nn.init.trunc_normal_(p.new_empty(max(p.shape), min(p.shape)))
     q, r = torch.linalg.qr(start)
     q = q * r.diagonal().sign() * std * math.sqrt(len(q))
@@ -484,5 +484,5 @@ def orthogonal_(p, std):
 
 
 def count_parameters(module, dimensions=None):
-    """Return the size of a module's parameters; dimensions: only of those with so many, 2 or 1."""
+    """Return a module's number of parameters; dimensions (1 or 2): only those of such tensors."""
     return sum(p.numel() for p in module.parameters() if dimensions in (None, p.ndim))

@@ -1,17 +1,17 @@
-"""A looped transformer, all of it: model, optimiser, data, training, evaluation, a sample.
+"""A whole looped transformer: model, optimiser, data, training, evaluation and a sample.
 
     python parcae.py
 
-Its middle layers run several times with the same weights. This file needs torch alone and trains
-the model of `python train.py` (model.py has it with a cache and other injections). "§" and "eq."
-are of "Parcae: Scaling Laws For Stable Looped Language Models", arXiv 2604.12946.
+Its middle layers run several times with the same weights. This file needs only torch and trains
+the model of `python train.py`; model.py adds a KV cache and other rules for the loop. "§" and
+"eq." refer to "Parcae: Scaling Laws For Stable Looped Language Models", arXiv 2604.12946.
 
     e       = Norm(prelude(tokens))              once
-    h_0     = noise                              in training; zero afterwards
+    h_0     = noise                              in training; zero in evaluation and sampling
     h_{t+1} = block(A_bar * h_t + dt * B e)      T times, 0 < A_bar = exp(dt * A) < 1 (eq. 3)
     logits  = head(Norm(coda(C h_T)))            once
 
-Shapes: (B, S, D) is B sequences of S tokens with D channels; H heads; V tokens exist.
+Shapes: (B, S, D) is B sequences of S tokens with D channels. H counts heads, V the vocabulary.
 """
 
 import math
@@ -24,19 +24,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-D, H, CONTEXT, VOCAB = 64, 2, 256, 320  # tokens: 256 bytes, 256 for "a text begins", 63 unused
-PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # numbers of layers: before the loop, in it, after it, all
-MEAN_LOOPS, GRADIENT_LOOPS = 4, 2  # mean of T in training; the last loops, which get a gradient
-BATCH, STEPS, RATE, DECAY = 16, 1200, 2e-2, 0.2  # the paper's RATE is 8e-3
-SIGMA, EPS, QK_EPS = math.sqrt(2 / (5 * D)), 1e-5, 2 ** -23  # SIGMA: of noise, initial weights
+D, H, CONTEXT, VOCAB = 64, 2, 256, 320  # tokens: 0-255 are bytes, 256 begins a text
+PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # layers: before the loop, in it, after it, in all
+MEAN_LOOPS, GRADIENT_LOOPS = 4, 2  # mean T in training; how many of the last loops get a gradient
+BATCH, STEPS, RATE, DECAY = 16, 1200, 2e-2, 0.2  # learning rate (8e-3 in the paper), weight decay
+SIGMA, EPS, QK_EPS = math.sqrt(2 / (5 * D)), 1e-5, 2 ** -23  # SIGMA: std of h_0, initial weights
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ANGLE = torch.outer(torch.arange(CONTEXT), 50_000 ** -(torch.arange(0, D // H, 2) / (D // H)))
-ROPE = torch.complex(ANGLE.cos(), ANGLE.sin())[:, None].to(DEVICE)  # rotary positions
+ROPE = torch.complex(ANGLE.cos(), ANGLE.sin())[:, None].to(DEVICE)  # rotary: (S, 1, D/H/2)
 POLAR = ((8.1565545, -22.483293, 15.878770), (4.0429299, -2.8089175, 0.50001785),
          (3.8916678, -2.7724842, 0.50606482), (3.2857537, -2.3681295, 0.46449024),
-         (2.3465413, -1.7097828, 0.42323552))  # of Muon, one for each of its steps
+         (2.3465413, -1.7097828, 0.42323552))  # Muon: a, b and c in each of its five steps
 
-# ------------------------------------------------------------ a layer, as any transformer has it
+# ------------------------------------------------------------ a layer: nothing here loops
 
 class Layer(nn.Module):
     def __init__(self, has_table):
@@ -44,18 +44,18 @@ class Layer(nn.Module):
         self.norm_1, self.norm_2 = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
         self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
-        # value embeddings: a second vector for each token, and a gate for each head
+        # value embeddings: a second vector for each token, which each head adds through a gate
         self.table = nn.Embedding(VOCAB, D) if has_table else None
         self.gate = nn.Linear(32, H, bias=False) if has_table else None
 
     def forward(self, x, idx):
-        """Return x (B, S, D) plus what the layer computes from it; idx (B, S): the tokens."""
+        """Return x (B, S, D) plus what the layer computes from it; idx (B, S) are the tokens."""
         y = self.norm_1(x)
         q, k, v = (f(y).view(*idx.shape, H, -1) for f in (self.q, self.k, self.v))  # (B, S, H, D/H)
         if self.table:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))                            # (B, S, H)
             v = v + gate[..., None] * self.table(idx).view_as(v)
-        # positions: pairs of channels, as complex numbers, turn; then lengths are made equal
+        # rotate pairs of channels, as complex numbers, by position; then scale q, k to one length
         q, k = (torch.view_as_complex(z.unflatten(-1, (-1, 2))) * ROPE[:x.shape[1]] for z in (q, k))
         q, k = (F.rms_norm(torch.view_as_real(z).flatten(3), (D // H,), eps=QK_EPS) for z in (q, k))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                           # (B, H, S, D/H)
@@ -80,7 +80,7 @@ class Parcae(nn.Module):
         self.log_A = nn.Parameter(torch.zeros(D))
         self.dt_bias = nn.Parameter(torch.full((D,), math.log(5 ** 0.5 - 1)))  # A_bar = 5 ** -0.5
         self.B, self.C = nn.Parameter(torch.eye(D)), nn.Linear(D, D, bias=False)
-        # the start: each layer adds nothing yet; matrices are orthogonal
+        # initial weights: a layer adds nothing at first; most other matrices are orthogonal
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(p)
@@ -95,37 +95,37 @@ class Parcae(nn.Module):
         return x
 
     def read(self, idx):
-        """Return u = dt * B e (B, S, D) of tokens idx (B, S): what every loop adds to the state."""
+        """Return u = dt * B e (B, S, D) for tokens idx (B, S). Every loop adds u to the state."""
         e = self.norm_prelude(self.run(self.prelude, self.embedding(idx), idx))
         return F.linear(e, self.B) * F.softplus(self.dt_bias)
 
     def loop(self, h, u, idx):
-        """Return the state (B, S, D) after one more loop: eq. 3, the paper's contribution.
+        """Return the state (B, S, D) after one more loop, by eq. 3, the paper's contribution.
 
-        A = -exp(log_A) < 0 < dt whatever is learned, so 0 < A_bar = exp(dt * A) < 1: a loop shrinks
-        the state, then adds u and what its layers compute from normed input, which is bounded."""
+        Whatever is learned, A = -exp(log_A) < 0 < dt, so 0 < A_bar = exp(dt * A) < 1. The loop
+        shrinks h, then adds u; what its layers add is bounded, because they read normed input."""
         A_bar = torch.exp(-F.softplus(self.dt_bias) * self.log_A.exp())
         return self.run(self.block, A_bar * h + u, idx)
 
     def predict(self, h, idx):
-        """Return the logits (B, S, V) of a state h (B, S, D). The head is the embedding."""
+        """Return the logits (B, S, V) for a state h (B, S, D). Head and embedding share weights."""
         return F.linear(self.norm_coda(self.run(self.coda, self.C(h), idx)), self.embedding.weight)
 
     def loop_rows(self, h, u, idx, depths):
-        """Return the state after depths[i] more loops of sequence i, the largest of them first."""
+        """Return the state after depths[i] more loops of sequence i (depths: the largest first)."""
         for t in range(depths[0]):
             n = int((depths > t).sum())  # sequences that still loop
             h = torch.cat([self.loop(h[:n], u[:n], idx[:n]), h[n:]])
         return h
 
     def forward(self, idx, targets, depths):
-        """Return the mean loss in nats per token; sequence i loops depths[i] times. Only
-        its last GRADIENT_LOOPS loops keep activations for backward (§4): memory is flat in T."""
+        """Return the mean loss in nats per token. Sequence i loops depths[i] times. Only its last
+        GRADIENT_LOOPS loops keep activations for backward (§4), so memory does not grow with T."""
         depths, order = depths.sort(descending=True)
         idx, targets = idx[order], targets[order]
         u = self.read(idx)
-        h = (torch.randn_like(u[:1]) * SIGMA).expand_as(u)
-        with torch.no_grad():
+        h = (torch.randn_like(u[:1]) * SIGMA).expand_as(u)  # equal noise for all sequences
+        with torch.no_grad():  # the early loops
             h = self.loop_rows(h, u, idx, (depths - GRADIENT_LOOPS).clamp(min=0))
         h = self.loop_rows(h, u, idx, depths.clamp(max=GRADIENT_LOOPS))
         return F.cross_entropy(self.predict(h, idx).flatten(0, 1), targets.flatten())
@@ -140,24 +140,24 @@ class Parcae(nn.Module):
             yield self.predict(h, idx)
 
     def flops_per_token(self, depths):
-        """Return training FLOPs per token. Backward costs two forwards, in the last loops alone."""
+        """Return training FLOPs per token. Backward costs two forwards; early loops have none."""
         once, loop = (sum(2 * p.numel() for layer in layers for p in layer.matrices())
-                      + len(layers) * 4 * D * CONTEXT  # attention: scores and values, masked too
+                      + len(layers) * 4 * D * CONTEXT  # attention: scores and values, masked or not
                       for layers in ((*self.prelude, *self.coda), self.block))
         once += 2 * (2 * D * D + D * VOCAB)  # B, C, head
         loops = depths.double().mean() + 2 * depths.clamp(max=GRADIENT_LOOPS).double().mean()
         return 3 * once + loops.item() * loop
 
     def optimizers(self):
-        """Return Muon for the matrices of the layers and AdamW for all else (appendix E)."""
-        ours = [p for layer in (*self.prelude, *self.block, *self.coda) for p in layer.matrices()]
-        others = [p for p in self.parameters() if not any(p is one for one in ours)]
-        return Muon(ours, dict(lr=RATE)), torch.optim.AdamW(others, RATE, (0.8, 0.95), 1e-10, 0)
+        """Return Muon for the layers' matrices and AdamW for all other weights (appendix E)."""
+        inner = [p for layer in (*self.prelude, *self.block, *self.coda) for p in layer.matrices()]
+        others = [p for p in self.parameters() if not any(p is one for one in inner)]
+        return Muon(inner, dict(lr=RATE)), torch.optim.AdamW(others, RATE, (0.8, 0.95), 1e-10, 0)
 
 # ------------------------------------------------------------ the optimiser: Muon
 
 class Muon(torch.optim.Optimizer):
-    """Update matrices equally far in all directions: along U V^T, for a gradient U S V^T."""
+    """Move a matrix equally far in all directions: along U V^T if its gradient is U S V^T."""
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
@@ -176,7 +176,7 @@ class Muon(torch.optim.Optimizer):
                 S = X @ X.T
                 X = a * X + (b * S + c * S @ S) @ X
             X = X.T if rows > columns else X
-            # its rows, or columns, about equally long, its norm as before (arXiv 2510.05491)
+            # make rows (or columns) about equally long, and keep the norm (arXiv 2510.05491)
             v = state["v"].lerp_((X * X).mean(axis, keepdim=True), 0.05)
             even = X * v.clamp(min=1e-10).rsqrt()
             X = even * X.norm() / even.norm().clamp(min=1e-10)
@@ -192,7 +192,7 @@ def train_step(model, optimizers, idx, targets, depths, step, steps=STEPS):
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         group = optimizer.param_groups[0]
-        group["lr"] = RATE * min(1, 2 * (1 - step / steps))  # constant, then linearly to 0
+        group["lr"] = RATE * min(1, 2 * (1 - step / steps))  # linearly to 0 in the second half
         group["decay"] = DECAY * (1 - step / steps)
         group["momentum"] = 0.85 + 0.10 * min(1, step / 300)
         optimizer.step()
@@ -202,18 +202,18 @@ def train_step(model, optimizers, idx, targets, depths, step, steps=STEPS):
 # ------------------------------------------------------------ data, training, evaluation
 
 def read_stdlib():
-    """Return (train, val) tokens, (N,), of the standard library's source."""
+    """Return the tokens (train, val), each (N,), of the standard library's source files."""
     root, splits = Path(sysconfig.get_paths()["stdlib"]), ([], [])
     for path in sorted(root.rglob("*.py")):
         name, text = path.relative_to(root), path.read_bytes()
         if not {"test", "tests", "site-packages", "dist-packages", "idlelib"} & set(name.parts):
-            val = zlib.crc32(name.as_posix().encode()) % 20 == 0  # every twentieth file or so
+            val = zlib.crc32(name.as_posix().encode()) % 20 == 0  # about one file in twenty
             splits[val].append(torch.tensor([256, *text]))
     return map(torch.cat, splits)
 
 
 def windows(tokens, starts):
-    """Return (idx, targets), each (B, CONTEXT): tokens from each start on, and their successors."""
+    """Return (idx, targets), each (B, CONTEXT): tokens from a start, and the token after each."""
     rows = tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(DEVICE)
     return rows[:, :-1], rows[:, 1:]
 
@@ -225,7 +225,7 @@ def main():
     optimizers, flops, start = model.optimizers(), 0, time.time()
     for step in range(STEPS):
         idx, targets = windows(train, torch.randint(len(train) - CONTEXT, (BATCH,)))
-        # each sequence draws its number of loops: the model learns to work at any (§4)
+        # each sequence draws its own T, so that the model learns to work at many T (§4)
         depths = torch.poisson(torch.full((BATCH,), float(MEAN_LOOPS))).clamp(min=1).long()
         loss = train_step(model, optimizers, idx, targets, depths, step)
         flops += idx.numel() * model.flops_per_token(depths)
@@ -240,7 +240,7 @@ def main():
     for T in (1, 2, 4, 8, 16):
         print(f"{T:12d}   {losses[T - 1]:.4f}")
     idx = torch.tensor([[256]], device=DEVICE)
-    for _ in range(300):
+    for _ in range(300):  # one byte at a time, at temperature 0.7
         *_, logits = model.every_loop(idx[:, -CONTEXT:], MEAN_LOOPS)
         idx = torch.cat([idx, torch.multinomial((logits[0, -1:, :256] / 0.7).softmax(-1), 1)], 1)
     print("\na sample:\n" + bytes(idx[0, 1:].tolist()).decode(errors="replace"))

@@ -1,10 +1,10 @@
-"""Text from a trained model, at any number of loops.
+"""Write text with a trained model, at any number of loops.
 
     python sample.py --run out/default --prompt "def " --recurrence 1 4 8
-    python sample.py --prompt "def " --samples 3          three texts, at the model's mean
-    python sample.py --recurrence 8 --draft 1 --ahead 8   drafted with one loop: see parts/draft.py
+    python sample.py --prompt "def " --samples 3          three texts with the mean number of loops
+    python sample.py --recurrence 8 --draft 1 --ahead 8   drafts with one loop (parts/draft.py)
 
-What each loop would predict is drawn by tools/trace.py.
+tools/trace.py draws what each loop would predict.
 """
 
 import time
@@ -27,7 +27,7 @@ def add_prompt_flags(parser):
     parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
                         help="run directory of train.py (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT",
-                        help="text to continue (default: none, a new document)")
+                        help="text to continue (default: begin a new document)")
 
 
 def parse_args():
@@ -35,7 +35,7 @@ def parse_args():
     add_prompt_flags(parser)
     add = parser.add_argument
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
-        help="loops, one block of text for each (default: the model's mean)")
+        help="numbers of loops, each with its own block of text (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
         help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
@@ -50,18 +50,18 @@ def parse_args():
         help="end each token's loop once it changes the prediction by less than EPS nats, after "
         "--recurrence loops at the latest")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft with T loops, verify with --recurrence: exact, faster in small models")
+        help="draft with T loops and verify with --recurrence; exact, and faster in small models")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
-    add("--seed", type=SEED, default=0, help="(default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of the draws (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of weights and activations; auto: float32 on a CPU; int8: weights of 8 bits, faster "
-        "there with 256 channels or more (default: auto)")
+        help="dtype of weights and activations; auto is float32 on a CPU; int8 has 8-bit weights, "
+        "which are faster on a CPU with 256 channels or more (default: auto)")
     add("--compile", action="store_true",
-        help="1.4 to 3.3 times as fast, after half a minute for each number of loops")
+        help="compile the model: 1.4 to 3.3 times as fast, after half a minute per number of loops")
     args = parser.parse_args()
 
-    # flags that do nothing, or do not go together
+    # flags that have no effect or exclude each other
     exits = args.exit_threshold is not None
     if args.ahead and not args.draft:
         raise UserError("--ahead does nothing without --draft")
@@ -73,8 +73,8 @@ def parse_args():
 
 
 def read_prompt(args, tokenizer):
-    """Return the prompt, a text, and what is read, (1, T): the token that begins a document, then
-    the prompt's. Raises UserError."""
+    """Return the prompt as text, and the tokens that the model reads, (1, T): one that begins a
+    document, then the prompt's. Raises UserError."""
     if args.prompt == "":
         raise UserError("--prompt is empty: leave it out for a new document")
     prompt = args.prompt or ""
@@ -83,7 +83,7 @@ def read_prompt(args, tokenizer):
 
 
 def recurrences_of(args, config):
-    """Return the numbers of loops, one block of text for each. Raises UserError."""
+    """Return the numbers of loops; each makes one block of text. Raises UserError."""
     if not config.n_recurrent:
         flag = "--draft" if args.draft else "--exit-threshold"
         if args.draft or args.exit_threshold is not None:
@@ -96,7 +96,7 @@ def recurrences_of(args, config):
 
 
 def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
-    """Print the prompt, the tokens that continue idx (1, T) as they come, and how fast they are."""
+    """Print the prompt, the tokens after idx (1, T) as they are drawn, and their speed."""
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p, "generator": generator}
     loops_used, counts, made = [], {}, []
@@ -117,12 +117,12 @@ def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
         print(text, end="", flush=True)
     speed = len(made) / (time.perf_counter() - start)
 
-    notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{' with compiling' * args.compile}"
+    notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{', compiling included' * args.compile}"
     if loops_used:
-        notes += f", {sum(loops_used) / len(loops_used):.2f} loops a token"
+        notes += f", {sum(loops_used) / len(loops_used):.2f} loops per token"
     if counts:
         notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
-                  f"{counts['loops'] / max(1, len(made)):.2f} loops a token, one after the other")
+                  f"{counts['loops'] / max(1, len(made)):.2f} loops per token, one after the other")
     print(f"\n--- {notes}")
 
 
@@ -132,7 +132,7 @@ def main():
     model = Parcae.from_pretrained(args.run)
     use_threads(model.config.n_embd)
     if device.type == "cpu" and args.dtype == "auto":
-        args.dtype = "float32"  # token by token, bfloat16 is no faster there
+        args.dtype = "float32"  # bfloat16 is not faster there, one token at a time
     prepare_weights(model, device, pick_dtype(device, args.dtype))
     speed_up(model, args.compile)
 
@@ -142,7 +142,7 @@ def main():
     recurrences = recurrences_of(args, model.config)
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
-        print(f"the prompt has {T} tokens: only its last {block_size}, the context, are read")
+        print(f"the prompt has {T} tokens; the model reads only the last {block_size}")
     for recurrence in recurrences:
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(1, args.samples + 1):

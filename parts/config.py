@@ -8,7 +8,7 @@ from pathlib import Path
 from parts.errors import UserError
 from parts.reading import read_json
 
-LARGEST = 2 ** 24  # of any size: more is a typing error
+LARGEST = 2 ** 24  # of any number; a larger one must be a typing error
 
 
 def option(default, about):
@@ -18,8 +18,8 @@ def option(default, about):
 
 @dataclass
 class ParcaeConfig:
-    vocab_size: int = option(32768, "tokens that there are")
-    block_size: int = option(2048, "longest context, tokens")
+    vocab_size: int = option(32768, "tokens in the vocabulary")
+    block_size: int = option(2048, "longest context, in tokens")
     n_embd: int = option(768, "channels, d")
     n_head: int = option(6, "attention heads")
     n_prelude: int = option(2, "layers before the loop, P")
@@ -27,17 +27,17 @@ class ParcaeConfig:
     n_coda: int = option(2, "layers after the loop, C")
     mlp_width: int | None = option(None, "hidden channels of the MLP; None is 4 * n_embd")
     mean_recurrence: int = option(8, "mean number of loops in training, mu_rec; 1 is fixed depth")
-    backprop_depth: int | None = option(None, "last loops with gradient, mu_bwd; None is "
-                                        "ceil(mu_rec / 2)")
-    injection: str = option("diagonal", "how the state takes in the prelude's output")
+    backprop_depth: int | None = option(None, "how many last loops get a gradient, "
+                                        "mu_bwd; None is ceil(mu_rec / 2)")
+    injection: str = option("diagonal", "how a loop adds the prelude's output")
     prelude_norm: bool = option(True, "normalise the prelude's output")
     qk_norm: bool = option(True, "normalise queries and keys")
     value_embeds: bool = option(False, "gated per-token tables for values, every second layer and "
                                 "the last")
     tie_embeddings: bool = option(True, "the head is the embedding")
     state_init: str = option("normal", "start state of the loop in training: normal or zero")
-    rope_base: float = option(50_000.0, "of the rotary positions")
-    norm_eps: float = option(1e-5, "of the RMSNorms")
+    rope_base: float = option(50_000.0, "base of the rotary positions")
+    norm_eps: float = option(1e-5, "epsilon of the RMSNorms")
 
     def __post_init__(self):
         self.check_types()
@@ -52,13 +52,13 @@ class ParcaeConfig:
             self.need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("n_prelude", "n_recurrent", "n_coda"):
             self.need(getattr(self, name) >= 0, name, "at least 0")
-        self.need(self.n_layer > 0, "n_recurrent", "at least 1 where there is no other layer")
+        self.need(self.n_layer > 0, "n_recurrent", "at least 1 if there is no other layer")
         pairs = 2 * self.n_head  # each head rotates pairs of channels
         self.need(self.n_embd % pairs == 0, "n_embd", f"a multiple of 2 * n_head ({pairs})")
         self.need(self.state_init in ("normal", "zero"), "state_init", "normal or zero")
 
     def check_types(self):
-        """Raise TypeError for a value of another type than its field's, as files may hold."""
+        """Raise TypeError for a value that does not have its field's type, as files may hold."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         for name, kind in typing.get_type_hints(type(self)).items():
             kinds = typing.get_args(kind) or (kind,)  # (int, NoneType) of int | None
@@ -80,18 +80,18 @@ class ParcaeConfig:
 
     @property
     def n_layer(self):
-        """Distinct layers, P + R + C."""
+        """Return the number of distinct layers, P + R + C."""
         return self.n_prelude + self.n_recurrent + self.n_coda
 
 
 def published_size(layers, channels, heads):
-    """Return a preset of table 6: as many layers before, in and after the loop."""
+    """Return a preset of table 6, with equally many layers before, in and after the loop."""
     return dict(n_prelude=layers, n_recurrent=layers, n_coda=layers, n_embd=channels,
                 n_head=heads, value_embeds=True)
 
 
 def without_loop(size):
-    """Return the plain transformer of a preset: the same layers without loop, injection, C_proj."""
+    """Return a preset's plain transformer: the same layers without loop, injection and C_proj."""
     layers = size["n_prelude"] + size["n_recurrent"] + size["n_coda"]
     return size | dict(n_prelude=layers, n_recurrent=0, n_coda=0)
 

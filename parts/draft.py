@@ -3,12 +3,12 @@
     python sample.py --recurrence 8 --draft 1 --ahead 8
 
 `ahead` tokens are drafted one by one with `draft` loops. Then all of them go through the remaining
-loops together, as a prompt would, and what the full model would not have said is thrown away
-(Leviathan et al., arXiv 2211.17192): the text is distributed exactly as without drafting.
+loops together, as a prompt would. The rule of Leviathan et al. (arXiv 2211.17192) decides which
+drafts to keep, so that the text is distributed exactly as without drafting.
 
-No loop is computed twice. In loop t a token sees the keys and values of loop t of the tokens before
-it, and nothing of later loops. So the verification goes on from the draft's states and cache
-entries. A shared cache, which holds a token's last loop alone, would not do.
+No loop is computed twice. In loop t, a token sees keys and values from loop t, and none from later
+loops. So the verification continues from the draft's states and cache entries. A shared cache would
+not work, because it holds only the last loop of each token.
 """
 
 import torch
@@ -18,17 +18,17 @@ from parts.generation import check, check_predicts, probabilities, stream
 
 
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
-    """Draft tokens after `last` (1, 1), with `recurrence` loops each. Return them (1, ahead), their
-    distributions (ahead, vocab_size), and for `last` and all drafts the states and the loop's input
-    u, both (1, ahead + 1, C). The cache has then moved on by ahead + 1.
+    """Draft tokens after `last` (1, 1) with `recurrence` loops each. Return them, (1, ahead), the
+    distributions they are drawn from, (ahead, vocab_size), and the states h and inputs u of `last`
+    and all drafts, both (1, ahead + 1, C). The cache moves on by ahead + 1.
 
     distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size)."""
     seen, given, states, inputs = [last], [], [], []
-    for token in seen:  # which grows
+    for token in seen:  # `seen` grows in this loop
         logits, h, u = model.advance(token, cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
-        if len(seen) <= ahead:  # after the last draft comes a token of the full model
+        if len(seen) <= ahead:  # the full model predicts what comes after the last draft
             given.append(distribution(logits[:, -1]))
             seen.append(torch.multinomial(given[-1], 1, generator=generator))
     tokens = torch.cat(seen[1:], dim=1)
@@ -36,12 +36,12 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
 
 
 def accept(tokens, given, wanted, generator):
-    """Return the drafts that stay and one token more, (1, kept + 1).
+    """Return the drafts that are kept and one more token, (1, kept + 1).
 
     tokens: (1, k), drawn from `given` (k, vocab_size); wanted: the full model's distributions,
-    (k + 1, vocab_size). A draft stays with probability min(1, wanted / given) if all before it
-    stay. The first that does not is replaced by a draw from max(0, wanted - given), what the draft
-    gave too little of: together that is a draw from `wanted`."""
+    (k + 1, vocab_size). A draft is kept with probability min(1, wanted / given) if all before
+    it are. The first rejected one is replaced by a draw from max(0, wanted - given), normalised.
+    Then each returned token is a draw from `wanted`."""
     k = tokens.shape[1]
     p_given, p_wanted = given.gather(-1, tokens.T), wanted[:k].gather(-1, tokens.T)        # (k, 1)
     chance = torch.rand(k, 1, generator=generator, device=tokens.device)
@@ -49,7 +49,7 @@ def accept(tokens, given, wanted, generator):
     p = wanted[kept]
     if kept < k:
         short = (p - given[kept]).clamp(min=0)
-        # Equal distributions reject by rounding alone: then short is nothing.
+        # Equal distributions reject only by rounding; then `short` is zero everywhere.
         p = short if short.sum() > 0 else p
     return torch.cat([tokens[:, :kept], torch.multinomial(p, 1, generator=generator)[None]], dim=1)
 
@@ -57,8 +57,8 @@ def accept(tokens, given, wanted, generator):
 @torch.no_grad()
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
-    """Yield n next tokens (1, 1) of idx (1, T), as generation.stream does, but drafted, `ahead`
-    at a time with `draft` loops, until the context is full and the window slides. Raises UserError.
+    """Yield the n tokens (1, 1) after idx (1, T), distributed as by generation.stream. They are
+    drafted, `ahead` at a time with `draft` loops, until the window slides. Raises UserError.
     counts: a dict that gets "drafted" and "kept" tokens, and "loops" that ran one after another."""
     check(idx, temperature, top_k, top_p, None)
     if len(idx) != 1:
@@ -81,12 +81,12 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         capacity = min(idx.shape[1] + n + 1, model.config.block_size)
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:
-            model.hidden(idx[:, :-1], recurrence, cache)  # all of the prompt but its last token
+            model.hidden(idx[:, :-1], recurrence, cache)  # the prompt without its last token
         while n > 0 and (room := capacity - idx.shape[1]) > 0:
-            # The last token needs no draft: verification yields one more than it keeps. Yet at
-            # least one is drafted: compiled, verifying a single token would be another graph.
+            # Draft at most n - 1 tokens, since verification adds one. Draft at least 1, since
+            # verifying a single token would need another graph if compiled.
             k = max(1, min(ahead, n - 1, room))
-            # not a view: compiled, that would be another graph
+            # a copy, because a view would need another graph if compiled
             last = idx[:, -1:].clone(memory_format=torch.contiguous_format)
             start = cache.pos
             tokens, given, h, u = propose(model, last, cache, draft, k, distribution, generator)
@@ -100,11 +100,11 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             counts["loops"] += (k + 1) * draft + recurrence - draft
 
             new = new[:, :n]
-            cache.pos = start + new.shape[1]  # what was thrown away is written anew
+            cache.pos = start + new.shape[1]  # rejected tokens are overwritten later
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]
             yield from new.split(1, dim=1)
-        del cache  # stream makes one of its own
+        del cache  # before stream makes its own
         for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
                             top_k=top_k, top_p=top_p, generator=generator):
             counts["loops"] += recurrence

@@ -1,11 +1,11 @@
-"""The error for what a user can mend."""
+"""The error for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
-    """A value from outside is wrong. The message says which and what is allowed; `run_script`
-    prints it alone."""
+    """Report a wrong value from outside. The message says which value and what is allowed, and
+    `run_script` prints only this message."""
 
 
 def first_line(error, otherwise):
-    """Return the first line of an error's message, or another text where it has none."""
+    """Return the first line of an error's message, or `otherwise` if it has none."""
     return (str(error).splitlines() or [otherwise])[0]

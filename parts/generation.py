@@ -1,4 +1,4 @@
-"""New tokens from a model: how they are drawn, early exit from the loop, `stream`, `generate`."""
+"""Generate tokens with a model: draw them, leave the loop early, `stream` and `generate`."""
 
 import math
 from collections import namedtuple
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from parts.cli import UserError
 
 FIXED_POINT = 2.0 ** 54  # keeps every bit of a float32 probability above 1e-9
-GREEDY = 1e-6  # temperatures below take the likeliest token: logits divided by less would overflow
+GREEDY = 1e-6  # below this temperature, take the likeliest token: a division would overflow
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
-    """Return what tokens are drawn from, (B, vocab_size), for logits (B, vocab_size)."""
+    """Return the probabilities (B, vocab_size) of the next token, for logits (B, vocab_size)."""
     if temperature < GREEDY:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     probs = (logits / temperature).softmax(-1)
-    some = top_p is not None and top_p < 1  # 1 keeps all tokens, even those that rounding hides
+    some = top_p is not None and top_p < 1  # 1 keeps all tokens, whatever rounding does
     if top_k is None and not some:
         return probs
     probs, tokens = probs.sort(-1, descending=True)
@@ -28,7 +28,7 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         # whole numbers add up exactly, on every device: mps has no float64
         parts = (probs * FIXED_POINT).long()
         before = parts.cumsum(-1) - parts
-        probs[:, 1:][before[:, 1:] >= math.ceil(top_p * FIXED_POINT)] = 0  # held already
+        probs[:, 1:][before[:, 1:] >= math.ceil(top_p * FIXED_POINT)] = 0  # top_p is reached
         probs /= probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, tokens, probs)
 
@@ -43,24 +43,24 @@ def choose(logits, temperature, top_k=None, top_p=None, generator=None):
 
 
 def check_predicts(values, loops="so many"):
-    """Raise UserError where logits or losses, made after so many loops, are not finite."""
+    """Raise UserError if logits or losses are not finite; loops: how many produced them."""
     if not values.isfinite().all():
         raise UserError(f"what the model predicts after {loops} loops is not finite: its state may "
                         "have grown without bound (docs/guide.md, section 2)")
 
 
-# When has a token looped enough? When a number falls below a threshold, which a rule makes of the
-# state h (B, T, C) and the log of the prediction (B, T, vocab_size), now and a loop ago.
+# A token has looped enough when its exit rule returns less than a threshold. The rule compares two
+# loops, this one and the last: their states h (B, T, C) and log-probabilities (B, T, vocab_size).
 Look = namedtuple("Look", "h log_probs")
 
 
 def kl(now, last):
-    """Return how far the prediction moved, the KL divergence in nats (arXiv 2502.05171)."""
+    """Return how far the prediction moved, KL(now || last) in nats (arXiv 2502.05171)."""
     return F.kl_div(last.log_probs, now.log_probs, reduction="sum", log_target=True)
 
 
 def state(now, last):
-    """Return how far the state moved, as a share of its size."""
+    """Return how far the state moved, relative to its norm."""
     return (now.h - last.h).norm() / now.h.norm()
 
 
@@ -68,7 +68,7 @@ EXIT_RULES = {"kl": kl, "state": state}
 
 
 def settle(model, idx, most, cache, threshold, rule="kl"):
-    """Return logits (B, T, vocab_size) of idx (B, T), and the loops they took, at most `most`.
+    """Return logits (B, T, vocab_size) for idx (B, T), and how many loops ran, at most `most`.
 
     The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
@@ -86,11 +86,11 @@ def settle(model, idx, most, cache, threshold, rule="kl"):
 def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p=None,
            generator=None, kv_cache="per-loop", exit_threshold=None, exit_rule="kl",
            loops_used=None):
-    """Yield n next tokens (B, 1), each drawn given the last block_size before it.
+    """Yield the next n tokens, each (B, 1) and drawn given the last block_size tokens before it.
 
-    Arguments as in `generate`. loops_used: a list that gets the loops of each token whose loop may
-    end early. Once the context is full the window slides, and moves every token in it: no cache
-    serves, and each token costs a full forward pass."""
+    Arguments are as in `generate`. loops_used: a list that receives the loops of each token whose
+    loop may end early. Once the context is full, the window slides, and every token in it gets a
+    new position. Then no cache can be used, and each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
     capacity = min(idx.shape[1] + n, model.config.block_size)
     exits = exit_threshold is not None
@@ -101,8 +101,8 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
         cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else kv_cache)
         for _ in range(n):
             new = idx[:, cache.pos:]
-            slides = idx.shape[1] > capacity  # the window: no cache
-            if slides or cache.pos == 0:  # or the prompt: all tokens at once
+            slides = idx.shape[1] > capacity  # the window slides: use no cache
+            if slides or cache.pos == 0:  # or the prompt comes: all tokens at once
                 x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
                 logits = model.head(x[:, -1:])
             elif exits:
@@ -121,14 +121,14 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
 def generate(model, idx, n, **options):
     """Return idx (B, T) int64 continued by n tokens: (B, T + n) int64.
 
-    recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k, top_p: keep the k
-    likeliest tokens, the fewest with total probability p; generator: on idx's device; kv_cache: see
-    KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
+    recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k: keep the k likeliest
+    tokens; top_p: keep the fewest with total probability p; generator: on idx's device; kv_cache:
+    see KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 
 def check(idx, temperature, top_k, top_p, exit_threshold):
-    """Raise UserError for what `stream` cannot work with."""
+    """Raise UserError for arguments that `stream` cannot use."""
     if idx.ndim != 2 or idx.shape[1] == 0:
         raise UserError("the prompt is empty, must hold at least one token")
     if not 0 <= temperature < math.inf:

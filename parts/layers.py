@@ -1,7 +1,7 @@
-"""The layers of a transformer, as the published model has them.
+"""The layers of a transformer, as in the published model.
 
-Nothing here loops: a plain transformer has the same layers. model.py puts them together, and says
-what B, T and C are.
+Nothing here loops; a plain transformer has the same layers. model.py builds the models from them
+and explains the shape (B, T, C).
 """
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps
 CHUNK = 1024  # tokens whose logits are held at once in training
-GPU_CHUNK = 4096  # fewer, longer steps: each reads and writes the gradient of the head
-IGNORED = -100  # a target that does not count
+GPU_CHUNK = 4096  # fewer chunks, because each reads and writes the head's gradient
+IGNORED = -100  # targets with this value do not count
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
 
@@ -29,17 +29,17 @@ class Linear(nn.Linear):
 
 
 def rotate(x, rope):
-    """Rotary positions on adjacent pairs (x0, x1), (x2, x3), ... of x (B, T, n_head, head_dim).
+    """Return x (B, T, n_head, head_dim) with adjacent pairs (x0, x1), (x2, x3), ... rotated.
 
-    rope: cos and sin, each (T, 1, head_dim), every angle twice, sin negative at even places."""
+    rope: cos and sin, each (T, 1, head_dim), each angle twice; sin is negated at even places."""
     cos, sin = rope
     swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)  # (x1, x0), (x3, x2), ...
     return x * cos + swapped * sin
 
 
 def attend(q, k, v, mask=None):
-    """Return what q (B, n_head, T, head_dim) reads of k and v (B, n_head, S, head_dim): causal, the
-    last T of S being q's own positions; or as a mask (T, S) says, true for what is seen."""
+    """Return the attention of q (B, n_head, T, head_dim) over k and v (B, n_head, S, head_dim).
+    mask (T, S): true for what is seen. Without it, attention is causal; q has the last T places."""
     T, S = q.shape[2], k.shape[2]
     if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
         return attend_written_out(q, k, v)
@@ -50,7 +50,7 @@ def attend(q, k, v, mask=None):
 
 
 def attend_written_out(q, k, v):
-    """Return causal attention, on CPUs in bfloat16: PyTorch's own takes twice as long there."""
+    """Return causal attention for bfloat16 on CPUs, where PyTorch's own takes twice as long."""
     T, S = q.shape[2], k.shape[2]
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
     q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
@@ -71,26 +71,26 @@ class Attention(nn.Module):
         self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
 
     def forward(self, x, rope, ve=None, kv=None):
-        """x: (B, T, C); rope: see rotate; ve: value embeddings (B, T, C); kv: (keys, values,
-        places, mask), see KVCache.pair_of and reserve."""
+        """Return what each token of x (B, T, C) reads, (B, T, C). rope: see rotate; ve: value
+        embeddings (B, T, C); kv: (keys, values, places, mask), see KVCache.pair_of and reserve."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
         k = self.c_k(x).view(B, T, self.n_head, -1)
         v = self.c_v(x).view(B, T, self.n_head, -1)
 
-        # value embeddings: each head adds as much of its token's as its gate lets through, 0 to 2
+        # value embeddings: each head adds its part of the token's, times a gate from 0 to 2
         if self.ve_gate is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # (B, T, n_head)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
 
-        # positions, then normalised queries and keys
+        # rotate by position, then normalise
         q, k = rotate(q, rope), rotate(k, rope)
         if self.qk_norm:
             q = F.rms_norm(q, q.shape[-1:], eps=QK_NORM_EPS)
             k = F.rms_norm(k, k.shape[-1:], eps=QK_NORM_EPS)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, n_head, T, head_dim)
 
-        # with a cache: put these keys and values in, take out all so far, or all and a mask
+        # with a cache: store these keys and values; read those so far or, with a mask, all
         mask = None
         if kv is not None:
             keys, values, places, mask = kv
@@ -126,28 +126,28 @@ class Block(nn.Module):
 
 
 def loss_and_gradient(logits, targets):
-    """Return the sum of the cross-entropies of logits (n, vocab_size), float32, and its gradient by
-    the logits, in their dtype. Where a target is ignored, the gradient says nothing."""
+    """Return the summed cross-entropy of logits (n, vocab_size), float32, and its gradient with
+    respect to the logits, in their dtype. Rows with ignored targets get a wrong one."""
     log_probs = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
     # d loss / d logits = softmax - 1 at the target
-    gradient = log_probs.exp_()  # in the same memory: the largest tensor here
+    gradient = log_probs.exp_()  # in place, because it is the largest tensor here
     gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
     return loss, gradient.to(logits.dtype)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) @ weight.T against targets (N,), to save memory: all logits,
-    (N, vocab_size) in float32, would be the largest tensor of a training step. Here they are made a
-    chunk of rows at a time. So that none need be kept, the forward pass computes the gradient too.
+    """Compute the mean cross-entropy of x (N, C) @ weight.T against targets (N,) in little memory.
+    All logits, (N, vocab_size) in float32, would be the largest tensor of a training step, so they
+    are made in chunks of rows. Forward computes the gradient, too, so that no chunk must be kept.
 
-    loss_and_gradient: that function, perhaps compiled."""
+    loss_and_gradient: the function above, perhaps compiled."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_and_gradient):
         w = weight.to(x.dtype)
         counts = targets != IGNORED                                                         # (N,)
-        x = x * counts.unsqueeze(-1)  # rows to be ignored have no part in d_weight
+        x = x * counts.unsqueeze(-1)  # ignored rows add nothing to d_weight
         d_x, d_weight, loss = torch.empty_like(x), torch.zeros_like(weight), 0.0
         chunk = GPU_CHUNK if x.is_cuda else CHUNK
         for x_, target, d_x_ in zip(*(tensor.split(chunk) for tensor in (x, targets, d_x))):

@@ -1,4 +1,4 @@
-"""The machine: its devices, dtypes, threads and peak."""
+"""The machine: its devices, dtypes, threads and peak FLOP/s."""
 
 import contextlib
 import ctypes
@@ -14,17 +14,17 @@ import torch
 
 from parts.errors import UserError
 
-# dense FLOP/s in bfloat16, from data sheets; of several names that fit, the first counts
+# dense FLOP/s in bfloat16, from data sheets; the first name that fits counts
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12,
              "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 LESS = ("MIG", "Laptop", "4090 D")  # a slice of a chip, or a smaller chip of the same name
-SMALL = 64  # channels of models that one thread trains
+SMALL = 64  # models with at most so many channels use one thread
 CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
 
 
 def pick_device(device="auto", compiled=False):
-    """Return a torch.device; "auto" is the first of cuda, mps and cpu that is there. Raises
-    UserError, also where compiling needs what is missing."""
+    """Return a torch.device; "auto" is the first available of cuda, mps and cpu. Raises UserError,
+    also if `compiled` and a tool that compiling needs is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     available = [name for name in there if there[name]]
@@ -40,7 +40,7 @@ def pick_device(device="auto", compiled=False):
 
 
 def check_compiler(kind):
-    """Raise UserError where torch.compile lacks what it needs on a kind of device."""
+    """Raise UserError if a tool that torch.compile needs on a kind of device is missing."""
     cxx = os.environ.get("CXX") or CXX.get(sys.platform, "g++")  # as PyTorch chooses it
     if kind == "cpu" and not shutil.which(cxx):
         raise UserError(f"--compile on a CPU needs a C++ compiler, and {cxx} does not exist: "
@@ -51,10 +51,10 @@ def check_compiler(kind):
 
 
 def pick_dtype(device, dtype="auto"):
-    """Return a torch.dtype for activations; "auto": bfloat16 where that is faster, or float32."""
+    """Return a torch.dtype for activations; "auto" is bfloat16 if faster, otherwise float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    if device.type == "cpu":  # measured: some CPUs have bf16 instructions that are the slower ones
+    if device.type == "cpu":  # measured, because some CPUs are slower with bf16 instructions
         faster = matmul_peak(device, torch.bfloat16, 256) > matmul_peak(device, torch.float32, 256)
     else:
         faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -62,13 +62,13 @@ def pick_dtype(device, dtype="auto"):
 
 
 def matmul_peak(device, dtype, size=1024):
-    """Return the FLOP/s of large matrix products: the data sheet's, else the best of a few."""
+    """Return the FLOP/s of large matrix products, from a data sheet or the best of a few runs."""
     if device.type == "cuda":
         name = machine_name(device)
         known = [peak for part, peak in BF16_PEAK.items() if part in name]
         if known and dtype == torch.bfloat16 and not any(word in name for word in LESS):
             return known[0]
-        size = 8 * size  # a small product ends before the host has heard of it
+        size = 8 * size  # in a small product, most of the time would go to its launch
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     while len(seconds) < 8 and sum(seconds) < 0.5:
@@ -79,7 +79,7 @@ def matmul_peak(device, dtype, size=1024):
 
 
 def machine_name(device):
-    """Return the name of a GPU, or of the processor as far as the system tells it."""
+    """Return the name of a GPU, or of the processor, as well as the system knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -90,8 +90,8 @@ def machine_name(device):
 
 
 def use_threads(channels, asked=None):
-    """Compute with the threads asked for; with None small models take one, which rounds alike on
-    any number of cores, and others what PyTorch takes (OMP_NUM_THREADS, or one for each core)."""
+    """Set the number of threads to `asked`. None means one thread for small models, whose rounding
+    then does not depend on the cores, and PyTorch's default for others (OMP_NUM_THREADS, cores)."""
     if asked is None and channels <= SMALL:
         asked = 1
     if asked is not None:
@@ -99,7 +99,7 @@ def use_threads(channels, asked=None):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory: by default it maps and clears every large activation anew."""
+    """Make glibc keep freed memory. By default it maps and clears each large activation anew."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc; Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes

@@ -1,18 +1,18 @@
-"""Muon as the published code has it: momentum, orthogonalised, for the matrices of the layers.
+"""Muon, the optimiser for the layers' matrices: it orthogonalises momentum, as published.
 
-A gradient step along the largest singular directions of a matrix is most of a plain update; here
-every direction gets the same length. For a matrix W (rows, columns) with gradient G, at each step:
+A plain update moves a matrix mostly along the largest singular directions of its gradient. Muon
+moves it equally far along all. For a matrix W (rows, columns) with gradient G, each step computes:
 
     M <- M + (1 - mu) (G - M);   G <- G + mu (M - G)           Nesterov momentum
     X <- G / (1.02 |G| + 1e-6), five times X <- a X + (b S + c S S) X with S = X X^T
                                                                near to U V^T, for G = U D V^T
-    v <- v + (1 - beta2) (mean of squares of each row - v)     of each column where W is wide
-    X <- X / sqrt(v), then as long as it was before            NorMuon
+    v <- v + (1 - beta2) (mean of squares of each row - v)     (columns if W is wide)
+    X <- X / sqrt(v), scaled so that X keeps its norm          NorMuon
     W <- W - lr sqrt(max(1, rows / columns)) (X + decay * W where X and W have the same sign)
 
-The sources: Muon (Jordan et al. 2024), the coefficients of each step (Polar Express, arXiv
-2505.16932), NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402); put together in
-the published code of Parcae, whose products are in bfloat16.
+The sources are Muon (Jordan et al. 2024), the coefficients of each step (Polar Express, arXiv
+2505.16932), NorMuon (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402). The published
+code of Parcae combines them and multiplies matrices in bfloat16.
 """
 
 import torch
@@ -34,22 +34,22 @@ def momentum_at(step):
 
 
 def orthogonalise(G, dtype):
-    """Return U V^T, roughly, of each matrix G = U D V^T in a stack (n, rows, columns); dtype: of
-    the products."""
+    """Return U V^T, roughly, for each matrix G = U D V^T in a stack (n, rows, columns); products
+    are computed in dtype."""
     X = G.to(dtype)
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = X.shape[-2] > X.shape[-1]
     for a, b, c in POLAR_EXPRESS:
-        S = X.mT @ X if tall else X @ X.mT  # on the smaller side
+        S = X.mT @ X if tall else X @ X.mT  # the smaller of the two
         S = b * S + c * (S @ S)
         X = a * X + (X @ S if tall else S @ X)
     return X.to(G.dtype)
 
 
 def even_out(X, v, beta2):
-    """Return a stack X (n, rows, columns) with the rows, or columns, of each matrix about equally
-    long, and the matrix as long as before. v: running means of their squares, (n, rows, 1) or
-    (n, 1, columns), updated."""
+    """Return a stack X (n, rows, columns) with the rows (or columns) of each matrix made about
+    equally long, and its norm kept. Updates v, the running means of their squares, (n, rows, 1) or
+    (n, 1, columns)."""
     v.lerp_(X.square().mean(-1 if v.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
     even = X * v.clamp(min=1e-10).rsqrt()
     before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (X, even))
@@ -57,15 +57,15 @@ def even_out(X, v, beta2):
 
 
 def decays(X, W):
-    """Return which weights decay: those that the update X makes smaller anyway."""
+    """Return a mask of the weights W to decay: those that the update X makes smaller anyway."""
     return X * W >= 0
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D parameters. Those of one shape are a group, and are updated together.
+    """Train 2-D parameters with Muon. Those of equal shape form a group and are updated together.
 
-    products: the dtype in which matrices are orthogonalised; None is bfloat16 on a GPU, as
-    published, and elsewhere, where it may be the slower one, that of the weights."""
+    products: the dtype in which matrices are orthogonalised. None is bfloat16 on a GPU, as
+    published, and the weights' dtype on other devices, where bfloat16 may be slower."""
 
     def __init__(self, params, lr=8e-3, momentum=0.95, weight_decay=0.2, beta2=0.95,
                  products=None):
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update every parameter, from its gradient."""
+        """Update every parameter from its gradient."""
         for group in self.param_groups:
             params = group["params"]
             rows, columns = params[0].shape
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
                                 for name in ("momentum", "squares"))
             G, W, M, v = map(torch.stack, ([p.grad for p in params], params, momenta, squares))
 
-            # momentum, then all directions alike, then all rows or columns
+            # momentum, then equally long directions, then equally long rows or columns
             M.lerp_(G, 1 - group["momentum"])
             products = self.products or (torch.bfloat16 if G.is_cuda else G.dtype)
             X = orthogonalise(G.lerp(M, group["momentum"]), products)

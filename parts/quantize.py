@@ -1,10 +1,10 @@
-"""Linear layers with weights of 8 bits, to generate: a quarter of the bytes of float32.
+"""Linear layers for generation with 8-bit weights: a quarter of the bytes of float32.
 
     python sample.py --run out/parcae-140m --dtype int8
 
-A row of a weight matrix becomes whole numbers from -127 to 127 and one scale. All else stays
-bfloat16. On a CPU a token of a large model waits for weights, not for arithmetic: fewer bytes take
-less time. Not for training.
+Each row of a weight matrix becomes integers from -127 to 127 and one scale. All other weights are
+bfloat16. On a CPU, a token of a large model waits for its weights, not for arithmetic, so fewer
+bytes take less time. The result cannot be trained.
 """
 
 import torch
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from parts.layers import Linear
 
-FEW = 16  # rows up to which PyTorch's kernel beats a product with weights turned back
-WIDTH = 32  # it reads 16 weights at a time, beyond the end of rows of other widths; 32 is safe
+FEW = 16  # up to so many rows of x, PyTorch's int8 kernel is faster than F.linear
+WIDTH = 32  # the kernel reads 16 weights at a time, even past a row's end; multiples of 32 are safe
 
 
 class Int8Linear(nn.Module):
@@ -37,13 +37,13 @@ class Int8Linear(nn.Module):
 
 
 def activations(dtype):
-    """Return the dtype of what is multiplied with weights of a dtype."""
+    """Return the dtype of the activations for weights of a dtype."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def prepare_weights(model, device, dtype):
-    """Return a model that only generates from now on, on a device, with weights of a dtype: with
-    torch.int8 its linear layers (also the head) become Int8Linear, and all else bfloat16."""
+    """Move a model to a device and a dtype, for generation only. Return it. With torch.int8 its
+    linear layers and its head become Int8Linear, and everything else becomes bfloat16."""
     if dtype == torch.int8:
         for module in [*model.modules()]:
             for name, child in module.named_children():

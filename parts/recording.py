@@ -1,23 +1,23 @@
-"""Decoding with fixed shapes: model.advance recorded once, then replayed for any position.
+"""Fast decoding: model.advance is recorded once with fixed shapes, then replayed at any position.
 
     model.advance = Recorder(model.advance)    # then generate as before
 
-A token is hundreds of small operations, and on a GPU each takes longer to launch than to compute. A
-CUDA graph records the launches of one call and repeats them at once, with the same shapes, at the
-same addresses: so what goes in lives in buffers, and attention reads the cache's whole capacity and
-masks what stands behind a token. Other devices make the call each time, with the same shapes.
+A token takes hundreds of small operations. On a GPU, launching each takes longer than computing it.
+A CUDA graph records the launches of one call and repeats them at once, but only with the same
+shapes and addresses. So buffers hold the inputs, and attention reads the cache's whole capacity and
+masks what comes after a token. Other devices make the call each time, with the same shapes.
 """
 
 from functools import partial
 
 import torch
 
-WARM_UP = 3  # calls before a recording: kernels are chosen, graphs compiled
+WARM_UP = 3  # calls before a recording, in which PyTorch chooses kernels and compiles
 
 
 class Recording:
-    """One call of `advance`, for T tokens: loops start, ..., stop - 1 of idx (B, T). It stands in
-    for the KVCache there, whose places are numbers in a tensor (T,)."""
+    """Hold one call of `advance`: loops start, ..., stop - 1 for idx (B, T). The call gets this
+    object as its KVCache, with places in a tensor (T,) that replay changes."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
         self.buffers = [None if x is None else x.clone() for x in (idx, h, u)]
@@ -29,11 +29,11 @@ class Recording:
         self.graph = None
 
     def reserve(self, T):
-        """Return the places, (T,), and the mask of what stands at or before each, (T, capacity)."""
+        """Return the places (T,) and a mask (T, capacity), true at and before each place."""
         return self.places, self.everywhere <= self.places[:, None]
 
     def replay(self, position, *inputs):
-        """Return what the call returns for idx, h and u at the places from `position` on."""
+        """Return what the call returns for new inputs (idx, h, u) at places from `position` on."""
         torch.arange(position, position + len(self.places), out=self.places)
         for buffer, value in zip(self.buffers, inputs):
             if value is not None:
@@ -46,7 +46,7 @@ class Recording:
         return [output.clone() for output in self.outputs]  # the next replay overwrites them
 
     def record(self):
-        """Record the call. Each time it writes the same keys and values at the same places."""
+        """Record the call. Warming up is safe: it writes the same keys and values to the places."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -59,14 +59,14 @@ class Recording:
 
 
 class Recorder:
-    """`advance` of a model, recorded: once for each number of tokens, first and last loop."""
+    """Replace a model's `advance`. Record it once for each shape of idx, first and last loop."""
 
     def __init__(self, advance):
         self.advance = advance
         self.cache, self.recordings = None, {}
 
     def __call__(self, idx, cache, start, stop, h=None, u=None):
-        if cache is not self.cache:  # recordings read and write one cache
+        if cache is not self.cache:  # a recording works with one cache only
             self.cache, self.recordings = cache, {}
         key = (idx.shape, start, stop)
         if key not in self.recordings:
@@ -77,12 +77,12 @@ class Recorder:
 
 
 def speed_up(model, compiled, recorded=True):
-    """Have `model` generate faster: on a GPU recorded, with its layers compiled one by one if asked
-    for; elsewhere all of `advance` is compiled as one graph."""
+    """Make `model` generate faster. On a GPU, record `advance` and, if asked, compile each layer.
+    On other devices, or unrecorded, compile all of `advance` as one graph if asked."""
     if recorded and model.wte.weight.device.type == "cuda":
         if compiled:
             model.compile_layers()
         model.advance = Recorder(model.advance)
     elif compiled:
-        torch._dynamo.config.recompile_limit = 64  # one for each number of loops and tokens
+        torch._dynamo.config.recompile_limit = 64  # a graph for each number of loops and tokens
         model.advance = torch.compile(model.advance, dynamic=True)
