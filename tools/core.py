@@ -31,7 +31,7 @@ from tools.evaluate import add_run_flags, open_run
 ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
 # task: (file name, kind, examples shown, text between context and continuation, baseline in %).
-# The baselines are those of the CORE scores in print; DCLM's issue 114 corrected some later.
+# Published CORE scores use these baselines; DCLM's issue 114 corrected some of them later.
 TASKS = {
     "hellaswag_zeroshot": ("hellaswag", "choice", 0, " ", 25),
     "jeopardy": ("jeopardy_all", "language", 10, "\nAnswer: ", 0),
@@ -62,7 +62,7 @@ TASKS = {
 
 
 def read_task(file, kind, delimiter):
-    """Return what `options` makes of each item in a file, shuffled. Raises UserError."""
+    """Return what `options` makes of a file's lines, shuffled. UserErrors name the line."""
     items = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -102,7 +102,7 @@ class Question:
 
     @cached_property
     def prefix(self):
-        """Return how many tokens all rows share, at most to one before the scored parts."""
+        """Return how many tokens all rows share before the one that predicts a scored token."""
         return min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
 
