@@ -71,7 +71,7 @@ Command = namedtuple("Command", "line text block setup")
 
 
 def split_markdown(text):
-    """Return ([(line number, text)] of the code blocks, the text with blank lines for them)."""
+    """Return ([(line number, text)] of the code blocks, the rest, blank where they were)."""
     blocks = []
     for match in CODE.finditer(text):
         start, end = match.span("fenced" if match["fenced"] is not None else 0)

@@ -21,7 +21,7 @@ from parts.comparable import say_differences
 from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
-SEEDS_DIFFER = 0.008  # nats: deviation of the default run's val loss, 5 seeds of results/first.csv
+SEEDS_DIFFER = 0.008  # nats: sd of the default run's val loss, five seeds in results/first.csv
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # what the log has for each step
 
 # ----------------------------------------------------------------------------- reading
