@@ -1,6 +1,6 @@
-"""What of the recipe matters? The table of runs/ablation.sh.
+"""Which parts of a looped model's recipe matter? Make the table of runs/ablation.sh.
 
-    python -m runs.ablation out/ablation out    of these runs: OUT/ablation.csv
+    python -m runs.ablation out/ablation out    read the runs, write out/ablation.csv
 
 Runs are named VARIANT-SEED.
 """
@@ -15,10 +15,10 @@ from runs.half import finished, finished_rows
 
 
 def read_row(path):
-    """The row of a finished run; None where it is not finished. Raises UserError."""
+    """Return the row of a run, None if it is not finished. Raises UserError."""
     variant, _, seed = path.name.rpartition("-")
     if not variant or not seed.isdigit():
-        raise UserError(f"{path} is not named VARIANT-SEED, as per-batch-0")
+        raise UserError(f"{path} is not named VARIANT-SEED, like per-batch-0")
     done = finished(path)
     if not done:
         return None
@@ -30,7 +30,7 @@ def read_row(path):
 
 
 def print_table(rows):
-    """The table of results/README.md: means of the seeds."""
+    """Print the table of results/README.md, with means over the seeds."""
     loops = [name for name in rows[0] if name.startswith("val_loss")]
     names = [name.replace("val_loss_", "T = ") for name in loops]
     heads = ["variant", *names, "each seed at T = 4", "FLOPs", "time"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Table 4 of the paper and the truncation of the gradient, small: one thing of a looped model
-# changed at a time. Twenty-five minutes on two cores, two runs at a time.
-# What comes out goes to out/; RESULTS=results replaces what is published.
+# Which parts of a looped model's recipe matter? Change one at a time in a small model: table 4 of
+# the paper, and how many loops get a gradient. Takes 25 minutes on two cores, two runs at a time.
+# Writes the table to out/; RESULTS=results replaces the published one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -1,11 +1,11 @@
-"""Train one loop under the rules of the field: on one text, with seeds and exact FLOPs.
+"""Which published rule makes the best loop? Train each on the same text, with several seeds.
 
     python -m runs.arena --rule zero-order-hold --seed 1 --out out/arena/zero-order-hold-8e-3-1
-    python -m runs.arena --table out/arena results    of runs RULE-RATE-SEED: arena.csv, arena.png
-    python -m runs.arena --table results/arena.csv results    the same table and picture again
+    python -m runs.arena --table out/arena results    write arena.csv and arena.png in results
+    python -m runs.arena --table results/arena.csv results    print and draw again, from the table
 
-A rule is a model with a name in RULES. It changes Parcae from outside, and train.py trains it: all
-other flags are train.py's. runs/arena.sh has those of the table.
+RULES has the rules. Each is a model that changes Parcae from outside and that train.py trains; all
+other flags go to train.py. Runs are named RULE-RATE-SEED. runs/arena.sh makes the published table.
 """
 
 import re
@@ -34,7 +34,7 @@ COLUMNS |= {f"val_loss_{T}": float for T in LOOPS}
 
 
 def injecting(rule):
-    """Return a Parcae whose loop takes in e by a class as of model.INJECTIONS."""
+    """Return a Parcae class whose injection is `rule`, a class like those in model.INJECTIONS."""
     class Model(Parcae):
         def __init__(self, config):
             super().__init__(config)
@@ -43,7 +43,7 @@ def injecting(rule):
 
 
 class ZeroOrderHold(Diagonal):
-    """B e times (1 - A_bar) / -A, the integral over a step, in place of dt."""
+    """Multiply B e by (1 - A_bar) / -A, the integral over a step, instead of by dt."""
 
     def input(self, e):
         gain = (1 - self.A_bar()) / self.log_A.float().exp()
@@ -51,7 +51,7 @@ class ZeroOrderHold(Diagonal):
 
 
 class Euler(Diagonal):
-    """1 + dt A in place of exp(dt A), from the same start; nothing keeps it above -1."""
+    """Use A_bar = 1 + dt A, not exp(dt A), with the same initial value; it may fall below -1."""
 
     def __init__(self, d):
         super().__init__(d)
@@ -66,7 +66,7 @@ class Euler(Diagonal):
 
 
 class FirstLoopOnly(Parcae):
-    """e is added in the first loop, never again."""
+    """Add e only in the first loop."""
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
         first = (t == 0)[..., None] if torch.is_tensor(t) else t == 0                   # (B, 1, 1)
@@ -76,9 +76,9 @@ class FirstLoopOnly(Parcae):
 
 
 class LoopVector(Parcae):
-    """A learned vector is added to the state in each loop, another one for each number of loop."""
+    """Add a learned vector to the state in each loop, a different one in each of the first 64."""
 
-    MOST = 64
+    MOST = 64  # later loops share the last vector
 
     def __init__(self, config):
         super().__init__(config)
@@ -90,7 +90,7 @@ class LoopVector(Parcae):
 
 
 class ResidualOverN(Parcae):
-    """What a layer in the loop adds is divided by N, the mean number of loops (2606.18524)."""
+    """Divide what a layer in the loop adds by N, the mean number of loops (2606.18524)."""
 
     def run(self, layers, first, x, inputs, cache, t=0):
         if layers is not self.recurrent:
@@ -102,7 +102,7 @@ class ResidualOverN(Parcae):
 
 
 class PostNorm(Block):
-    """Norm(alpha x + what a sublayer adds), as DeepNorm has it."""
+    """A layer that computes Norm(alpha x + what a sublayer adds) twice, as in DeepNorm."""
 
     def forward(self, x, rope, ve=None, kv=None):
         x = self.norm_1(self.alpha * x + self.attn(x, rope, ve, kv))
@@ -110,8 +110,8 @@ class PostNorm(Block):
 
 
 class DeepNorm(Parcae):
-    """Layers in the loop have PostNorm, alpha = (2 N)^1/2 for N unrolled layers (2607.13491). The
-    start, beta, makes no difference: the layers' output projections start at zero."""
+    """Use PostNorm in the loop, alpha = (2 N)^1/2 for N unrolled layers (2607.13491). DeepNorm's
+    factor beta of initial weights has no effect, as output projections start at zero."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -121,8 +121,8 @@ class DeepNorm(Parcae):
 
 
 class HyperConnections(Parcae):
-    """The state is two streams. Each layer reads a learned mixture of them, and what it adds goes
-    to both by learned weights; a learned matrix mixes the streams (2604.21106). State: (B, T, 2, C)
+    """Keep two streams as state, (B, T, 2, C). Each layer reads a learned mixture of them and adds
+    its output to both, with learned weights; a learned matrix mixes the streams (2604.21106).
     """
 
     def __init__(self, config):
@@ -157,8 +157,8 @@ class HyperConnections(Parcae):
 
 
 class EveryLoop(Parcae):
-    """The loss is the mean over all loops that have a gradient, not that of the last (Ouro,
-    2510.25741, without its learned weights)."""
+    """Train on the mean loss of all loops that have a gradient, not on the loss of the last loop
+    (Ouro, 2510.25741, without its learned weights)."""
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None):
         if not self.training:
@@ -196,8 +196,8 @@ class EveryLoop(Parcae):
 
 
 def grow(model, args, progress, step_seed):
-    """Return the loops (batch_size,) of a batch in place of train.draw_depths: a mean of 1, 2, 4,
-    ... in equal parts of the training (2609.19107)."""
+    """Return the depths of a batch, (batch_size,), instead of train.draw_depths. Their mean is 1,
+    then 2, 4, ..., each in an equally long part of the training (2609.19107)."""
     stages = model.config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
     mean = 2 ** min(stages - 1, int(progress * stages))
     generator = torch.Generator().manual_seed(step_seed)
@@ -237,7 +237,7 @@ ABOUT = {
 
 
 def read_row(path):
-    """Return the row of a finished run; None where it is not finished. Raises UserError."""
+    """Return the row of a run, None if it is not finished. Raises UserError."""
     rule, rate, seed = split_name(path.name)
     done = finished(path)
     return done and {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
@@ -246,20 +246,21 @@ def read_row(path):
 
 
 def split_name(name):
-    """Return (rule, rate, seed) of a run's name. Raises UserError.
+    """Return (rule, rate, seed) from the name of a run. Raises UserError.
 
     >>> split_name("over-n-8e-3-0")
     ('over-n', 0.008, 0)
     """
     found = re.fullmatch(rf"({'|'.join(RULES)})-([\d.]+(?:e-?\d+)?)-(\d+)", name)
     if not found:
-        raise UserError(f"{name} is not RULE-RATE-SEED, with a RULE of {', '.join(RULES)}")
+        raise UserError(f"{name} must be named RULE-RATE-SEED, with a RULE of {', '.join(RULES)}")
     rule, rate, seed = found.groups()
     return rule, float(rate), int(seed)
 
 
 def print_table(rows):
-    """Print each rule at the rate at which its seed 0 is best: means over the other seeds."""
+    """Print for each rule the means over its seeds above 0, at the rate that is best for seed 0.
+    Return {rule: {seed: row}} of these runs."""
     by_rule = defaultdict(list)
     for row in rows:
         by_rule[row["rule"]].append(row)
@@ -290,8 +291,7 @@ def print_table(rows):
 
 
 def draw(chosen, path):
-    """Draw val loss against loops at test time, above the best of all; chosen: {rule: {seed: row}}.
-    """
+    """Draw val loss against loops at test time. chosen: {rule: {seed: row}}, see print_table."""
     figure, [axes] = figures.panels(1, 8.5, 4.5)
     T = [int(loops) for loops in LOOPS]
     for i, (rule, rows) in enumerate(filter(lambda item: item[1], chosen.items())):
@@ -310,7 +310,7 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rule", choices=RULES, metavar="RULE", help=f"one of {', '.join(RULES)}")
     what.add_argument("--table", type=Path, nargs=2, metavar=("DIR|CSV", "OUT"),
-                      help="runs, or the table of before; directory for table and picture")
+                      help="make table and picture from a directory of runs, or from a table")
     args, rest = parser.parse_known_args()
     if args.rule:
         train.Parcae = RULES[args.rule]

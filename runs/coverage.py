@@ -1,10 +1,10 @@
-"""Do the intervals of scaling.py hold what they promise? Fits of made-up sweeps of known laws.
+"""Do scaling.py's 95% intervals contain the truth in 95% of sweeps? Fit simulated sweeps.
 
-    python -m runs.coverage                    the laptop's sweep, its own law as the truth: minutes
-    python -m runs.coverage --truth parabola   optima that grow as C^0.4, from 4 to 9
+    python -m runs.coverage                    the law fitted to results/ is the truth: minutes
+    python -m runs.coverage --truth parabola   the true optimum grows as C^0.4, from 4 to 9 loops
 
-With the law as truth, the best recurrence is one loop, the edge, at some budgets. A 95 % interval
-of mu* holds it there if it reaches the edge.
+A simulated sweep has the losses of a known law, with noise. Prints how often the intervals contain
+the true mu*. If the best recurrence is one loop, the lowest possible, they must reach one.
 """
 
 import math
@@ -25,7 +25,7 @@ SIZE = {"model": "made up", "params_core": 5e4, "params_noncore": 5e4, "accounti
 
 
 def parabola_truth():
-    """(rows, losses, cost, true mu*, true exponent): the optimum is 4 (C / 4e12)^0.4."""
+    """Return (rows, losses, cost, true mu*, true exponent), with the optimum 4 (C / 4e12)^0.4."""
     def cost(mu):
         return 1e5 * (2 + np.asarray(mu))
     rows = grid(SIZE, cost, BUDGETS, RECURRENCES, [0])
@@ -39,7 +39,7 @@ def parabola_truth():
 
 
 def law_truth():
-    """The same of the training law of the tables in results/, for the runs there."""
+    """Return what parabola_truth does, from the training law fitted to the tables in results/."""
     _, table = fit_optima(*read_tables(TABLES), resamples=0)
     fit, cost, rows = table.fit, table.cost, table.rows
     size = rows[0]
@@ -49,7 +49,7 @@ def law_truth():
 
 
 def by_parabola(rows, cost, seed):
-    """({flops: interval of mu*}, interval of the exponent)."""
+    """Return ({flops: interval of mu*}, interval of the exponent) from fitted parabolas."""
     found = fit_parabolas(budgets_of(rows), cost, resamples=300, seed=seed)
     intervals = dict(zip(BUDGETS, (optimum["ci"] for optimum in found["isoflop"])))
     laws = found["power_laws"]
@@ -57,14 +57,14 @@ def by_parabola(rows, cost, seed):
 
 
 def by_law(rows, cost, seed):
-    """The same from the training law fitted to the rows, of 100 resamples."""
+    """Return what by_parabola does, from a fitted training law, with 100 bootstrap resamples."""
     fit = fit_law("training", rows, starts=16, resamples=100, seed=seed)
     intervals = {c: interval(frontier(fit, rows[0], cost, c)[0]) for c in BUDGETS}
     return intervals, exponents_of(fit, rows[0], cost, np.array(BUDGETS))["mu_rec"]["ci"]
 
 
 def holds(ci, truth):
-    """Whether an interval holds the truth, to the fineness of a frontier; None without one."""
+    """Return whether an interval contains the truth, up to a step of MU; None if an end is None."""
     if None in ci:
         return None
     near = MU[1] / MU[0]
@@ -72,7 +72,7 @@ def holds(ci, truth):
 
 
 def coverage(truth, repeats, noise, methods, seed=0):
-    """{method: {budget or "exponent": [held, held not, no interval]}} of made-up sweeps."""
+    """Return {method: {budget or "exponent": counts [hit, miss, no interval]}}."""
     rows, losses, cost, best, exponent = truth
     counts = {name: {key: [0, 0, 0] for key in (*BUDGETS, "exponent")} for name in methods}
     for i in progress_bar(range(repeats), desc=f"noise {noise:.1%}"):
@@ -96,13 +96,13 @@ def main():
     add("--repeats", type=COUNT, default=100, metavar="N",
         help="sweeps for each noise level (default: %(default)s)")
     add("--noise", type=number(float, 0, above=True), nargs="+", default=[0.002, 0.0034, 0.01],
-        metavar="SD", help="of the loss, relative (default: 0.002 0.0034 0.01)")
+        metavar="SD", help="relative noise of the loss (default: 0.002 0.0034 0.01)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     truth = law_truth() if args.truth == "law" else parabola_truth()
     methods = {"parabolas": by_parabola, "training law": by_law}
     if args.truth == "parabola":
-        del methods["training law"]  # it is not of that form
+        del methods["training law"]  # its optima do not have this form
     *_, best, exponent = truth
     print("true mu*: " + ", ".join(f"{mu:.2f}" for mu in best.values())
           + f"; exponent {exponent:.2f}")

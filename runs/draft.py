@@ -1,13 +1,13 @@
-"""How much faster is drafting, compiling, weights of 8 bits, stopping early? Decoding of a trained
-run, every way in turns; on a GPU all but stopping early is replayed, see parts/recording.py.
+"""How much faster do drafts, compiling, 8-bit weights and stopping early make decoding?
 
     python -m runs.draft --run out/default --recurrence 1 4 8     minutes; writes out/draft.csv
     python -m runs.draft --compile --draft 1 --ahead 8            compiled, too: some minutes more
     python -m runs.draft --dtype float32 int8 --exit 0.03         also the ways that are not exact
 
-Nothing else should run meanwhile. Every way of decoding continues the same four prompts with the
-same seeds. After a round to warm up, a round times each way once, reading the prompts included. The
-table has medians over rounds; "speedup" is over the first --dtype, neither compiled nor drafted.
+Run nothing else meanwhile. Every way of decoding continues the same four prompts with the same
+seeds. After a warm-up, each round times each way once, with the time to read the prompts. The table
+has medians over rounds. "speedup" is relative to plain decoding with the first --dtype. On a GPU,
+all but stopping early is recorded and replayed, see parts/recording.py.
 """
 
 import statistics
@@ -30,13 +30,13 @@ from tools.evaluate import open_data
 
 COLUMNS = ["recurrence", "dtype", "compiled", "draft", "ahead", "exit", "temperature",
            "tokens_per_second", "slowest", "fastest", "speedup", "kept", "loops_per_token"]
-# draft and ahead 0: nothing is drafted; exit: a threshold of EXIT_RULE, or None
+# draft and ahead are 0 without drafts; exit: a threshold for EXIT_RULE, or None
 Way = namedtuple("Way", "recurrence dtype compiled draft ahead exit", defaults=(False, 0, 0, None))
 EXIT_RULE = "state"
 
 
 def ways_of(args):
-    """All ways of decoding that the flags ask for."""
+    """Return a list of the ways of decoding that the flags ask for."""
     ways = []
     for recurrence in args.recurrence:
         for dtype in args.dtype:
@@ -44,29 +44,29 @@ def ways_of(args):
                 ways.append(Way(recurrence, dtype, compiled))
                 ways += [Way(recurrence, dtype, compiled, draft, ahead) for draft in args.draft
                          for ahead in args.ahead if draft < recurrence]
-            # goes loop by loop: not through what is compiled
+            # stopping early runs loop by loop, which is not compiled
             ways += [Way(recurrence, dtype, exit=threshold) for threshold in args.exit]
     return ways
 
 
 @cache
 def load(run, device, dtype, compiled=False, recorded=True):
-    """The model of a run for one way of decoding."""
+    """Return the model of a run, prepared for one way of decoding."""
     model = Parcae.from_pretrained(run)
     if not model.config.n_recurrent:
-        raise UserError(f"{run} is a plain transformer: it has no fewer loops to draft with")
+        raise UserError(f"{run} is a plain transformer: it cannot draft with fewer loops")
     prepare_weights(model, device, getattr(torch, dtype))
     speed_up(model, compiled, recorded)
     return model
 
 
 def measure(run, prompts, n, ways, temperature, rounds):
-    """{way: (seconds of each round, counts of one round)}."""
+    """Return {way: (seconds of each round, counts of one round)}."""
     device, counts = prompts[0].device, {way: {} for way in ways}
 
     def decode_all(way):
         counts[way].update(drafted=0, kept=0, loops=0)
-        # what stops early goes loop by loop: not recorded
+        # stopping early runs loop by loop, which is not recorded
         model = load(run, device, way.dtype, way.compiled, way.exit is None)
         for seed, prompt in enumerate(prompts):
             options = {"recurrence": way.recurrence, "temperature": temperature,
@@ -80,7 +80,7 @@ def measure(run, prompts, n, ways, temperature, rounds):
                                 loops_used=loops_used, **options)
             for _ in tokens:
                 pass
-            if not way.draft:  # all loops for each token but those that stopped early
+            if not way.draft:  # tokens that did not stop early took all loops
                 mine["loops"] = sum(loops_used) + way.recurrence * (n - len(loops_used))
             for name, value in mine.items():
                 counts[way][name] += value
@@ -90,7 +90,7 @@ def measure(run, prompts, n, ways, temperature, rounds):
 
 
 def rows_of(found, temperature, tokens):
-    """The table's rows. tokens: how many each way makes in a round."""
+    """Return the table's rows. found: what measure returns; tokens: made by a way in a round."""
     rows, first = [], next(iter(found)).dtype
     for way, (seconds, counts) in found.items():
         plain = tokens / statistics.median(found[Way(way.recurrence, first)][0])
@@ -121,21 +121,21 @@ def main():
     add("--recurrence", type=LOOPS, nargs="+", default=[8], metavar="T",
         help="loops (default: 8)")
     add("--draft", type=LOOPS, nargs="+", default=[1, 2, 4], metavar="T",
-        help="loops of a draft, where fewer than --recurrence (default: 1 2 4)")
+        help="loops of a draft; used if fewer than --recurrence (default: 1 2 4)")
     add("--ahead", type=COUNT, nargs="+", default=[4, 8], metavar="N",
         help="tokens drafted at a time (default: 4 8)")
-    add("--compile", action="store_true", help="each way compiled, too")
+    add("--compile", action="store_true", help="measure each way compiled, too")
     add("--tokens", type=COUNT, default=100, metavar="N",
         help="new tokens for each of four prompts (default: %(default)s)")
     add("--rounds", type=COUNT, default=5, metavar="N", help="(default: %(default)s)")
     add("--out", type=new_file, default="out/draft.csv", metavar="FILE",
         help="the table (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
-        help="of the weights, see sample.py (default: float32)")
+        help="dtype of the weights, see sample.py (default: float32)")
     add("--temperature", type=number(float, 0), nargs="+", default=[0.0, 0.7],
         help="(default: 0 0.7)")
     add("--exit", type=number(float, 0), nargs="*", default=[], metavar="EPS",
-        help=f"thresholds of the rule {EXIT_RULE}, see sample.py (default: none)")
+        help=f"thresholds for the exit rule {EXIT_RULE}, see sample.py (default: none)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     keep_freed_memory()

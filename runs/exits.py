@@ -1,10 +1,10 @@
-"""What does a token that may stop early cost, by each exit rule? A table and a picture.
+"""How much loss does it cost to let tokens leave the loop early? Compare the exit rules.
 
-    python -m runs.exits --run out/default --most 8      some minutes; out/exits.csv, exits.png
+    python -m runs.exits --run out/default --most 8      minutes; writes out/exits.csv, exits.png
 
-Each token's loop ends when the number of a rule (EXIT_RULES in parts/generation.py) falls below a
-threshold. Beside them: the same number of loops for every token. All read the same sequences, so
-that what a rule loses against all `--most` loops has a small standard error.
+A token leaves the loop when a number falls below a threshold; the rules (EXIT_RULES in
+parts/generation.py) compute it. The baseline gives every token the same number of loops. All read
+the same sequences, so that the loss added to that of `--most` loops has a small standard error.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from tools.evaluate import (
     token_losses,
 )
 
-THRESHOLDS = {  # of each rule, from a late stop to an early one
+THRESHOLDS = {  # for each rule, from late to early exits
     "kl": (0.003, 0.01, 0.03, 0.1, 0.3),
     "state": (0.03, 0.1, 0.2, 0.3, 0.5),
     "entropy": (0.03, 0.1, 0.3, 1, 2),
@@ -36,7 +36,7 @@ THRESHOLDS = {  # of each rule, from a late stop to an early one
 
 
 def entropy(now, last):
-    """Return how unsure a prediction is, in nats: a rule that is worse than none."""
+    """Return the entropy of a prediction in nats: an exit rule that does worse than no rule."""
     return -(now.log_probs.exp() * now.log_probs).sum()
 
 
@@ -46,8 +46,8 @@ COLUMNS = ["rule", "threshold", "loops", "val_loss", "standard_error", "above", 
 
 @torch.no_grad()
 def early_exit_losses(model, idx, targets, most, threshold, rule):
-    """Return {"loss": nats of each target, "loops": that its token took}, (1, T) each, where each
-    token's loop ends as soon as its prediction settles (generation.settle)."""
+    """Return {"loss": nats of each target, "loops": how many its token took}, (1, T) each. Each
+    token leaves the loop as soon as its prediction settles, see generation.settle."""
     cache = model.new_cache(*idx.shape, most, "shared")
     losses, loops_used = [], []
     for token, target in zip(idx.split(1, dim=1), targets.split(1, dim=1)):
@@ -58,17 +58,17 @@ def early_exit_losses(model, idx, targets, most, threshold, rule):
 
 
 def early_exit(model, batches, tokenizer, most, threshold, rule, baseline=None):
-    """Return the row of a threshold; its "recurrence" is the mean of the loops used.
+    """Return the row for a threshold; its "recurrence" is the mean number of loops used.
 
-    batches: of one sequence each, see read_all; baseline: see row_of."""
+    batches: one sequence in each, see read_all; baseline: see row_of."""
     losses_of = partial(early_exit_losses, most=most, threshold=threshold, rule=rule)
     sums, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
     return row_of(sum(sums["loops"]) / sum(tokens), sums["loss"], tokens, n_bytes, baseline)
 
 
 def row_of_table(rule, threshold, row):
-    """A row of tools/evaluate.py as one of this table; "above": nats a token more than with all
-    loops."""
+    """Return a row of this table from a row of tools/evaluate.py. "above" is the loss in nats per
+    token, minus the loss with all loops."""
     return {"rule": rule, "threshold": threshold, "loops": round(row["recurrence"], 3),
             "val_loss": round(row["val_loss"], 5),
             "standard_error": round(row["standard_error"], 5),
@@ -76,10 +76,10 @@ def row_of_table(rule, threshold, row):
 
 
 def measure(model, windows, tokenizer, most):
-    """The rows of the table. windows: [(idx, targets)], (1, T) int64 each.
+    """Return the rows of the table. windows: [(idx, targets)], (1, T) int64 each.
 
-    The rule of a fixed number of loops is "fixed", its threshold that number."""
-    # What a row gains, it gains on the first one.
+    The rule "fixed" gives all tokens the same number of loops, which stands in "threshold"."""
+    # the first row has all loops: gains are relative to it
     fixed, _, _ = bits_per_byte(model, windows, tokenizer, [most, *range(1, most)])
     rows = [row_of_table("fixed", row["recurrence"], row)
             for row in sorted(fixed, key=lambda row: row["recurrence"])]
@@ -96,10 +96,10 @@ def measure(model, windows, tokenizer, most):
 
 
 def picture(path, rows):
-    """Draw what leaving the loop early costs, by rule.
+    """Draw what leaving the loop early costs, for each rule.
 
-    rows: dicts: "rule"; "loops", their mean over tokens; "above", nats more than with all loops;
-    "above_error", its standard error. The rule "fixed" gives every token the same loops."""
+    rows: dicts with "rule", "loops" (mean over tokens), "above" (nats more than with all loops) and
+    "above_error" (its standard error). The rule "fixed" gives all tokens the same loops."""
     figure, [axes] = figures.panels(1, 6, 4)
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
@@ -107,7 +107,7 @@ def picture(path, rows):
         label, color = ("all tokens alike", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
         axes.errorbar(x, y, error, marker=figures.marker(i), ms=5, lw=1, capsize=2, label=label,
                       color=color)
-    # A first loop that is far off would take all the height.
+    # the losses after one loop may be far higher and would hide the rest
     high = max(row["above"] for row in rows if row["loops"] >= 2)
     axes.axhline(0, color="0.8", zorder=0)
     axes.set(xlabel="loops a token, mean", ylabel="loss above all loops (nats)",
@@ -123,23 +123,23 @@ def parse_args():
         help="run directory of train.py, of a looped model (default: %(default)s)")
     add_text_flags(add, 64)
     add("--most", type=number(int, 2, 65536), default=8, metavar="T",
-        help="loops that no token may exceed (default: %(default)s)")
+        help="largest number of loops of a token (default: %(default)s)")
     add("--out", type=Path, default="out", metavar="DIR",
-        help="where exits.csv and exits.png go (default: %(default)s)")
+        help="directory for exits.csv and exits.png (default: %(default)s)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    figures.pyplot()  # where matplotlib is missing, say so now
+    figures.pyplot()  # fail now if matplotlib is missing
     model, tokenizer = Parcae.from_pretrained(args.run), load_tokenizer(args.run)
     if not model.config.n_recurrent:
         raise UserError(f"{args.run} is a plain transformer: it has no loop to leave")
     text = open_text(args, model, tokenizer)
     windows = list(text.batches(1))
     if len(windows) < 2:
-        raise UserError(f"{text.name} gives {len(windows)} sequence, must be at least 2: one has "
-                        "no standard error")
+        raise UserError(f"{text.name} gives {len(windows)} sequence, must be at least 2, since "
+                        "one has no standard error")
     rows = measure(model, windows, tokenizer, args.most)
     tokens = sum(targets.numel() for _, targets in windows)
     print(f"{args.run} on {tokens:,} tokens of {text.name}, at most {args.most} loops")

@@ -1,9 +1,9 @@
-"""What does looping gain at equal tokens, and how surely? The table of runs/first.sh.
+"""What does looping gain at equal tokens or FLOPs, and how certainly? Make runs/first.sh's table.
 
-    python -m runs.first out/first out    of the runs in out/first: OUT/first.csv
+    python -m runs.first out/first out    read the runs in out/first, write out/first.csv
 
-A gain is the loss of the same layers run once less that of the looped model at its mean recurrence,
-of the same seed.
+A gain is the loss of layers run once, minus the loss of the same layers looped (with the same seed,
+at their mean recurrence).
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from runs.half import error_text, finished, finished_rows
 
 
 def row_of(path):
-    """Return the row of a run; None where it is not finished."""
+    """Return the row of a run, None if it is not finished."""
     done = finished(path)
     if not done:
         return None
@@ -31,7 +31,7 @@ def row_of(path):
 
 
 def gains(rows):
-    """Yield (layers, mean recurrence, rate, what is equal, {seed: gain}) of each looped model."""
+    """Yield (layers, mean recurrence, rate, what is equal, {seed: gain}) for each looped model."""
     for layers, loops, rate in sorted({(row["layers"], row["mean_recurrence"], row["rate"])
                                        for row in rows if row["mean_recurrence"] > 1}):
         alike = [row for row in rows if (row["layers"], row["rate"]) == (layers, rate)]

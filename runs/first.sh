@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which first run shows a newcomer that looping gains? Shapes and rates for the default model, each
-# looped and with the same layers run once. Two hours on two cores, two runs at a time.
-# What comes out goes to out/; RESULTS=results replaces what is published.
+# Which first run shows a newcomer that looping gains? Try shapes and learning rates for the default
+# model, each looped and with the same layers run once. Two hours on two cores, two runs at a time.
+# Writes the table to out/; RESULTS=results replaces the published one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -18,7 +18,7 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         for rate in 4e-3 1.6e-2 3.2e-2 6.4e-2; do run 0 $rate $loops $one; done  # rates
         for seed in 0 1 2 3 4; do run $seed 2e-2 $loops $one; done  # the default
     done
-    for seed in 0 1 2 3 4; do  # as many FLOPs as the looped default
+    for seed in 0 1 2 3 4; do  # run once, for the FLOPs of the looped default
         echo --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$seed
     done

@@ -1,11 +1,11 @@
-"""Measure on a GPU what results/README.md says of one, in a call of some eight minutes.
+"""How fast are training and decoding on a GPU, and how much memory do they need? (8 minutes)
 
-    python -m runs.gpu results                    the tests that need a GPU, then three tables
-    python -m runs.gpu out --code . ../before     training by other code too, all in turns
+    python -m runs.gpu results                    run the GPU tests, then measure three tables
+    python -m runs.gpu out --code . ../before     compare the training speed of two versions, too
     python -m runs.gpu out --presets parcae-nano --context 64 --batch 4 --micro 2    small, on a CPU
 
-Writes OUT/gpu-training.csv, gpu-decoding.csv and gpu-memory.csv, each as soon as it is measured.
-Training is train.py, Muon and all, on made-up tokens; with two GPUs, on both of them as well.
+Writes OUT/gpu-training.csv, gpu-decoding.csv and gpu-memory.csv, after each measurement.
+Training runs train.py as it is on random tokens: on one GPU, and where there are two, also on both.
 """
 
 import os
@@ -30,9 +30,9 @@ from parts.reading import read_json_lines
 from parts.tables import write_csv
 from parts.tokenizer import EOT, save_tokenizer
 
-STEPS = 14  # of training; the first half warms up and compiles
+STEPS = 14  # training steps; the first half warms up and compiles, and is not measured
 VOCABULARY = ParcaeConfig().vocab_size
-# train.py, and what it held at most; in a process of its own, of any version of this code
+# runs train.py and prints its peak memory; in a separate process, for any version of this code
 TRAIN = """
 import runpy, sys, torch
 sys.argv[0] = "train.py"
@@ -43,7 +43,7 @@ print("peak", peak)
 
 
 def make_data(folder, tokens):
-    """Write a data directory of made-up tokens, all of a vocabulary like the published one."""
+    """Write a data directory of random tokens, with a vocabulary as large as the published one."""
     names = [bytes([a]) for a in range(256)]
     names += [bytes(pair) for pair in product(range(256), repeat=2)]
     ranks = {name: i for i, name in enumerate(names[:VOCABULARY - 1])}
@@ -56,7 +56,7 @@ def make_data(folder, tokens):
 
 
 def train(code, preset, compiled, ranks, args, data, out):
-    """Train for STEPS steps by the code of a folder. Return a row of the table."""
+    """Train for STEPS steps with the code in a folder. Return a row of the table."""
     flags = ["--preset", preset, "--block-size", args.context, "--batch-size", args.batch,
              "--micro-batch", args.micro // ranks, "--max-steps", STEPS, "--eval-sequences", 1,
              "--eval-recurrence", 1, "--data", data, "--out", out, "--overwrite"]
@@ -82,7 +82,7 @@ def train(code, preset, compiled, ranks, args, data, out):
 
 
 def measure_training(args):
-    """Train every preset, eager and compiled, by every folder of code in turns."""
+    """Train each preset, eager and compiled, with each folder of code in turns."""
     ranks = [1, 2] if torch.cuda.device_count() > 1 else [1]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -96,13 +96,13 @@ def measure_training(args):
 
 
 def short(row):
-    """Return a row with five digits of each fraction."""
+    """Return a row with each float rounded to five digits."""
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value
             for name, value in row.items()}
 
 
 def measure_decoding(args, looped, device):
-    """Decode by every model with a loop: launched, recorded, compiled."""
+    """Measure the decoding of each looped model: eager, recorded and compiled."""
     rows = []
     ways = {"eager": (False, True), "recorded": (False, False), "compiled": (True, False)}
     if device.type != "cuda":
@@ -116,7 +116,7 @@ def measure_decoding(args, looped, device):
 
 
 def measure_memory(args, looped, device):
-    """Measure the memory of training and inference of every model with a loop."""
+    """Measure the memory that each looped model needs for training and inference."""
     how = Namespace(context=args.context, batch=args.micro, device=device, dtype=pick_dtype(device))
     rows = []
     for preset, config in looped.items():
@@ -130,20 +130,20 @@ def main():
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="directory for the tables")
     add("--code", type=Path, nargs="+", default=[Path(".")], metavar="DIR",
-        help="folders with this repository, at the commits to compare (default: this one)")
+        help="folders with versions of this repository to compare (default: this one)")
     add("--presets", nargs="+", choices=PRESETS, metavar="NAME",
         default=["parcae-140m", "parcae-370m", "gpt-140m"], help="(default: parcae-140m "
         "parcae-370m gpt-140m)")
-    add("--context", type=COUNT, default=2048, metavar="N", help="tokens of a training sequence")
-    add("--batch", type=COUNT, default=64, metavar="N", help="sequences of a step (default: 64)")
+    add("--context", type=COUNT, default=2048, metavar="N", help="tokens in a training sequence")
+    add("--batch", type=COUNT, default=64, metavar="N", help="sequences in a step (default: 64)")
     add("--micro", type=COUNT, default=16, metavar="N",
-        help="of a forward pass, over all ranks (default: 16)")
+        help="sequences in a forward pass, over all ranks (default: 16)")
     args = parser.parse_args()
     device = pick_device()
     if device.type == "cuda":
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"]
         if subprocess.run(tests).returncode:
-            raise UserError("the tests that need a GPU fail: measure nothing")
+            raise UserError("the tests that need a GPU fail, so nothing is measured")
     measure_training(args)
     configs = {name: ParcaeConfig(**PRESETS[name]) for name in args.presets}
     looped = {name: config for name, config in configs.items() if config.n_recurrent}

@@ -1,10 +1,10 @@
-"""Draw the pictures of docs/guide.md: five that explain, and a trained model's fixed point.
+"""Does the state of a trained model reach a fixed point? Draw this and docs/guide.md's pictures.
 
-    python -m runs.guide --run out/default    writes guide-*.png
+    python -m runs.guide --run out/default    writes out/guide-*.png: five that explain, and this
 
-The last reads val text with more and more loops. After t of them the state h_t of each token is
-compared with h_last, its state after four times as many loops as are shown. Without its layers the
-loop is h <- A_bar h + b, and the distance shrinks by A_bar's largest entry or faster.
+It reads val text and compares the state h_t of each token after t loops with h_last, its state
+after four times as many loops as are shown. Without layers, the loop would be h <- A_bar h + b, and
+each loop would multiply the distance by the largest entry of A_bar, or by less.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from tools.evaluate import add_text_flags, open_text
 
 RULES = {0.45: "a = 0.45: settles at 1.82", 1.0: "a = 1: grows by 1 per loop",
          1.1: "a = 1.1: explodes"}
-LAST = 4  # times the loops shown: where the fixed point is taken from
+LAST = 4  # h_last is the state after LAST times as many loops as are shown
 
 # ------------------------------------------------------------------------------- explanations
 
@@ -38,7 +38,7 @@ def arrow(axes, start, end, color="k"):
 
 
 def unrolled(path):
-    """Draw three loops one after the other: e enters each, the gradient passes the last two."""
+    """Draw three loops in a row: e enters each, and the gradient passes through the last two."""
     figure, [axes] = figures.panels(1, 8.5, 2.9)
     e = 0.4, 2  # where e leaves the prelude
     box(axes, -1.2, 2, "prelude", width=1)
@@ -68,7 +68,7 @@ def unrolled(path):
 
 
 def one_dimension(path, loops=16):
-    """Draw the loop h <- a h + 1 in one dimension, from 0 on."""
+    """Draw the loop h <- a h + 1 in one dimension, starting from h = 0."""
     figure, [axes] = figures.panels(1, 7.5, 3.8)
     for i, (a, label) in enumerate(RULES.items()):
         h = [0.0]
@@ -85,7 +85,7 @@ def one_dimension(path, loops=16):
 
 
 def exponential(path):
-    """Draw the factor of the state against dt |A|: exact, and by a step of Euler's method."""
+    """Draw the factor of the old state against dt |A|: exact, and for a step of Euler's method."""
     figure, [axes] = figures.panels(1, 7, 3.6)
     x = np.linspace(0, 3, 200)
     axes.axhspan(-1, 1, color="0.93")
@@ -105,8 +105,8 @@ def exponential(path):
 
 
 def cache_grid(path, tokens=5, loops=4, kept=2):
-    """Draw what token number `tokens` sees in loop 3 with a cache for each loop, with a shared one,
-    and which loops a draft runs."""
+    """Draw what token number `tokens` attends to in loop 3, with a cache for each loop and with a
+    shared cache, and which loops a draft runs."""
     figure, axes = figures.panels(3, 9, 3.2)
     titles = ("a cache for each loop", "one shared cache",
               f"drafts: {kept} loops one by one,\nthe others for all drafts at once")
@@ -135,7 +135,7 @@ def cache_grid(path, tokens=5, loops=4, kept=2):
 
 
 def isoflop(path):
-    """Draw what an isoFLOP curve consists of: a made-up law, which is not fitted to any run."""
+    """Draw the parts of an isoFLOP curve, from an invented law that is not fitted to any run."""
     figure, [axes] = figures.panels(1, 7.5, 4)
     mu = np.geomspace(1, 32, 200)
     size, tokens = 0.25 + 0.75 * mu, 1 / (0.4 + 0.6 * mu)  # of the unrolled model; at equal FLOPs
@@ -159,8 +159,8 @@ def isoflop(path):
 
 
 def distances(model, idx, loops):
-    """Return |h_t - h_last| / |h_last|, (tokens, loops), of the tokens of idx (B, T), t = 1, 2,
-    ..."""
+    """Return |h_t - h_last| / |h_last|, (tokens, loops), for all tokens of idx (B, T) and t = 1,
+    2, ..., loops."""
     first = []
     for h, _ in model.states(idx, LAST * loops):
         if len(first) < loops:
@@ -171,8 +171,8 @@ def distances(model, idx, loops):
 
 
 def open_model(run):
-    """Return the model of a run directory in float64. Raises UserError where it has no A_bar."""
-    # In float32, rounding alone would be a floor near 1e-7.
+    """Return the model of a run directory in float64. Raises UserError if it has no A_bar."""
+    # in float32, rounding would keep distances above about 1e-7
     model = Parcae.from_pretrained(run).double()
     if not hasattr(model.injection, "A_bar"):
         rule = model.config.injection if model.config.n_recurrent else "none, it does not loop"
@@ -181,7 +181,7 @@ def open_model(run):
 
 
 def print_table(apart, factor):
-    """Print the distances after each loop, and how many tokens are still on their way."""
+    """Print the distances after each loop, and how many tokens are far away after the last one."""
     low, median, high, most = np.quantile(apart, [0.05, 0.5, 0.95, 1], axis=0)
     print(f"{'t':>3} {'median':>9} {'5%':>9} {'95%':>9} {'farthest':>9} {'A_bar^t':>9}")
     for i in range(len(median)):
@@ -192,10 +192,10 @@ def print_table(apart, factor):
 
 
 def fixed_point(path, apart, factor, trained):
-    """Draw how fast the states (tokens, loops) of a trained model approach their fixed points.
+    """Draw how fast the states of a trained model approach their fixed points.
 
-    factor: the largest entry of A_bar, whose powers are drawn, too. trained: mean loops of
-    training."""
+    apart: distances (tokens, loops). factor: the largest entry of A_bar; its powers are drawn, too.
+    trained: the mean recurrence in training."""
     figure, [axes] = figures.panels(1, 8.5, 4.2)
     low, median, high, farthest = np.quantile(apart, [0.05, 0.5, 0.95, 1], axis=0)
     t = np.arange(1, len(median) + 1)

@@ -1,10 +1,10 @@
-"""Half the parameters? The table and the picture of runs/half.sh.
+"""Does a looped model need only half the parameters? Make the table and picture of runs/half.sh.
 
-    python -m runs.half out/half results            of these runs: results/half.csv and half.png
-    python -m runs.half results/half.csv results    the same table and picture again, from the table
+    python -m runs.half out/half results            write half.csv and half.png in results
+    python -m runs.half results/half.csv results    print and draw again, from the table
 
-Runs are named MODEL-RATE-SEED. Of several learning rates, each model gets the one at which its
-seed 0 does best.
+Runs are named MODEL-RATE-SEED. If there are several learning rates, each model is shown at the rate
+at which its seed 0 has the lowest loss.
 """
 
 import csv
@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 def read_table(path, columns):
-    """The rows of a CSV file, dicts; columns: {name: type}. Raises UserError."""
+    """Return the rows of a CSV file, dicts. columns: {name: type}. Raises UserError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.DictReader(file))
@@ -55,11 +55,11 @@ def read_table(path, columns):
 
 
 def finished(path):
-    """The last line of a run's log; None, and says so, where the run is not finished or a loss is
-    not finite."""
+    """Return the last line of a run's log. If the run is not finished, or a loss is not finite,
+    print this and return None."""
     done = last_line(path)
     if done["kind"] != "done":
-        print(f"{path} is not finished and left out")
+        print(f"{path} is not finished and is left out")
     elif not all(map(math.isfinite, done["val_loss"].values())):
         print(f"{path} has a loss that is not finite and is left out")
     else:
@@ -68,8 +68,8 @@ def finished(path):
 
 
 def finished_rows(folder, row_of):
-    """Return the rows, made by row_of, of a directory's finished runs; say what makes them hard to
-    compare. Raises UserError where there is none."""
+    """Return the rows that row_of makes of the finished runs in a directory; print a warning if
+    runs are hard to compare. Raises UserError if no run is finished."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     rows = [row for row in map(row_of, paths) if row]
     if not rows:
@@ -79,16 +79,16 @@ def finished_rows(folder, row_of):
 
 
 def read_row(path):
-    """The row of a finished run; None where it is not finished. Raises UserError."""
+    """Return the row of a run, None if it is not finished. Raises UserError."""
     try:
         name, rate, seed = split_name(path.name)
     except ValueError:
-        raise UserError(f"{path} is not named MODEL-RATE-SEED, as plain-3e-2-0") from None
+        raise UserError(f"{path} is not named MODEL-RATE-SEED, like plain-3e-2-0") from None
     done = finished(path)
     if not done:
         return None
     config = read_json(path / "config.json")
-    with torch.device("meta"):  # only its cost is asked for
+    with torch.device("meta"):  # needs no weights to count its cost
         model = Parcae(ParcaeConfig(**config["model"]))
     T = model.config.mean_recurrence if model.config.n_recurrent else 1
     loss = done["val_loss"].get(str(T))
@@ -110,7 +110,7 @@ def read_row(path):
 
 
 def split_name(text):
-    """(model, rate, seed) of a run's name. Raises ValueError.
+    """Return (model, rate, seed) from the name of a run. Raises ValueError.
 
     >>> split_name("plain-3e-2-0")
     ('plain', 0.03, 0)
@@ -123,7 +123,7 @@ def split_name(text):
 
 
 def at_best_rate(rows):
-    """{model: its rows at the rate at which seed 0 does best, by seed}; prints what there was."""
+    """Return {model: rows by seed} at the rate that is best for seed 0; print all rates tried."""
     runs = {}
     for name in NAMES:
         mine = [row for row in rows if row["model"] == name]
@@ -131,7 +131,7 @@ def at_best_rate(rows):
             continue
         first = sorted((row for row in mine if row["seed"] == 0), key=lambda row: row["rate"])
         if not first:
-            print(f"{NAMES[name]}: no run of seed 0, left out")
+            print(f"{NAMES[name]}: left out, as there is no run with seed 0")
             continue
         tried = ", ".join(f"{row['rate']:g}: {row['val_loss']:.4f}" for row in first)
         print(f"{NAMES[name]}: seed 0 by rate", tried)
@@ -142,7 +142,7 @@ def at_best_rate(rows):
 
 
 def print_table(runs):
-    """The table of results/README.md."""
+    """Print the table of results/README.md."""
     print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | "
           "val loss | bits per byte |\n|" + "---|" * 7)
     for name, rows in runs.items():
@@ -155,31 +155,31 @@ def print_table(runs):
 
 
 def losses_of(rows):
-    """{seed: val loss}"""
+    """Return {seed: val loss}."""
     return {row["seed"]: row["val_loss"] for row in rows}
 
 
 def pairs(better, worse):
-    """How much lower one model's loss is than another's, (seeds,): of the seeds that both have.
+    """Return worse - better, (seeds,), for the seeds that both have.
 
-    better, worse: {seed: loss}."""
+    better, worse: {seed: loss} of two models."""
     seeds = sorted(better.keys() & worse.keys())
     return np.array([worse[seed] - better[seed] for seed in seeds])
 
 
 def error_text(values):
-    """Return the standard error of the mean of values, one a seed, as text; "-" for one."""
+    """Return, as text, the standard error of the mean of values; "-" for a single value."""
     return f"{np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
 
 
 def gain_text(gained):
-    """Differences of seeds as text: their mean, its standard error, each."""
+    """Return, as text, the mean of differences (seeds,), its standard error, and each of them."""
     return (f"{gained.mean():+.4f} nats (standard error {error_text(gained)}; "
             f"{', '.join(f'{one:+.4f}' for one in gained)})")
 
 
 def print_comparison(runs):
-    """How far looping goes towards larger transformers; shares are ratios of mean differences."""
+    """Print the gains of looping, and its share of the gap to each larger transformer."""
     loss = {name: losses_of(rows) for name, rows in runs.items()}
     for name in ("plain", "longer", *VARIANTS):
         if {"looped", name} <= loss.keys():
@@ -194,9 +194,9 @@ def print_comparison(runs):
 
 
 def closed(loss, name):
-    """The share of the gap between "plain" and a larger model that looping closes, and that of each
-    seed, (seeds,): of the seeds that all three have. loss: {model: {seed: loss}}. Raises
-    UserError where there is none."""
+    """Return the share of the gap between "plain" and a larger model that looping closes: a ratio
+    of mean differences, and the share of each seed, (seeds,). Uses the seeds that all three have;
+    raises UserError if there is none. loss: {model: {seed: loss}}."""
     seeds = sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys())
     if not seeds:
         raise UserError(f"plain, looped and {name} have no seed in common")
@@ -208,7 +208,7 @@ def closed(loss, name):
 def picture(path, models):
     """Draw loss against size and against cost.
 
-    models: dicts: "label"; "parameters"; "flops" of training; "losses" of the seeds; "looped"."""
+    models: dicts with "label", "parameters", training "flops", "losses" of the seeds, "looped"."""
     figure, both = figures.panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
         for model in models:
@@ -225,11 +225,11 @@ def picture(path, models):
 
 
 def parse_args(about):
-    """The command line of an experiment whose table and picture can be made again; asks for
-    matplotlib before any work."""
+    """Return the arguments (source, out) of an experiment that makes a table and a picture. Raises
+    UserError if matplotlib is missing, before any work is done."""
     parser = Parser(description=about)
     add = parser.add_argument
-    add("source", type=Path, metavar="DIR|CSV", help="a directory of runs, or the table of before")
+    add("source", type=Path, metavar="DIR|CSV", help="a directory of runs, or a table made before")
     add("out", type=Path, metavar="OUT", help="directory for the table and the picture")
     args = parser.parse_args()
     figures.pyplot()
@@ -237,8 +237,8 @@ def parse_args(about):
 
 
 def collect(args, name, read_row, columns):
-    """The rows of an experiment: from its runs by read_row(path), and then a table of this name, or
-    from its table. Raises UserError."""
+    """Return the rows of an experiment: from its runs, by read_row(path), and write them to a table
+    of this name; or from its table. Raises UserError."""
     if args.source.is_dir():
         rows = finished_rows(args.source, read_row)
         write_csv(args.out / name, rows, columns)

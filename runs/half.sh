@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Half the parameters? Does a looped model reach a transformer of twice its size on the same tokens?
-# 1/4/1 layers, the middle four looped 8 times on average, against six and twelve layers without a
-# loop, six layers 1.4 times as wide, and six layers trained for as many FLOPs as the looped ones.
-# Value embeddings would double with the layers: none. Three seeds, each model at the best of its
-# rates for seed 0, in the order of what matters.
+# Does a looped model reach a transformer of twice its size on the same tokens? 1/4/1 layers, the
+# middle four looped 8 times on average, compete with six layers and twelve layers without a
+# loop, six layers that are 1.4 times as wide, and six layers trained for equal FLOPs. There are no
+# value embeddings, since their number would double with the layers. Each model has three seeds at
+# the rate that is best for its seed 0. The most important runs come first.
 #
-#   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours of one core
+#   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours on one core
 #   TUNE="5e-3 1e-2 2e-2 4e-2" bash runs/half.sh     seed 0 at other rates, too
 #   CHANNELS=32 MODELS="looped plain deep fixed full mean4 mean16" bash runs/half.sh
-#                                        4.1M tokens: 80 minutes of one core
+#                                        4.1M tokens: 80 minutes on one core
 #   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
-#                                        20M tokens, minutes on a GPU (there with JOBS=14)
-# What comes out goes to out/; RESULTS=results replaces what is published.
+#                                        20M tokens, minutes on a GPU (with JOBS=14 there)
+# Writes table and picture to out/; RESULTS=results replaces the published ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 
 channels=${CHANNELS:-64}
 models=${MODELS:-looped plain deep wide longer}
-case $channels in  # longer: what the looped model costs
+case $channels in  # longer: training FLOPs of the looped model
     32) out=out/half-32 tokens=4.096e6 longer=1.197e13 size="--block-size 128 --batch-size 32" ;;
     64) out=out/half tokens=2e7 longer=2.313e14 size="" ;;
     128) out=out/half-128 tokens=2e7 longer=7.38e14 size="--n-head 4 --batch-size 64" ;;

@@ -1,8 +1,8 @@
-"""Draw when the looped model's KV cache has eaten the weights that it saved; trains nothing.
+"""After how many tokens does a looped model's KV cache use up the memory that looping saves?
 
-    python -m runs.memory results    the table of results/README.md, and OUT/memory-parcae-140m.png
+    python -m runs.memory results    prints a table and writes results/memory-parcae-140m.png
 
-Memory in inference, for bfloat16 weights and caches, follows from the shapes; bench.py measures it.
+Computes memory in inference from the shapes, for bfloat16 weights and caches; bench.py measures it.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ DRAWN = "parcae-140m"
 
 
 def picture(path, config, double):
-    """Draw the memory of weights and cache against the tokens in the cache."""
+    """Draw the memory of weights and KV cache against the number of tokens in the cache."""
     even, loops = break_even(config, double), config.mean_recurrence
     tokens = np.geomspace(even / 100, 100 * even, 81)
     figure, [axes] = figures.panels(1, 6, 4)

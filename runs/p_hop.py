@@ -1,12 +1,12 @@
-"""How many lookups do how many loops do? The table and the picture of runs/p_hop.sh.
+"""How many lookups can a model do with T loops? Make the table and the picture of runs/p_hop.sh.
 
-    python -m runs.p_hop --quick                      a small one, three minutes with the training
-    python -m runs.p_hop text data/p-hop              the text
-    python -m runs.p_hop out/p-hop results            the runs, OUT/p-hop.csv and OUT/p-hop.png
-    python -m runs.p_hop results/p-hop.csv results    the table and picture again, from the table
+    python -m runs.p_hop --quick                      train and measure small models: three minutes
+    python -m runs.p_hop text data/p-hop              make the text
+    python -m runs.p_hop out/p-hop results            measure runs; write p-hop.csv and p-hop.png
+    python -m runs.p_hop results/p-hop.csv results    print and draw again, from the table
 
-Accuracy of the answers to questions of p hops, by p and by loops T, on the 1000 strings that are
-kept for validation. Runs are named MODEL-SEED; the picture is of looped, once and layers.
+A question needs p lookups in a row. The table has the accuracy of the answers for each p and T, on
+the 1000 validation strings. Runs are named MODEL-SEED; the picture shows looped, once and layers.
 """
 
 import subprocess
@@ -31,8 +31,8 @@ from runs.half import finished, read_table
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
 HOPS = range(9)
-TRAINED = 8  # mean loops in runs/p_hop.sh; the table does not say
-# of --quick: fewer lookups, and a layer that sees less text
+TRAINED = 8  # mean recurrence in runs/p_hop.sh, which is not in the table
+# for --quick: fewer lookups, and a layer that reads less text
 QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
 QUICK = """--preset parcae-nano --n-embd 64 --n-head 4 --no-value-embeds
     --n-prelude 0 --n-recurrent 1 --n-coda 0 --block-size 96 --batch-size 16 --max-steps 800
@@ -44,10 +44,10 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
     """Return (train, val), lists of random strings with questions about them (p-hop induction,
     Sanford et al. 2024, arXiv 2402.09268).
 
-    "3cA" reads: the string goes on with c; hop 3 times from here and you get to an a. A hop leads
-    to what came after the last occurrence of the symbol one is at: p lookups in a row."""
+    "3cA" reads: the next symbol is c, and 3 hops from it lead to an a. A hop goes back to where its
+    symbol occurred last, then on to the symbol after that. p hops are p lookups in a row."""
     rng = np.random.default_rng(seed)
-    # steps of 1 to symbols - 1: never the same symbol twice in a row
+    # steps are 1 to symbols - 1, so that no symbol comes twice in a row
     steps = rng.integers(1, symbols, size=(n_train + n_val, questions))
     strings = steps.cumsum(axis=1) % symbols
     rows = zip(strings, rng.random(strings.shape))
@@ -57,15 +57,15 @@ def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, see
 
 
 def p_hop_doc(string, chances, hops):
-    """Return a text with a question for each symbol of a string, a list of ints; chances in [0, 1)
-    choose how many hops, at most `hops` and at most what the string so far allows.
+    """Return a text with a question for each symbol of a string, a list of ints. The chances, in
+    [0, 1), choose the number of hops: at most `hops`, and only as many as the string so far allows.
 
-    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # from the second a one gets to the b
+    >>> p_hop_doc([0, 1, 0, 2], [0.9, 0.9, 0.9, 0.9], 8)  # one hop leads from the second a to b
     '0aA0bB1aB0cC'
     """
-    last = {}  # symbol: where it came last
-    hop = []  # of each place, where a hop from it leads; None: its symbol is new
-    longest = []  # of each place, how many hops can be made from it
+    last = {}  # symbol: its last place so far
+    hop = []  # for each place, where a hop from it leads; None: its symbol is new
+    longest = []  # for each place, how many hops are possible from it
     text = ""
     for i, symbol in enumerate(string):
         hop.append(last[symbol] + 1 if symbol in last else None)
@@ -82,8 +82,8 @@ def p_hop_doc(string, chances, hops):
 
 @torch.no_grad()
 def accuracies(model, docs):
-    """{T: [share of right answers to questions of p hops, for p = 0, 1, ...]}. Raises UserError
-    where a prediction is not finite.
+    """Return {T: [share of right answers to questions with p hops, for p = 0, 1, ...]}. Raises
+    UserError if a prediction is not finite.
 
     docs (N, 1 + 3 * questions): begin, then hops, symbol, answer, hops, symbol, answer, ..."""
     looped = model.config.n_recurrent > 0 and model.config.mean_recurrence > 1
@@ -91,7 +91,7 @@ def accuracies(model, docs):
     hops = docs[:, 1::3] - ord("0")  # (N, questions)
     right = {T: [] for T in loops}
     for batch in docs.split(100):
-        # One pass reads all T: what the head makes of the state after each loop.
+        # One pass serves all T, since the head can read the state after each loop.
         for t, (h, inputs) in enumerate(model.states(batch[:, :-1], max(loops)), start=1):
             if t in loops:
                 x = model.readout(h, inputs)
@@ -107,7 +107,7 @@ def accuracies(model, docs):
 
 
 def read_docs(path=DATA):
-    """The validation strings, (N, 1 + 3 * questions) int64. Raises UserError."""
+    """Return the validation strings, (N, 1 + 3 * questions) int64. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path} does not exist: make it with python -m runs.p_hop text data/p-hop")
     tokens = open_shard(path).astype(np.int64)
@@ -115,14 +115,14 @@ def read_docs(path=DATA):
 
 
 def measure(folder):
-    """Rows of all runs in a folder, and the mean loops in the training of the looped ones."""
+    """Return (rows of all runs in a folder, mean recurrence in the training of looped runs)."""
     docs, rows, trained = read_docs(), [], TRAINED
     paths = sorted(folder.iterdir())
     say_differences(paths)
     for path in progress_bar(paths, unit="run"):
         name, _, seed = path.name.rpartition("-")
         if not name or not seed.isdigit():
-            raise UserError(f"{path} is not named MODEL-SEED, as looped-0")
+            raise UserError(f"{path} is not named MODEL-SEED, like looped-0")
         if not finished(path):
             continue
         difference = changed_text(path, DATA.parent)
@@ -136,14 +136,14 @@ def measure(folder):
 
 
 def rows_of(name, seed, found):
-    """The rows of a run, from its accuracies."""
+    """Return the table's rows of a run. found: what accuracies returns for it."""
     return [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(share, 4)}
             for T, shares in found.items() for p, share in enumerate(shares)]
 
 
 def quick():
-    """Make a text of fewer lookups, train the layer run once and looped, and print what they
-    answer."""
+    """Make a text with fewer lookups, train a layer run once and a looped one, and print their
+    accuracies."""
     data, root, rows = Path("data/p-hop-quick"), Path(__file__).parent.parent, []
     if not data.exists():
         SOURCES["p-hop"] = partial(p_hop_docs, **QUICK_TEXT)
@@ -161,12 +161,12 @@ def quick():
 
 
 def by_seed(rows, name, T, p):
-    """The accuracies of a model's seeds."""
+    """Return the accuracies of a model's seeds, a list."""
     return [row["accuracy"] for row in rows if (row["model"], row["T"], row["p"]) == (name, T, p)]
 
 
 def print_table(rows):
-    """Accuracy by p, models and loops below each other: mean of the seeds, and their range."""
+    """Print the accuracy, mean and range of the seeds: a column for each p, a line for model, T."""
     hops = sorted({row["p"] for row in rows})
     print("right answers to p lookups in a row, mean of the seeds (range); guessing gives 0.25")
     print(" " * 14 + "".join(f"p = {p:<15}" for p in hops))
@@ -180,7 +180,7 @@ def print_table(rows):
 
 
 def means(rows, name, T):
-    """A model's accuracy at each p, the mean of the seeds; None where it was not trained."""
+    """Return a model's accuracy at each p, the mean of the seeds; None without such a model."""
     if not by_seed(rows, name, T, 0):
         return None
     return [np.mean(by_seed(rows, name, T, p)) for p in HOPS]
@@ -195,7 +195,7 @@ where to look next, so p take p steps."""
 
 
 def lookup(axes):
-    """Draw two lookups in a string: what each finds is red, where it gets to is black."""
+    """Draw two lookups in a string: each finds the red symbol and leads to the black one."""
     for i, symbol in enumerate("cbdacda"):
         color = {6: "k", 3: figures.RED, 4: "k", 0: figures.RED, 1: "k"}.get(i, "0.6")
         axes.text(i, 0, symbol, ha="center", va="center", fontsize=16, color=color)
@@ -209,7 +209,7 @@ def lookup(axes):
 
 
 def cells(axes, shares):
-    """Draw a table (rows, columns) of shares, from guessing (white) to 1 (blue), in %."""
+    """Draw shares (rows, columns) as cells in %, from white for guessing (0.25) to blue for 1."""
     axes.imshow(shares, cmap="Blues", vmin=0.25, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5,
@@ -217,11 +217,11 @@ def cells(axes, shares):
 
 
 def picture(path, hops, loops, looped, once, layers, trained):
-    """Draw how many lookups in a row take how many loops.
+    """Draw the accuracy for each number of lookups in a row and each number of loops.
 
     hops: numbers of lookups, p. loops: T at test time. looped: accuracy (p, T). once and layers:
-    accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: mean loops
-    of training."""
+    accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: the mean
+    recurrence in training."""
     models = {"trained to\nrun once": once, "looped": looped, "eight\nlayers": layers}
     tables = {name: np.reshape(a, (len(hops), -1)) for name, a in models.items() if a is not None}
     figure = figures.pyplot().figure(figsize=(11, 4.2), layout="constrained")
@@ -252,14 +252,14 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("source", type=Path, nargs="?", metavar="text|DIR|CSV",
-        help="the word text, a directory of runs, or the table of before")
-    add("out", type=Path, nargs="?", metavar="OUT", help="directory for what is made of it")
-    add("--quick", action="store_true", help="train a small layer, run once and looped")
+        help="the word text, a directory of runs, or a table made before")
+    add("out", type=Path, nargs="?", metavar="OUT", help="directory for the result")
+    add("--quick", action="store_true", help="train and measure two small models")
     args = parser.parse_args()
     if args.quick == (args.out is not None):
         parser.error("give a source and OUT, or --quick alone")
     if not args.quick:
-        figures.pyplot()  # where matplotlib is missing, say so now
+        figures.pyplot()  # fail now if matplotlib is missing
     return args
 
 

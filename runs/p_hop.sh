@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A task where depth is everything (p-hop induction, see runs/p_hop.py): one layer looped 8 times, and 4
-# times, on average; the same layer run once for as many tokens, and for as many FLOPs as the first
-# one; eight layers. A quarter of an hour on two cores for one seed; SEEDS="0 1 2" for the published
-# table.
-# What comes out goes to out/; RESULTS=results replaces what is published.
+# How many lookups can a model do with T loops? Train models on p-hop induction (see runs/p_hop.py):
+# one layer looped 8 or 4 times on average; the same layer run once, for equal tokens or for the
+# FLOPs of the layer looped 8 times; and eight layers. Takes a quarter of an hour on two cores for
+# one seed. SEEDS="0 1 2" makes the published table.
+# Writes table and picture to out/; RESULTS=results replaces the published ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

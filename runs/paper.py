@@ -1,12 +1,12 @@
-"""The paper by its own numbers: its best recurrences, under its count of FLOPs and the exact one.
+"""Which recurrences would the paper have found best if it had counted FLOPs exactly?
 
     python -m runs.paper --out out      seconds; writes OUT/paper.csv and OUT/paper.png
 
-Table 6 of "Parcae" (arXiv 2604.12946) gives the best mean recurrence of a grid at each budget. Its
-FLOPs count value embeddings as matmuls and leave out the tied head (appendix D), so a loop looks
-cheaper than it is. What would equal *exact* FLOPs have given? The losses are not published. But a
-law L = E + X (N_noncore + mu^phi N_core)^-x + Y D^-y must pick the table's recurrences: every x, y
-and X/Y that does is kept, and asked for its optimum under the exact cost.
+For each budget, table 6 of "Parcae" (arXiv 2604.12946) gives the best mean recurrence of a grid.
+Its FLOPs count value embeddings as matmuls and leave out the tied head (appendix D), so a loop
+seems cheaper than it is. The losses are not published. This script tries many laws L = E + X
+(N_noncore + mu^phi N_core)^-x + Y D^-y, keeps each x, y and X/Y that predicts the recurrences of
+table 6 (or comes nearest), and computes the optimum of these laws under exact FLOPs.
 """
 
 import math
@@ -32,7 +32,7 @@ COLUMNS = ["model", "phi", "laws", "flops", "table_6", "published", "published_l
 
 
 def preset_size(preset, accounting):
-    """(parameters, cost of a token) of a preset of train.py."""
+    """Return ({name: number of parameters}, cost of a token at any mu) of a preset of train.py."""
     costs = {}
     with torch.device("meta"):  # shapes alone, no memory
         for mu in GRID.tolist():
@@ -43,7 +43,7 @@ def preset_size(preset, accounting):
 
 
 def costs_and_size(name):
-    """({accounting: cost function}, N_noncore, N_core) of a published model."""
+    """Return ({accounting: cost function}, N_noncore, N_core) of a published model."""
     _, paper = preset_size(f"parcae-{name}", "paper")
     size, exact = preset_size(f"parcae-{name}", "exact")
     return {"paper": paper, "exact": exact}, size["params_noncore"], size["params_core"]
@@ -54,20 +54,20 @@ def slope_of(flops, mu):
 
 
 def rounding(mu):
-    """(low, high): what a best recurrence of the grid stands for, halfway to its neighbours."""
+    """Return (low, high), halfway to the grid's neighbours of each best recurrence in mu."""
     position, grid = np.searchsorted(GRID, mu), np.append(GRID, 14)
     return (np.sqrt(grid[position] * grid[position + i]) for i in (-1, 1))
 
 
 def slopes_within(flops, low, high):
-    """95 % of the slopes through points drawn evenly (in the logarithm) from low to high."""
+    """Return the 95% interval of slopes through points drawn log-uniformly from low to high."""
     share = np.random.default_rng(0).random((4000, len(flops)))
     drawn = low * (high / low) ** share
     return np.quantile([slope_of(flops, mu) for mu in drawn], [0.025, 0.975])
 
 
 def optimum(x, y, ratio, phi, size, cost, flops, mu):
-    """The recurrence of lowest loss among `mu` at each budget, (laws, budgets).
+    """Return the recurrence in `mu` with the lowest loss, by law and budget: (laws, budgets).
 
     x, y and ratio (log of Y/X in units of the model and of a billion tokens): each (laws,)."""
     once, core = size
@@ -81,7 +81,7 @@ def optimum(x, y, ratio, phi, size, cost, flops, mu):
 
 
 def laws_of(table, phi, size, cost):
-    """(x, y, ratio) of the laws that come nearest to the table's recurrences; the steps missing."""
+    """Return ((x, y, ratio) of the laws nearest to the table's recurrences, grid steps missed)."""
     x, y, ratio = (axis.ravel() for axis in np.meshgrid(
         np.geomspace(0.05, 1, 40), np.geomspace(0.05, 1, 40), np.linspace(-6, 8, 100)))
     flops, wanted = list(table), np.array(list(table.values()))
@@ -92,7 +92,7 @@ def laws_of(table, phi, size, cost):
 
 
 def study(name):
-    """Print what the table says of one model; the rows for the CSV."""
+    """Print what table 6 says about one model. Return the rows for the CSV file."""
     table = TABLE_6[name]
     flops, mu = np.array(list(table)), np.array(list(table.values()))
     costs, *size = costs_and_size(name)
@@ -130,7 +130,7 @@ def study(name):
 
 
 def panel_of(name, rows):
-    """What picture draws of a model: of all phi together the range, the line of phi = 1."""
+    """Return what picture draws for a model: the range over all phi, and the line for phi = 1."""
     mine = [row for row in rows if row["model"] == name]
     flops = list(TABLE_6[name])
     mu = np.array(list(TABLE_6[name].values()))
@@ -144,10 +144,10 @@ def panel_of(name, rows):
 
 
 def picture(path, models):
-    """Draw the recurrences that the paper found best and those at equal FLOPs.
+    """Draw the recurrences that the paper found best, and those of the laws at equal FLOPs.
 
-    models: dicts: "model"; "flops" and "mu" of table 6; "rounding", (low, high) of mu; "published"
-    and "exact", each (line, low, high), of laws that pick the table's recurrences."""
+    models: dicts with "model", "flops" and "mu" of table 6, "rounding" (low, high) of mu, and, from
+    laws that pick the table's recurrences, "published" and "exact", each (line, low, high)."""
     figure, every = figures.panels(len(models), 4.5 * len(models), 4)
     counts = {"published": ("0.5", "the paper's FLOPs"), "exact": (figures.RED, "exact FLOPs")}
     for axes, model in zip(every, models):
@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--out", type=Path, default="out", metavar="DIR",
                         help="directory for the table and the picture (default: %(default)s)")
     args = parser.parse_args()
-    figures.pyplot()  # said before the work where matplotlib is missing
+    figures.pyplot()  # fail now if matplotlib is missing
     rows = [row for name in TABLE_6 for row in study(name)]
     write_csv(args.out / "paper.csv", rows, COLUMNS)
     picture(args.out / "paper.png", [panel_of(name, rows) for name in TABLE_6])

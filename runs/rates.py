@@ -1,6 +1,6 @@
-"""Does the best learning rate carry over, from plain to looped models and from width to width?
+"""Is one learning rate best for plain and looped models, and for all widths?
 
-    python -m runs.rates results       from its half tables, draws rates.png there
+    python -m runs.rates results       reads half*.csv there and writes rates.png
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ MODELS = ("plain", "deep", "looped")
 
 
 def by_rate(rows, model):
-    """{rate: losses of a model}, by rising rate, of the seeds that every rate has."""
+    """Return {rate: losses of a model}, by rising rate, for the seeds that all rates have."""
     mine = [row for row in rows if row["model"] == model]
     rates = sorted({row["rate"] for row in mine})
     loss = {rate: losses_of(row for row in mine if row["rate"] == rate) for rate in rates}
@@ -25,7 +25,7 @@ def by_rate(rows, model):
 
 
 def picture(path, groups, looped):
-    """Draw loss against learning rate, above each model's lowest.
+    """Draw loss minus the lowest loss of the same model, against learning rate.
 
     groups: {title of a panel: {model: {rate: losses of the seeds}}}; looped: the model in red."""
     figure, every = figures.panels(len(groups), 3.2 * len(groups), 3.4)

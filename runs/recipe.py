@@ -1,10 +1,10 @@
-"""What does each part of the published recipe do? Training with one of them undone.
+"""How much does each part of the published recipe lower the loss? Train with one part undone.
 
     python -m runs.recipe --undo decay --seed 1 --out out/recipe/decay-1
-    python -m runs.recipe --table out/recipe out     of finished runs PART-SEED: OUT/recipe.csv
+    python -m runs.recipe --table out/recipe out     read the finished runs, write out/recipe.csv
 
-A part is undone from outside, by giving a name in train.py's modules its meaning of before. All
-other flags are train.py's.
+To undo a part, this script replaces a function or constant in the modules that train.py uses. All
+other flags go to train.py. Runs are named PART-SEED.
 """
 
 import sys
@@ -22,7 +22,7 @@ from runs.half import error_text, finished, finished_rows, pairs
 
 
 def set_start(ending, fill):
-    """Let the weights whose names end so start otherwise: fill(p, std of the embedding)."""
+    """Change how the weights with `ending` in their names start: fill(p, std of the embedding)."""
     published = Parcae.reset_parameters
 
     def reset_parameters(self):
@@ -80,19 +80,19 @@ UNDONE = {
 UNDONE["all"] = [undo for part in UNDONE.values() for undo in part]
 ABOUT = {
     "published": "nothing is undone",
-    "tables": "value tables start at the embedding's size, not at 1",
-    "gates": "their gates start at the embedding's size",
-    "adamw": "their gates are trained by AdamW",
+    "tables": "value embeddings start with the embedding's standard deviation, not with 1",
+    "gates": "gates of the value embeddings start with the embedding's standard deviation",
+    "adamw": "gates of the value embeddings are trained by AdamW",
     "momentum": "Muon's momentum is 0.95 from the first step",
     "newton-schulz": "Newton-Schulz with one set of coefficients",
-    "uneven": "rows and columns are not evened out",
-    "decay": "all weights decay, also where the update grows them",
-    "all": "all seven undone",
+    "uneven": "rows and columns of Muon's update are not evened out",
+    "decay": "all weights decay, also where the update makes them larger",
+    "all": "all seven parts are undone",
 }
 
 
 def row_of(path):
-    """Return the row of a run named PART-SEED; None where it is not finished."""
+    """Return the row of a run named PART-SEED, None if it is not finished. Raises UserError."""
     part, _, seed = path.name.rpartition("-")
     if part not in UNDONE or not seed.isdecimal():
         raise UserError(f"{path} is not named PART-SEED, with a PART of {', '.join(UNDONE)}")
@@ -103,8 +103,8 @@ def row_of(path):
 
 
 def print_table(rows, loops):
-    """Print how much higher the loss is, after `loops` loops, with a part undone; of the seeds that
-    both have."""
+    """Print how much higher the loss is with a part undone, after `loops` loops, over the seeds
+    that both runs have."""
     losses = {}
     for row in rows:
         losses.setdefault(row["undone"], {})[row["seed"]] = row[f"val_loss_{loops}"]
@@ -123,7 +123,7 @@ def main():
     what.add_argument("--undo", choices=UNDONE, metavar="PART",
                       help="; ".join(f"{part}: {about}" for part, about in ABOUT.items()))
     what.add_argument("--table", type=Path, nargs=2, metavar=("DIR", "OUT"),
-                      help="finished runs; directory for recipe.csv")
+                      help="make the table from finished runs; directory for recipe.csv")
     args, rest = parser.parse_known_args()
     if args.undo:
         for undo in UNDONE[args.undo]:

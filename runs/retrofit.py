@@ -1,12 +1,12 @@
-"""Turn a plain transformer into a looped one that computes the same at T = 1.
+"""Can a trained transformer learn to loop? Make a looped one that computes the same at T = 1.
 
-    python -m runs.retrofit out/gpt out/retrofit
-    python train.py --init-from out/retrofit ...      goes on from there
+    python -m runs.retrofit out/gpt out/retrofit      reads a run directory and writes a new one
+    python train.py --init-from out/retrofit ...      trains from there
 
-The middle half of its layers becomes the recurrent block. What is new starts as the identity:
-C_proj, and what the injection lets through of e (B = 1 / dt); the prelude is not normalised, as
-nothing stood there. At T = 2 the loop takes its own output for a state, which it was never
-trained for.
+The middle half of the layers becomes the recurrent block. The new parts start as the identity:
+C_proj is I, and the injection passes e on unchanged (B = 1 / dt). The output of the prelude is not
+normalised, since the plain transformer does not do it. At T = 2 the loop reads its own output as a
+state, for which the layers were never trained.
 """
 
 import shutil
@@ -25,37 +25,37 @@ from parts.reading import read_json
 
 @torch.no_grad()
 def retrofit(gpt):
-    """The looped model (in eval mode) of a plain one of at least two layers. Raises UserError."""
+    """Return a looped model in eval mode, made from a plain one. Raises UserError."""
     blocks = [*gpt.prelude, *gpt.coda]
     if gpt.config.n_recurrent or len(blocks) < 2:
         raise UserError("the model to start from must be a plain transformer of two layers or more")
-    before = len(blocks) // 4  # layers before the loop, and as many after it
+    before = len(blocks) // 4  # layers before the loop, and equally many after it
     config = replace(gpt.config, n_prelude=before, n_recurrent=len(blocks) - 2 * before,
                      n_coda=before, prelude_norm=False, injection="diagonal")
     looped = Parcae(config)
 
-    # What there was: the layers in their order, the embeddings and the head.
+    # copy what the plain model has: the layers in their order, the embeddings and the head
     for ours, theirs in zip([*looped.prelude, *looped.recurrent, *looped.coda], blocks):
         ours.load_state_dict(theirs.state_dict())
     for name in ("wte", "value_embeds", "norm_f", "lm_head"):
         getattr(looped, name).load_state_dict(getattr(gpt, name).state_dict())
 
-    # What is new: h = dt * B e = e after the first injection, and C_proj h = h at the end.
+    # the new parts: h = dt * B e = e after the first injection, and C_proj h = h at the end
     looped.C_proj.weight.copy_(torch.eye(config.n_embd))
     looped.injection.B.copy_(torch.diag(1 / F.softplus(looped.injection.dt_bias)))
     return looped.eval()
 
 
 def check_free(path):
-    """Raise UserError where something is that a new directory would replace."""
+    """Raise UserError if path exists, so that nothing is replaced."""
     if path.exists():
-        raise UserError(f"{path} is there already: choose another directory, or remove it")
+        raise UserError(f"{path} exists already: choose another directory or remove it")
 
 
 def write_run(model, source, out):
-    """A run directory with the model and source's tokenizer, for train.py --init-from."""
+    """Write a run directory for train.py --init-from: the model, and the tokenizer of source."""
     with whole_directory(out, check_free) as directory:
-        before = read_json(source / "config.json")  # what the weights were trained on comes along
+        before = read_json(source / "config.json")  # keep what the weights were trained on
         record = {name: before[name] for name in ("data", "text") if name in before}
         record |= {"model": asdict(model.config), "settings": {}}
         write_json(directory / "config.json", record)
@@ -74,7 +74,7 @@ def main():
     gpt = Parcae.from_pretrained(args.gpt)
     looped = retrofit(gpt)
 
-    # The claim, checked on random tokens.
+    # check on random tokens that both models compute the same
     idx = torch.randint(gpt.config.vocab_size, (1, gpt.config.block_size))
     with torch.no_grad():
         difference = (looped(idx, recurrence=1)[0] - gpt(idx)[0]).abs().max()

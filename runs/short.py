@@ -1,11 +1,11 @@
-"""When text, not FLOPs, is short: the text, the table and the picture of runs/short.sh.
+"""Does looping help if text, not compute, is scarce? Make the table and picture of runs/short.sh.
 
-    python -m runs.short text data/short             a quarter of a megabyte, and all of val
-    python -m runs.short out/short results           the runs, OUT/short.csv and OUT/short.png
-    python -m runs.short results/short.csv results   the table and picture again, from the table
+    python -m runs.short text data/short             make the text: 0.25 MB to train on, all of val
+    python -m runs.short out/short results           read the runs, write short.csv and short.png
+    python -m runs.short results/short.csv results   print and draw again, from the table
 
-Runs are named MODEL-PASSES-RATE-SEED. Of several learning rates, each model gets the one at which
-its seed 0 comes lowest, with whatever number of passes over the text.
+Runs are named MODEL-PASSES-RATE-SEED. If there are several learning rates, each model is shown at
+the rate with the lowest loss of its seed 0, after any number of passes over the text.
 """
 
 import shutil
@@ -35,8 +35,8 @@ COLUMNS = {"model": str, "passes": int, "rate": float, "seed": int, "tokens": in
 
 
 def make_text(out):
-    """Make a data directory whose train text is pieces of SOURCE's and whose val text is all of
-    SOURCE's."""
+    """Write a data directory: its train text is made of pieces of SOURCE's train text, and its val
+    text is that of SOURCE."""
     if not SOURCE.exists():
         data.prepare("stdlib", SOURCE)
     tokenizer = load_tokenizer(SOURCE)
@@ -52,7 +52,7 @@ def make_text(out):
 
 
 def read_row(path):
-    """The row of a finished run; None where it is not finished. Raises UserError."""
+    """Return the row of a run, None if it is not finished. Raises UserError."""
     try:
         model, passes, rest = path.name.split("-", 2)
         rate, _, seed = rest.rpartition("-")
@@ -70,8 +70,8 @@ def read_row(path):
 
 
 def at_best_rate(rows):
-    """{model: {passes: its rows, by seed}} at the rate at which seed 0 comes lowest; prints what
-    was tried."""
+    """Return {model: {passes: rows by seed}} at the rate that gives seed 0 its lowest loss. Print
+    all rates tried."""
     chosen = {}
     for name, label in NAMES.items():
         mine = [row for row in rows if row["model"] == name]
@@ -91,8 +91,8 @@ def at_best_rate(rows):
 
 
 def print_table(chosen):
-    """The table of results/README.md, and how much lower the best of each model is than the best
-    without a loop."""
+    """Print the table of results/README.md, and how much lower each model's best loss is than the
+    best loss without a loop."""
     passes = sorted({n for runs in chosen.values() for n in runs})
     print("\n| passes | " + " | ".join(map(str, passes)) + " |\n|" + "---|" * (len(passes) + 1))
     lowest = {}
@@ -115,8 +115,8 @@ def print_table(chosen):
 def picture(path, models):
     """Draw loss against passes over a short text, and against training FLOPs.
 
-    models: dicts: "label"; "color"; "passes"; "flops" and "losses" of the seeds, for each of
-    them."""
+    models: dicts with "label", "color" and "passes", and, for each number of passes, "flops" and
+    the "losses" of the seeds."""
     figure, both = figures.panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
         for model in models:

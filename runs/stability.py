@@ -1,8 +1,8 @@
-"""Which injection survives which learning rate? The table and the picture of runs/stability.sh.
+"""Which injection trains stably at which learning rate? Make runs/stability.sh's table and picture.
 
-    python -m runs.stability out/stability results    writes OUT/stability.csv and OUT/stability.png
+    python -m runs.stability out/stability results    writes stability.csv and .png in results
 
-Runs are named RULE-RATE. Those that broke off count: they are what the picture is about.
+Runs are named RULE-RATE. Runs that broke off count: they show where a rule is unstable.
 """
 
 import math
@@ -16,15 +16,15 @@ from parts.tables import write_csv
 
 
 def read_logs(folder):
-    """{(rate, rule): lines of the log} of a folder's runs, by rising rate. Raises UserError."""
+    """Return {(rate, rule): log lines} of a folder's runs, by rising rate. Raises UserError."""
     runs = {}
     for path in sorted(folder.iterdir()):
         rule, _, rate = path.name.partition("-")
         try:
             key = float(rate), rule
         except ValueError:
-            raise UserError(f"{path} is not named RULE-RATE, as add-1e-2") from None
-        # A run that broke off before its first checkpoint, where it was to replace another.
+            raise UserError(f"{path} is not named RULE-RATE, like add-1e-2") from None
+        # .new has the log of a run with --overwrite that broke off before its first checkpoint
         file = path / ".new" / "log.jsonl"
         if not file.exists():
             file = path / "log.jsonl"
@@ -37,12 +37,12 @@ def read_logs(folder):
 
 
 def value(line, key, T):
-    """What an evaluation says of T loops, NaN where it says nothing."""
+    """Return an evaluation's number for T loops, NaN if it has none."""
     return line.get(key, {}).get(T, math.nan)
 
 
 def summary(rate, rule, lines):
-    """The table's row of a run. Losses are those of finished runs."""
+    """Return the table's row of a run. Only finished runs have losses."""
     end = lines[-1]
     finished = end["kind"] == "done"
     final = end if finished else {}
@@ -60,7 +60,7 @@ def summary(rate, rule, lines):
 
 
 def short(row):
-    """A row as the table has it: four digits."""
+    """Return a row with each float rounded to four digits."""
     return {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
 
 
@@ -75,7 +75,7 @@ def print_table(rows):
 
 
 def curves(row, lines):
-    """What the picture shows of a run, see picture."""
+    """Return what picture needs of a run."""
     evaluations = [line for line in lines if "spectral_radius" in line]
     sizes = lines[-1]["state_rms"] if row["finished"] else {}
     return {
@@ -88,10 +88,10 @@ def curves(row, lines):
 
 
 def picture(path, runs):
-    """Draw which injection rule survives which learning rate.
+    """Draw which injection rule trains stably at which learning rate.
 
-    runs: dicts by rising "rate": "rule"; "loss", NaN where it broke off; "loops" and "size", the
-    root mean square of the state after so many; "step" and "radius", the spectral radius."""
+    runs: dicts by rising "rate", with "rule"; "loss", NaN if the run broke off; "loops" and "size",
+    the root mean square of the state after them; "step" and "radius", the spectral radius."""
     rules = list(dict.fromkeys(run["rule"] for run in runs))
     rates = list(dict.fromkeys(run["rate"] for run in runs))
     figure = figures.pyplot().figure(figsize=(4 + 2.5 * len(rules), 5), layout="constrained")

@@ -1,13 +1,13 @@
-"""How many times its parameters is a looped model worth? Ours and the published ones.
+"""How large a transformer is as good as a looped model? Ask our models and the published ones.
 
-    python -m runs.worth results       from its half tables, draws worth.png there
+    python -m runs.worth results       reads half*.csv there and writes worth.png
 
-A looped model that goes a share s of the way from the transformer of its own layers to one of k
-times the parameters is worth k^s times its parameters, if loss falls evenly with their logarithm in
-between. How Much Is One Recurrence Worth? (arXiv 2604.21106) has 1 - f + f T^phi for it: f is the
-share of the parameters that loop, T the loops, phi the worth of a loop (0: nothing, 1: that of new
-layers). Parameters are those that multiply a token. The published models are those of Parcae (arXiv
-2604.12946), by their perplexities.
+Compare a looped model with a transformer of the same layers and with a larger one, of k times the
+parameters. If looping closes a share s of the gap in loss, it is worth k^s times its parameters,
+provided that loss falls linearly with their logarithm. How Much Is One Recurrence Worth? (arXiv
+2604.21106) has 1 - f + f T^phi for this: f is the share of the parameters that loop, T the loops,
+phi what a loop is worth (0: nothing, 1: new layers). Only parameters that multiply a token count.
+The published models are those of Parcae (arXiv 2604.12946), with their published perplexities.
 """
 
 import math
@@ -24,35 +24,35 @@ from parts.cli import Parser, UserError, run_script
 from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
 
 T = 8  # loops of all models here
-# our channels: a table of runs.half
+# channels of our models: their table, from runs.half
 TABLES = {32: "half-32.csv", 64: "half.csv", 128: "half-128.csv", 256: "half-256.csv"}
-# size: perplexity of the transformer and of the looped model; the next size is the larger model
+# size: (perplexity of the transformer, of the looped model); the larger model is the next size
 PUBLISHED = {"140m": (21.48, 19.06), "370m": (15.79, 14.49), "770m": (13.08, 12.49),
              "1.3b": (11.95, 11.42)}
 
 
 def products(config):
-    """(once, core): parameters that multiply a token once, and in every loop."""
+    """Return (once, core): the parameters that multiply a token once, and in every loop."""
     with torch.device("meta"):
         return Parcae(config).matmul_params()
 
 
 def point(label, looped, plain, larger, share, ours=False):
-    """What the table and the picture have of a looped model. looped, plain, larger: ParcaeConfigs;
-    share: of the gap between the two transformers that looping closes; ours: whether we trained
-    it."""
+    """Return what table and picture show for a looped model, a dict. looped, plain and larger are
+    ParcaeConfigs; share is what looping closes of the gap between the two transformers; ours says
+    whether we trained the model."""
     once, core = products(looped)
     f = core / (once + core)
     times = sum(products(larger)) / sum(products(plain))
     worth = times ** share
-    # of a model that is worse than nothing in place of its loop there is no phi
+    # phi is undefined if the model is worse than one with nothing in the place of its loop
     phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
     return {"label": label, "ours": ours, "f": f, "times": times, "share": share, "worth": worth,
             "phi": phi}
 
 
 def published():
-    """The points of the published models but the largest, which has no larger one beside it."""
+    """Return the points of the published models, except the largest, which has no larger one."""
     points = []
     for size, larger in pairwise(PUBLISHED):
         loss, looped = map(math.log, PUBLISHED[size])
@@ -64,8 +64,8 @@ def published():
 
 
 def ours(channels, path):
-    """The point of a table: 1/4/1 layers beside six and twelve; its seeds' shares. Raises
-    UserError."""
+    """Return the point of a table, with "seeds", their shares: the looped 1/4/1 layers against six
+    and twelve layers. Raises UserError."""
     loss = {name: losses_of(rows)
             for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
     if not {"looped", "plain", "deep"} <= loss.keys():
@@ -81,15 +81,15 @@ def ours(channels, path):
 def picture(path, points, f, laws):
     """Draw how many times its parameters a looped model is worth.
 
-    points: dicts: "label"; "f", the share of the parameters that loop; "worth"; "ours". laws: {phi:
-    worth at each of f}."""
+    points: dicts with "label", "f" (the share of the parameters that loop), "worth" and "ours".
+    laws: {phi: worth at each of f}."""
     figure, [axes] = figures.panels(1, 6.5, 4.2)
     for i, (phi, line) in enumerate(laws.items()):
         axes.plot(f, line, color=figures.shade(i, len(laws)), lw=1, label=f"phi = {phi:g}")
     for p in points:
         color, shape = (figures.RED, "o") if p["ours"] else ("k", "s")
         axes.plot(p["f"], p["worth"], shape, color=color)
-        # a name stands to the left where another point is to the right
+        # a label goes to the left of its point if another point is close on the right
         crowded = any(0 < q["f"] - p["f"] < 0.2 and abs(q["worth"] - p["worth"]) < 0.1
                       for q in points)
         side, shift = ("right", -6) if crowded else ("left", 6)

@@ -74,7 +74,7 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     make_run(tmp_path / "half-8" / "plain-3e-2-2", plain, {"kind": "done", "val_loss": {"1": None}})
     first = script("runs/half.py", tmp_path / "half-8", tmp_path)
     assert first.returncode == 0 and png(tmp_path / "half-8.png"), first.stderr
-    assert "plain-3e-2-1 is not finished and left out" in first.stdout
+    assert "plain-3e-2-1 is not finished and is left out" in first.stdout
     assert "plain-3e-2-2 has a loss that is not finite and is left out" in first.stdout
     assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
     assert "gap to twelve layers that looping closes: 50% (50% by seed)" in first.stdout
@@ -303,7 +303,7 @@ def test_a_retrofitted_transformer_is_a_run_directory(gpt, tmp_path):
     assert config["settings"] == {} and config["text"] == {"source": "mine"}
     assert config["model"] == asdict(Parcae.from_pretrained(tmp_path / "looped").config)
     again = script("runs/retrofit.py", path, tmp_path / "looped")  # nothing is replaced
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_without_a_tokenizer_nothing_is_left_behind(gpt, tmp_path):

@@ -106,7 +106,7 @@ def test_a_sweep_can_be_interrupted_and_repeats_nothing(tmp_path, monkeypatch):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to the sweep alone: its runs are told, and save
     assert process.wait(timeout=60) == 130
-    assert "stopped; the same command goes on" in (tmp_path / "sweep.txt").read_text()
+    assert "stopped; the same command resumes the sweep" in (tmp_path / "sweep.txt").read_text()
     logs = list(tmp_path.glob("sweep/*/log.jsonl"))
     done = [log for log in logs if '"done"' in log.read_text()]
     before = {log: log.stat().st_mtime_ns for log in done}

@@ -1,12 +1,12 @@
-"""Check that what the documents say runs.
+"""Check that the commands in the documents run, and that links and files exist.
 
-    python -m tools.check_docs --quick                  commands, links and files; runs nothing
-    python -m tools.check_docs --quick docs/guide.md    of one document
-    python -m tools.check_docs --full ../copy           every command, in a fresh copy; takes hours
+    python -m tools.check_docs --quick                  check commands, links, files; run nothing
+    python -m tools.check_docs --quick docs/guide.md    check one document
+    python -m tools.check_docs --full ../copy           run the commands in a fresh copy: hours
 
---quick parses each command with its script's own parser, prints a line for each fault, and exits
-with 1 if there is one. --full runs the commands of the code blocks in order, but those in SKIP, in
-a clone of what is committed; seconds, exit codes and last lines go to docs-log.txt there.
+--quick parses each command with the parser of its script, prints a line for each fault, and exits
+with 1 if there is one. --full clones the last commit and runs the commands of the code blocks there
+in order, without those in SKIP. docs-log.txt there gets seconds, exit codes and last lines.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from parts.cli import Parser, UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = "README.md docs/guide.md docs/manual.md docs/exercises.md docs/teaching.md " \
     "results/README.md runs/*.sh"
-SKIP = {  # what a command matches: why --full does not run it
-    r"out/parcae|SandyResearch|SOURCE|theirs": "needs weights or a tokenizer of others",
+SKIP = {  # pattern of commands that --full does not run: the reason
+    r"out/parcae|SandyResearch|SOURCE|theirs": "needs another project's weights or tokenizer",
     r"torchrun|parcae-140m|--jobs 8|commands\.txt": "needs GPUs",
     r"fineweb|urllib|chinchilla": "needs the network",
     r"pip download|--find-links|index-url": "needs the network, or wheels fetched before",
     r"book\.txt|my-notes\.txt|data/mine|eval_data": "needs a file of the reader's own"}
 PASSES_ON = {"tools/sweep.py": "train.py", "runs/arena.py": "train.py",
-             "runs/recipe.py": "train.py"}  # flags that it does not know are for this one
+             "runs/recipe.py": "train.py"}  # script: the one that gets the flags it does not know
 
 RUNS = re.compile(r"(\w+=\S* +)*(python|bash|pip|torchrun) ")
 SETS = re.compile(r"\w+=(\"[^\"]*\"|'[^']*')\s*(#.*)?$")
 BEGINS = re.compile(f"{RUNS.pattern}|{SETS.pattern}|for .*; do")
 CODE = re.compile(r"^ *```[^\n]*\n(?P<fenced>.*?)^ *```"  # or four spaces after a blank line
                   r"|(?:\A|(?<=\n\n))(?:    [^\n]*(?:\n|\Z)|\n(?=\n*    ))+", re.M | re.S)
-# In a bash that begins with this, a command runs nothing: its words, as bash makes them of
-# variables, quotes, loops and pipes, go to stdout, \x1f between them and \x1e at the end.
+# After these lines, bash does not run commands. It prints their words, after it has expanded
+# variables, quotes, loops and pipes: \x1f stands between words and \x1e after a command.
 NOTE_WORDS = r"""
 exec 3>&1 >/dev/null
 PATH=/nowhere
@@ -63,15 +63,15 @@ xargs() {
 cd() { :; }
 """
 
-# block: it stands in a code block, to be run as it is; else between backticks, perhaps shortened;
-# setup: the assignments that it may use
+# block: True in a code block, where a command is complete; False between backticks, where it may be
+# shortened. setup: the assignments that the command may use
 Command = namedtuple("Command", "line text block setup")
 
 # ------------------------------------------------------------------------------- reading
 
 
 def split_markdown(text):
-    """Return (the code blocks, each (line number, text); the rest, blank where they were)."""
+    """Return ([(line number, text)] of the code blocks, the rest, blank where they were)."""
     blocks = []
     for match in CODE.finditer(text):
         start, end = match.span("fenced" if match["fenced"] is not None else 0)
@@ -81,19 +81,19 @@ def split_markdown(text):
 
 @functools.cache
 def bash_says(text):
-    """Return what bash finds wrong with a text, "" if it can be read to its end."""
+    """Return the syntax error that bash finds in a text, "" if the text is complete."""
     done = subprocess.run(["bash", "-n"], input=text + "\n", capture_output=True, text=True)
-    return done.stderr or ("it goes on" if text.endswith("\\") else "")
+    return done.stderr or ("it is incomplete" if text.endswith("\\") else "")
 
 
 def inline_spans(prose):
-    """Yield (line number, text) of what stands between backticks; it may go over a line's end."""
+    """Yield (line number, text) of each span between backticks, which may contain line ends."""
     for match in re.finditer(r"`([^`\n]+(?:\n[^`\n]+)*)`", prose):
         yield prose.count("\n", 0, match.start()) + 1, " ".join(match[1].split())
 
 
 def read_commands(text):
-    """Return all commands of a Markdown text, in order, without the outputs between them."""
+    """Return the commands in a Markdown text, in order, without the output shown between them."""
     blocks, prose = split_markdown(text)
     commands, setup = [], []
     for number, block in blocks:
@@ -116,7 +116,7 @@ def read_commands(text):
 
 @functools.cache
 def parser_of(script):
-    """Return the parser of a script (path from the root), None where it has none."""
+    """Return the parser of a script, a path relative to ROOT; None if it has no parser."""
     if "parse_" not in (ROOT / script).read_text(encoding="utf-8"):
         return None
     parsers = []
@@ -141,7 +141,7 @@ def known_flags(parser):
 
 
 def check_arguments(script, words, exact):
-    """Return what is wrong with a script's arguments; exact: they are all there, parse them."""
+    """Return the faults in a script's arguments; exact: parse all, not only look up the flags."""
     parser, rest = parser_of(script), words
     if parser and exact:
         try:
@@ -161,7 +161,7 @@ def check_arguments(script, words, exact):
 
 
 def check_snippet(code):
-    """Return what is wrong with a piece of Python: its syntax, or what it imports."""
+    """Return the faults in a piece of Python: of its syntax, or imports that do not exist."""
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
@@ -180,7 +180,7 @@ def check_snippet(code):
 
 
 def check_words(name, rest, exact):
-    """Return what is wrong with one command: its name, and the list of its words."""
+    """Return the faults in one command, given as its name and the list of its other words."""
     if name == "pip":
         files = re.findall(r"-r (\S+)", " ".join(rest))
         return [f"{file} does not exist" for file in files if not (ROOT / file).exists()]
@@ -200,27 +200,27 @@ def check_words(name, rest, exact):
 
 
 def check_command(command):
-    """Return what is wrong with a command, a list of texts."""
+    """Return the faults in a Command, a list of texts."""
     text = command.text
     if not command.block:
-        text = re.sub(r"[\[\]]", " ", text)  # [--what may be left out]
+        text = re.sub(r"[\[\]]", " ", text)  # brackets mark what is optional
         if re.search("NAME|<", text):
             return []
     if bash_says(text):
         return ["bash cannot read this to its end"]
     strict = "set -u" if command.block else ""
-    with tempfile.TemporaryDirectory() as folder:  # for what commands are sent to
+    with tempfile.TemporaryDirectory() as folder:  # for the files that > writes
         done = run_bash([NOTE_WORDS, strict, *command.setup, text], folder, stderr=subprocess.PIPE)
     faults = [f"${name} is not set before"
               for name in re.findall(r"(\w+): unbound variable", done.stderr)]
     for line in done.stdout.split("\x1e")[:-1]:
         name, *rest = line.split("\x1f")
         faults += check_words(name, rest, command.block and "..." not in rest)
-    return list(dict.fromkeys(faults))  # each once, whatever a loop repeats
+    return list(dict.fromkeys(faults))  # a loop repeats its faults
 
 
 def run_bash(texts, folder, stderr):
-    """Run lines of bash in a folder; stderr: as of subprocess.run."""
+    """Run texts as one bash script in a folder; stderr: see subprocess.run."""
     return subprocess.run(["bash", "-c", "\n".join(texts)], cwd=folder, stderr=stderr, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, errors="replace")
 
@@ -228,15 +228,15 @@ def run_bash(texts, folder, stderr):
 
 
 def heading_names(path):
-    """Return the #names by which a Markdown file's headings can be reached."""
+    """Return the names that links to a Markdown file's headings use after "#"."""
     prose = split_markdown(path.read_text(encoding="utf-8"))[1]
     headings = re.findall(r"^#+ +(.*)$", prose, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def check_names(path, prose):
-    """Yield (line, fault) for every relative link to a file or heading, and every file named
-    between backticks, that is not there."""
+    """Yield (line, fault) for each relative link whose file or heading does not exist, and for each
+    file name between backticks that does not exist."""
     without_code = re.sub(r"`[^`]*`", lambda span: re.sub(r"[^\n]", "x", span[0]), prose)
     for match in re.finditer(r"\]\((?!\w+:)([^)\s]+)\)", without_code):  # not https: and the like
         number = prose.count("\n", 0, match.start()) + 1
@@ -259,7 +259,7 @@ def find_documents():
 
 
 def check(paths):
-    """Return all faults of documents, a line of text each, in order; a bash script is a command."""
+    """Return the faults of documents, a line of text each. A bash script counts as one command."""
     lines = []
     for path in paths:
         text = path.read_text(encoding="utf-8")
@@ -273,15 +273,15 @@ def check(paths):
 
 
 def name_of(path):
-    """Return a document's name: where it is in the repository, or its last part."""
+    """Return a document's path in the repository, or its file name if it is outside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 
 # ------------------------------------------------------------------------------- running
 
 
 def run_all(folder, paths):
-    """Run the commands of code blocks and the bash scripts, each once, in a clone of the repository
-    at folder. Return how many failed."""
+    """Clone the repository to folder and run there, each once, the commands of code blocks and the
+    bash scripts. Return how many failed."""
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"--full {folder} exists, must be a new directory")
@@ -307,7 +307,7 @@ def run_all(folder, paths):
 
 
 def run_command(command, folder):
-    """Run a command in a folder. Return (exit code, it in words, the output's last lines)."""
+    """Run a command in a folder. Return (exit code, a summary, the last lines of its output)."""
     for pattern, why in SKIP.items():
         if re.search(pattern, command.text):
             return 0, f"skipped: {why}", ""
@@ -321,8 +321,8 @@ def run_command(command, folder):
 def main():
     parser = Parser(description=__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--quick", action="store_true", help="check without running anything")
-    how.add_argument("--full", metavar="DIR", help="run everything in a clone at DIR")
+    how.add_argument("--quick", action="store_true", help="check and run nothing")
+    how.add_argument("--full", metavar="DIR", help="run the commands in a clone at DIR")
     parser.add_argument("documents", nargs="*", metavar="FILE", help=f"(default: {DOCUMENTS})")
     args = parser.parse_args()
     paths = [Path(name).resolve() for name in args.documents] or find_documents()

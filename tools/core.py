@@ -1,13 +1,13 @@
-"""Measure CORE, 22 in-context tasks, at chosen numbers of loops.
+"""Measure CORE, a score on 22 in-context tasks, at chosen numbers of loops.
 
     python -m tools.core eval_data --run out/default --recurrence 1 4 8 --max-per-task 100
 
 CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the centred accuracy, (accuracy -
-baseline) / (1 - baseline). The folder is the public bundle's eval_data. Multiple choice (one
-context, several continuations) and schema (several contexts, one continuation) are right where the
-right option has the lowest mean loss over the continuation; options that tie share the point.
-Language modelling is right where greedy decoding gives the whole continuation. Predictions that are
-not finite are refused. Writes core.json in the run directory.
+baseline) / (1 - baseline). FOLDER is eval_data from the public bundle. There are three kinds of
+task. In choice (one context, several continuations) and schema (several contexts, one continuation)
+the model picks the option with the lowest mean loss over the continuation; options that tie share
+the point. In language, greedy decoding must give the whole continuation. A prediction that is not
+finite is an error. The results go to core.json in the run directory.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from tools.evaluate import add_run_flags, open_run
 
 ROUNDING = 1e-6  # losses that differ by less, relatively, tie
 
-# name: (the file's, kind, examples shown, what comes between context and continuation, baseline in
-# %, as CORE has been reported: DCLM's issue 114 corrected some later)
+# task: (file name, kind, examples shown, text between context and continuation, baseline in %).
+# Published CORE scores use these baselines; DCLM's issue 114 corrected some of them later.
 TASKS = {
     "hellaswag_zeroshot": ("hellaswag", "choice", 0, " ", 25),
     "jeopardy": ("jeopardy_all", "language", 10, "\nAnswer: ", 0),
@@ -62,7 +62,7 @@ TASKS = {
 
 
 def read_task(file, kind, delimiter):
-    """Return a task's items as of `options`, shuffled. Raises UserError that names the line."""
+    """Return what `options` makes of a file's lines, shuffled. UserErrors name the line."""
     items = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -84,7 +84,7 @@ def read_task(file, kind, delimiter):
 
 
 def options(item, kind, delimiter):
-    """Return [(context, continuation)] of an item's options, and the number of the right one."""
+    """Return [(context, continuation)], one for each option, and the number of the right one."""
     if kind == "choice":
         return [(item["query"] + delimiter, choice) for choice in item["choices"]], item["gold"]
     if kind == "schema":
@@ -95,20 +95,20 @@ def options(item, kind, delimiter):
 
 @dataclass
 class Question:
-    rows: list  # of each option: its tokens, after the examples and the context
-    starts: list  # of each option: where the scored part starts
-    gold: int  # the right option
-    cut: bool  # whether an option was longer than the model's context
+    rows: list  # for each option: the tokens of examples, context and continuation
+    starts: list  # for each option: where the scored part of its row starts
+    gold: int  # the number of the right option
+    cut: bool  # whether a row was longer than the model's context
 
     @cached_property
     def prefix(self):
-        """Return how many tokens all rows share before any scored part."""
+        """Return how many tokens all rows share before the one that predicts a scored token."""
         return min(common_prefix(self.rows), *(start - 1 for start in self.starts))
 
 
 def make_question(i, items, kind, shots, tokenizer, block_size):
-    """Return the Question of item number i, after examples: other items, each with its right
-    option and a blank line after it."""
+    """Return the Question for item number i. Its examples (shots) are other items, each with its
+    right option and a blank line."""
     def encoded(text):
         return [begin_token(tokenizer), *tokenizer.encode_ordinary(text)]
 
@@ -119,15 +119,15 @@ def make_question(i, items, kind, shots, tokenizer, block_size):
         before += "".join(pairs[gold]) + "\n\n"
     pairs, gold = items[i]
     rows = [encoded(before + context + continuation) for context, continuation in pairs]
-    if kind == "choice":  # what differs comes last
+    if kind == "choice":  # the options differ at their ends
         starts = [common_prefix(rows)] * len(rows)
-    elif kind == "schema":  # what differs comes first, the same continuation is scored
+    elif kind == "schema":  # the options differ first; their common end is scored
         tail = common_prefix([row[::-1] for row in rows])
         starts = [len(row) - tail for row in rows]
     else:
         starts = [common_prefix([encoded((before + pairs[0][0]).strip()), *rows])]
 
-    # a row that is too long loses its beginning; one token at least counts
+    # a row that is too long loses its beginning; at least one token is scored
     cuts = [max(0, len(row) - block_size - 1) for row in rows]
     starts = [max(1, min(start, len(row) - 1) - cut) for start, row, cut in zip(starts, rows, cuts)]
     return Question([row[cut:] for row, cut in zip(rows, cuts)], starts, gold, any(cuts))
@@ -143,19 +143,19 @@ def common_prefix(rows):
 
 @torch.no_grad()
 def score(model, questions, recurrence):
-    """Return for each question, for each option: (mean loss of the scored part in nats per token,
-    whether greedy decoding gives it). Raises UserError where a prediction is not finite.
+    """Return for each question a list with, for each option, (mean loss of the scored part in nats
+    per token, whether greedy decoding gives it). Raises UserError if a prediction is not finite.
 
-    The prefix that a question's options share, up to 10 examples long, runs once, into a KV cache
-    from which every option then reads. Padding comes last, where nothing before it sees it."""
+    The prefix that a question's options share (up to 10 examples) runs once and fills a KV cache,
+    which every option then reads. Padding is at the end, where no earlier token attends to it."""
     device = model.wte.weight.device
-    owner, rows, starts = [], [], []  # of all options; owner: the number of the question
+    owner, rows, starts = [], [], []  # of all options; owner: the number of its question
     for number, question in enumerate(questions):
         owner += [number] * len(question.rows)
         rows += question.rows
         starts += question.starts
 
-    # the prefixes, one row a question; n: tokens that every question's options share
+    # first the prefixes, a row for each question, cut to n tokens, the length of the shortest
     n = min(question.prefix for question in questions)
     longest = max(len(row) - 1 for row in rows)
     cache = model.new_cache(len(questions), longest, recurrence)
@@ -163,7 +163,7 @@ def score(model, questions, recurrence):
         prefixes = torch.tensor([question.rows[0][:n] for question in questions], device=device)
         model.hidden(prefixes, recurrence, cache)
 
-    # the rest, one row an option; the last token of a row is only a target
+    # then the rest, a row for each option; the last token of a row is only a target
     cache = cache.rows(torch.tensor(owner, device=device))
     padded = [row[n:-1] + [0] * (longest - len(row) + 1) for row in rows]
     idx = torch.tensor(padded, device=device)                             # (rows, longest - n)
@@ -172,7 +172,7 @@ def score(model, questions, recurrence):
     results = [[] for _ in questions]
     for number, row, start, hidden in zip(owner, rows, starts, x):
         targets = torch.tensor(row[start:], device=device)
-        first = start - 1 - n  # the place that predicts the first of them
+        first = start - 1 - n  # the position that predicts targets[0]
         logits = model.head(hidden[first:first + len(targets)])
         check_predicts(logits, recurrence)
         greedy = bool((logits.argmax(-1) == targets).all())
@@ -181,9 +181,9 @@ def score(model, questions, recurrence):
 
 
 def credit(question, scores):
-    """Return what a question with several options earns, 0 to 1: the options with the lowest loss
-    share the point. scores: as of `score`."""
-    losses = {}  # the same tokens have the same loss: rounding must not decide between them
+    """Return the points, 0 to 1, for a question with several options: the options with the lowest
+    loss share one point. scores: a list of (loss, greedy), one for each option, see `score`."""
+    losses = {}  # equal tokens get equal losses, so that rounding does not decide between them
     parts = [(start, *row) for start, row in zip(question.starts, question.rows)]
     for part, (loss, _) in zip(parts, scores):
         losses.setdefault(part, loss)
@@ -194,8 +194,8 @@ def credit(question, scores):
 
 def accuracy(model, questions, kind, recurrence, batch_size=32):
     """Return the share of questions that the model gets right; a tie counts in part, see credit.
-    batch_size: options at a time."""
-    # questions of like length stand side by side
+    batch_size: options in a batch."""
+    # questions of similar length share a batch
     questions = sorted(questions, key=lambda one: (one.prefix, max(map(len, one.rows))))
     size = max(1, batch_size // max(len(one.rows) for one in questions))
     right = 0
@@ -207,8 +207,8 @@ def accuracy(model, questions, kind, recurrence, batch_size=32):
 
 
 def core(model, tokenizer, files, recurrence, batch_size, limit):
-    """Return {task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}}
-    of {task: file}; "cut" counts the items longer than the context. Raises UserError."""
+    """Return {task: {"items", "cut", "baseline", "accuracy": {T: share}, "centered": {T: share}}};
+    "cut" counts items longer than the context. files: {task: file}. Raises UserError."""
     tasks = {name: read_task(file, TASKS[name][1], TASKS[name][3]) for name, file in files.items()}
     results = {}
     for name, items in tasks.items():
@@ -224,7 +224,7 @@ def core(model, tokenizer, files, recurrence, batch_size, limit):
 
 
 def show(results, recurrence):
-    """Print the tasks and their mean. Return its name and {T: mean}."""
+    """Print the tasks and their mean. Return the name of the mean and {T: mean}."""
     heads = "".join(f"{f'T = {T}':>18s}" for T in recurrence)
     print(f"accuracy (centred) by loops{'':10s}  items{heads}")
     for name, task in results.items():
@@ -245,12 +245,12 @@ def show(results, recurrence):
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("folder", type=some_path, metavar="FOLDER", help="eval_data of the public bundle")
+    add("folder", type=some_path, metavar="FOLDER", help="eval_data from the public bundle")
     add_run_flags(add)
     add("--max-per-task", type=COUNT, metavar="N",
-        help="items of a task, the first N after shuffling (default: all)")
+        help="use only the first N items of each task, after shuffling (default: all)")
     add("--batch-size", type=COUNT, default=32, metavar="N",
-        help="options at a time (default: %(default)s)")
+        help="options in a batch (default: %(default)s)")
     args = parser.parse_args()
     files = {name: file for name, task in TASKS.items()
              for file in Path(args.folder).glob(f"*/{task[0]}.jsonl")}

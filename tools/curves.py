@@ -1,14 +1,14 @@
-"""Draw training curves from the logs of runs, what an experiment tracker shows, into one picture;
-print the last losses.
+"""Draw training curves from the logs of runs in one picture, as an experiment tracker does; print
+the last losses.
 
-    python -m tools.curves out/default                            one run: loss, and what steers it
-    python -m tools.curves out/looped out/plain --out both.png    several: which makes more of what?
+    python -m tools.curves out/default                            one run: loss and training signals
+    python -m tools.curves out/looped out/plain --out both.png    compare the losses of several runs
 
-Loss against training tokens (the same text), FLOPs (the same compute) and seconds. Lines are the
-train loss, a mean over a fiftieth of the run. Points are the val loss at T loops, the mean of the
-run's training. One run alone has a second row: learning rate, norm of the gradient, size of the
-state. A run may still be training. Runs with different tokenizers, texts or FLOP accountings are
-drawn, and the picture's title says so. Needs matplotlib.
+The panels show loss against training tokens (the same text), FLOPs (the same compute) and seconds.
+Lines are the train loss, averaged over a fiftieth of the run. Points are the validation loss at T
+loops, the mean recurrence in training. For a single run, a second row shows learning rate, gradient
+norm and size of the state. A run may still be training. If runs differ in tokenizer, text or FLOP
+accounting, the title of the picture says so. Needs matplotlib.
 """
 
 from pathlib import Path
@@ -21,21 +21,21 @@ from parts.comparable import say_differences
 from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
-SEEDS_DIFFER = 0.008  # val loss of the default run, five seeds of results/first.csv
-KEYS = (*AXES, "loss", "lr", "grad_norm")  # of a step, in the log
+SEEDS_DIFFER = 0.008  # nats: sd of the default run's val loss, five seeds in results/first.csv
+KEYS = (*AXES, "loss", "lr", "grad_norm")  # what the log has for each step
 
 # ----------------------------------------------------------------------------- reading
 
 
 def read_run(path):
-    """Return what is drawn of a run directory, a dict. Raises UserError.
+    """Return what to draw for a run directory, a dict. Raises UserError.
 
-    "label"; "folder", where its files are; "T", its mean recurrence; an array (steps,) for each of
-    KEYS and for "smooth", the loss; "val", the val losses at T loops: lists for AXES and "loss";
-    "sizes" of the state, {loops: [(tokens, size)]}, for a plain transformer empty."""
+    Its keys: "label"; "folder" of the files; "T", the mean recurrence; KEYS and "smooth" (the loss,
+    averaged), an array (steps,) each; "val", the val losses at T loops, {key: list} for AXES and
+    "loss"; "sizes" of the state, {loops: [(tokens, size)]}, empty for a plain transformer."""
     path = folder = Path(path)
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
-        folder = path / ".new"  # train.py --overwrite, until its first checkpoint
+        folder = path / ".new"  # train.py --overwrite, before its first checkpoint
     file = folder / "log.jsonl"
     if not file.exists():
         raise UserError(f"{path} has no log.jsonl: give run directories of train.py")
@@ -43,13 +43,13 @@ def read_run(path):
     try:
         T = int(model["mean_recurrence"] if model["n_recurrent"] else 1)
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{folder / 'config.json'} is not of a run of train.py") from None
-    label = path.resolve().name.lstrip("_")  # matplotlib hides what begins with _
+        raise UserError(f"{folder / 'config.json'} is not from a run of train.py") from None
+    label = path.resolve().name.lstrip("_")  # matplotlib hides labels that begin with _
     run = {"label": label, "folder": folder, "T": T, "sizes": {}}
 
     lines, bad = read_json_lines(file)
     try:
-        if bad > 1 and not lines:  # a single bad line may be just being written
+        if bad > 1 and not lines:  # train.py may still be writing a single bad line
             raise ValueError
         steps = [line for line in lines if line["kind"] == "train"]
         run |= {key: np.array([line[key] for line in steps], dtype=float) for key in KEYS}
@@ -68,7 +68,7 @@ def read_run(path):
 
 
 def read_runs(paths):
-    """Return runs as read_run gives them; names that are not different become whole paths."""
+    """Return the runs that read_run makes of paths; runs with the same label get their paths."""
     runs = [read_run(path) for path in paths]
     labels = [run["label"] for run in runs]
     for run, path in zip(runs, paths):
@@ -78,8 +78,8 @@ def read_runs(paths):
 
 
 def smooth(values):
-    """Return the mean around each of the values (n,), over a fiftieth of them, and over what is
-    there at the ends; NaN where none is finite."""
+    """Return for each of the values (n,) the mean of a fiftieth of them around it (fewer at the
+    ends). Leaves out values that are not finite; NaN where nothing is left."""
     window = np.ones(2 * (len(values) // 100) + 1)
     finite = np.isfinite(values)
     sums = np.convolve(np.where(finite, values, 0), window, "same")
@@ -90,7 +90,7 @@ def smooth(values):
 
 
 def picture(path, runs, title):
-    """Write training curves, runs as of read_run; one alone has a second row: what steers it."""
+    """Draw the curves of runs (see read_run); a single run gets a second row, see steering."""
     alone = len(runs) == 1
     rows = 2 if alone else 1
     figure, grid = figures.pyplot().subplots(rows, 3, figsize=(13, 3.9 * rows), squeeze=False,
@@ -117,7 +117,7 @@ def picture(path, runs, title):
 
 
 def loss_limits(runs):
-    """Return where the axis of the loss begins and ends; the first steps would take all of it."""
+    """Return (bottom, top) of the loss axis, cut above, since the first losses are far higher."""
     every, high = [], []
     for run in runs:
         line, val = run["smooth"][np.isfinite(run["smooth"])], run["val"]["loss"]
@@ -132,7 +132,7 @@ def loss_limits(runs):
 
 
 def steering(axes, run):
-    """Draw learning rate, norm of the gradient and size of the state of a run over its tokens."""
+    """Draw the learning rate, gradient norm and state size of a run against training tokens."""
     axes[0].plot(run["tokens"], run["lr"], lw=1)
     axes[0].set(title="Learning rate (Muon)", ylim=(0, None))
     axes[1].plot(run["tokens"], run["grad_norm"], lw=0.5, color="C0", alpha=0.25)
@@ -142,7 +142,7 @@ def steering(axes, run):
         axes[2].plot(*zip(*points), "o-", ms=4, lw=1, color=figures.shade(i, len(run["sizes"])),
                      label=f"T = {T}")
     axes[2].set(title="State after T loops, root mean square")
-    if run["sizes"]:  # there is a loop, and an evaluation
+    if run["sizes"]:  # the model loops, and was evaluated
         axes[2].legend(fontsize=8)
     for panel in axes:
         panel.locator_params(axis="x", nbins=6)
@@ -150,7 +150,7 @@ def steering(axes, run):
 
 
 def print_losses(runs):
-    """Print the last val loss of each run and what it took; of two runs also the difference."""
+    """Print the last val loss of each run and what it cost, and for two runs the difference."""
     width = max(len(run["label"]) for run in runs)
     print(f"{'run':{width}}    T  val loss       tokens     FLOPs  seconds")
     losses = [run["val"]["loss"][-1] if run["val"]["loss"] else np.nan for run in runs]
@@ -159,8 +159,8 @@ def print_losses(runs):
         print(f"{run['label']:{width}}  {run['T']:3d}  {loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  "
               f"{seconds:7,.0f}")
     if len(runs) == 2:
-        print(f"difference {losses[1] - losses[0]:+.4f}; between seeds of the default run: "
-              f"{SEEDS_DIFFER} (standard deviation)")
+        print(f"difference {losses[1] - losses[0]:+.4f}; the default run has a standard deviation "
+              f"of {SEEDS_DIFFER} over seeds")
 
 
 def main():
@@ -170,7 +170,7 @@ def main():
     add("--out", type=new_file, default="out/curves.png", metavar="FILE",
         help="the picture to write (default: %(default)s)")
     args = parser.parse_args()
-    figures.pyplot()  # where matplotlib is missing, say so now
+    figures.pyplot()  # fail now if matplotlib is missing
     runs = read_runs(args.runs)
     picture(args.out, runs, say_differences(run["folder"] for run in runs))
     print_losses(runs)

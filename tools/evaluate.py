@@ -1,13 +1,13 @@
-"""Measure bits per byte and perplexity of a model, at chosen numbers of loops.
+"""Measure the bits per byte and the perplexity of a model at chosen numbers of loops.
 
     python -m tools.evaluate --run out/default --recurrence 1 2 4 8 16
     python -m tools.evaluate --run out/default --text book.txt
-    python -m tools.evaluate --run out/default --kv-cache shared     the price of the smaller cache
+    python -m tools.evaluate --run out/default --kv-cache shared     what the smaller cache costs
 
 Bits per byte do not depend on the tokenizer: nats of all tokens / (ln 2 * bytes of all tokens).
-Brackets hold the standard error over the sequences read. The results go to eval.json in the run
-directory, with the step of the weights and the text that was read. A loss that is not finite, as
-where a state has grown without bound, is refused, and nothing is written: leave out that T.
+Brackets hold the standard error over the sequences read. The results, the step of the weights and
+the text that was read go to eval.json in the run directory. A loss that is not finite (the state
+may have grown without bound) is an error, and nothing is written: leave out that T.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
 @torch.no_grad()
 def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """Return {loops: loss (B, T) of each target, see loss_of} for a list of loops.
+    """Return {loops: losses of the targets in nats, (B, T)} for the loops in the list recurrence.
 
-    kv_cache "none": all tokens at once, and all loops in one pass. "per-loop", "shared": token by
-    token through a cache of that kind, as in generation."""
+    kv_cache "none" reads all tokens at once and takes all losses from one pass. "per-loop" and
+    "shared" read token by token through a cache of that kind, as in generation."""
     losses = {}
     if kv_cache == "none":
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
@@ -58,30 +58,30 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
 
 
 def loss_of(logits, targets, loops):
-    """Return the loss in nats (B, T) of each target for logits (B, T, vocab_size). Raises UserError
-    where one is not finite."""
+    """Return the loss of each target in nats, (B, T), for logits (B, T, vocab_size). Raises
+    UserError if one is not finite."""
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
     return loss
 
 
 def read_all(model, batches, tokenizer, losses_of):
-    """Return ({name: sum over each sequence}, tokens of each sequence, bytes of all).
+    """Return ({name: [a sum for each sequence]}, [tokens of each sequence], bytes of all of them).
 
-    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(model, idx, targets):
-    {name: what is summed, as losses in nats, (B, T)}."""
+    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(model, idx, targets)
+    returns {name: the values to sum, such as losses in nats, (B, T)}."""
     device, sums, tokens, n_bytes = model.wte.weight.device, defaultdict(list), [], 0
     length = {i: len(token) for token, i in tokenizer._mergeable_ranks.items()}
     for idx, targets in batches:
         tokens += [targets.shape[1]] * len(targets)
-        n_bytes += sum(length.get(i, 0) for i in targets.flatten().tolist())  # 0: between texts
+        n_bytes += sum(length.get(i, 0) for i in targets.flatten().tolist())  # 0: a special token
         for name, values in losses_of(model, idx.to(device), targets.to(device)).items():
             sums[name] += values.cpu().double().sum(1).tolist()  # mps has no float64
     return sums, tokens, n_bytes
 
 
 def standard_error(nats, tokens):
-    """Return the standard error of a mean loss; None for one. nats, tokens: (sequences,)."""
+    """Return the standard error of nats per token, None for one sequence. Both (sequences,)."""
     n = len(nats)
     if n < 2:
         return None
@@ -90,15 +90,15 @@ def standard_error(nats, tokens):
 
 
 def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
-    """Return a row of the table. nats, tokens: of each sequence, lists; n_bytes: of all.
+    """Return a row of the table. nats, tokens: lists, one number a sequence; n_bytes: of all.
 
-    baseline: the nats of the first row. What the row gains on it has a much smaller error than
-    either, since both read the same sequences."""
+    baseline: the nats of the first row. The gain over it has a much smaller standard error than the
+    two losses, since both rows read the same sequences."""
     nats, tokens = torch.tensor(nats).double(), torch.tensor(tokens).double()
     mean = float(nats.sum() / tokens.sum())
     row = {"recurrence": recurrence, "val_loss": mean,
            "standard_error": standard_error(nats, tokens),
-           "perplexity": math.exp(min(mean, 700)),  # e^710 is no float
+           "perplexity": math.exp(min(mean, 700)),  # e^710 overflows
            "bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes}
     if baseline is not None:
         gained = torch.tensor(baseline).double() - nats
@@ -108,7 +108,7 @@ def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
 
 
 def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
-    """Return rows for each number of loops, and the tokens and bytes read. batches: see read_all"""
+    """Return (a row for each number of loops, tokens read, bytes read). batches: see read_all."""
     losses_of = partial(token_losses, recurrence=recurrence, kv_cache=kv_cache)
     nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
     baseline = nats[recurrence[0]]
@@ -119,11 +119,11 @@ def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
 
 
 class Text(NamedTuple):
-    """What is read: the name of a file or a data directory, and its sequences."""
+    """The text to read: the name of its file or data directory, and its sequences."""
 
     name: str
     fingerprint: dict | None  # None where it is not known
-    windows: list  # arrays of block_size + 1 tokens, a sequence and its targets; the last: shorter
+    windows: list  # arrays of block_size + 1 tokens, the last one perhaps fewer: inputs, targets
 
     def batches(self, size):
         """Return a list of (idx, targets), (B, T) int64 each, B at most `size`."""
@@ -135,7 +135,7 @@ class Text(NamedTuple):
 
 
 def add_text_flags(add, sequences):
-    """Add the flags that open_text reads. sequences: a default."""
+    """Add the flags that open_text reads. sequences: the default of --sequences."""
     add("--data", type=some_path, metavar="DIR",
         help="data directory whose val tokens are read (default: the run's)")
     add("--text", type=some_path, metavar="FILE", help="read this text instead")
@@ -147,7 +147,7 @@ def open_text(args, model, tokenizer):
     """Return the Text that the flags of add_text_flags name. Raises UserError."""
     block_size, file = model.config.block_size, args.text
     if file and args.data:
-        raise UserError("--text is read in place of --data: leave out one of them")
+        raise UserError("--text replaces --data: give only one of them")
     if not file:
         data, loader = open_data(args, tokenizer, block_size)
         windows = [loader.window(i) for i in range(min(args.sequences, len(loader)))]
@@ -164,14 +164,14 @@ def open_text(args, model, tokenizer):
 
 
 def open_data(args, tokenizer, block_size):
-    """Return the data directory that --data names, or the run's own, and a Loader of its val
-    tokens; print a line where its text is not the run's. Raises UserError."""
+    """Return (data directory, Loader of its val tokens) of --data, or of the run without --data.
+    Print a warning if the run was trained on another text. Raises UserError."""
     data = args.data or read_json(Path(args.run) / "config.json").get("data")
     if not isinstance(data, str):
-        raise UserError(f"{args.run} names no data: give --data DIR or --text FILE")
+        raise UserError(f"{args.run} does not name its data: give --data DIR or --text FILE")
     there = (Path(data) / "tokenizer.json").exists()
     if there and not same_tokens(load_tokenizer(data), tokenizer):
-        raise UserError(f"{data} has other tokens than {args.run} was trained on")
+        raise UserError(f"{data} has another tokenizer than {args.run} was trained with")
     loader = Loader(data, "val", block_size, tokenizer.n_vocab, EVAL_SEED)
     if difference := changed_text(args.run, data):
         print(difference)
@@ -183,15 +183,15 @@ def add_run_flags(add):
     add("--run", type=some_path, default="out/default", metavar="DIR",
         help="run directory of train.py (default: %(default)s)")
     add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="loops (default: 1 2 4 8 16)")
+        help="numbers of loops (default: 1 2 4 8 16)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of the activations; int8: they are bfloat16 and the weights have 8 bits, see "
+        help="dtype of the activations; int8: bfloat16 activations and 8-bit weights, see "
         "parts/quantize.py (default: auto)")
 
 
 def open_run(args):
-    """Return (model, tokenizer, loops to evaluate at) of the run that args name."""
+    """Return (model, tokenizer, numbers of loops to evaluate at) for the flags of add_run_flags."""
     keep_freed_memory()
     device = pick_device(args.device)
     model = Parcae.from_pretrained(args.run).to(device)
@@ -211,8 +211,8 @@ def main():
     add_run_flags(add)
     add_text_flags(add, 512)
     add("--kv-cache", choices=("none", "per-loop", "shared"), default="none",
-        help="read token by token as in generation, through a KV cache: per-loop (exact), or the "
-        "last loop's keys and values only")
+        help="read token by token through a KV cache, as in generation: per-loop (exact) or "
+        "shared (keys and values of the last loop only)")
     args = parser.parse_args()
     model, tokenizer, recurrence = open_run(args)
     text = open_text(args, model, tokenizer)
@@ -224,9 +224,9 @@ def main():
           f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
           f"gain over T = {recurrence[0]}")
     for row in rows:
-        error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"  # of a single sequence
+        error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"  # one sequence
                           for name in ("standard_error", "gain_standard_error"))
-        gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # none on itself
+        gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # 0: the first row
         print(f"{row['recurrence']:12}   {row['val_loss']:.4f} ({error})  "
               f"{row['perplexity']:10.3f}   {row['bits_per_byte']:13.4f}{gain}")
     write_json(Path(args.run) / "eval.json", {

@@ -1,4 +1,4 @@
-"""Models and tokenizers of others in and out: the only file that knows foreign formats.
+"""Import and export models and tokenizers in the formats of other projects.
 
     python -m tools.published import SandyResearch/parcae-140m --out out/140m  a folder works, too
     python -m tools.published export out/default --out exported
@@ -7,9 +7,9 @@
 
 `import` makes a run directory of a model in the format of the published Parcae code: config.json,
 weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging Face tokenizer.json.
-`export` is the reverse, but for tokenizer.json, which stays ours. `tokenizer` brings in a
-byte-level BPE alone. What is not implemented here is refused by name, and so is what the published
-format cannot say: a field, a rule or a tensor of your own.
+`export` does the reverse, but tokenizer.json stays in this project's format. `tokenizer` imports a
+byte-level BPE without a model. An error names what is not implemented here, and what the published
+format cannot say: a field, a rule or a tensor that you added.
 """
 
 import re
@@ -30,7 +30,7 @@ WEIGHTS = ("pytorch_model.bin", "model.pt", "model.safetensors")
 
 # ----------------------------------------------------------------------------- the config
 
-# Fields of the published config.json that are ours under another name.
+# Fields of the published config.json, and our names for them.
 FIELDS = {
     "padded_vocab_size": "vocab_size", "block_size": "block_size", "n_embd": "n_embd",
     "num_attention_heads": "n_head", "n_layers_in_prelude": "n_prelude",
@@ -39,24 +39,24 @@ FIELDS = {
     "mean_backprop_depth": "backprop_depth", "injection_type": "injection",
     "prelude_norm": "prelude_norm", "qk_norm": "qk_norm", "tie_embeddings": "tie_embeddings",
     "norm_eps": "norm_eps", "rope_settings.rope_base": "rope_base"}
-# Fields that must have one value, since nothing else is implemented here.
+# Fields that must have this value, since no other one is implemented here.
 FIXED = {
     "block_class_name": "TransformerPreNormBlock", "norm_class_name": "RMSNorm",
     "mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "mup_model_scaling_factor": 1,
     "rope_settings.use_rope": True, "rope_settings.rope_condense_ratio": 1}
-# Fields that must repeat one of ours, or be switched off: the loop is as wide as the rest.
+# Fields that must equal one of ours or be switched off: all layers here have the same sizes.
 REPEATED = {
     "num_key_value_heads": "n_head", "recurrent_embedding_dimension": "n_embd",
     "recurrent_intermediation_embedding_dimension": "mlp_width"}
-# Fields on which the function that the model computes does not depend. Any field not named here
-# must be switched off: false, null, 0 or empty.
+# Fields that do not change what the model computes. A field that is in none of these tables must be
+# switched off: false, null, 0 or empty.
 FREE = {
     "name", "hf_config", "vocab_size", "padding_multiple", "attn_impl", "init_orthogonal",
     "skip_initialization", "use_fused_head", "activation_checkpoint_impl", "simple_ops",
     "strategy", "sampling_scheme", "lockstep_n", "lockstep_k", "curriculum_target",
     "recurrent_iteration_method", "_class_name", "model_class_name", "architecture_class_name"}
-# Starts of training that are no more than that. Others scale embeddings, logits or residuals in
-# every forward pass: takase, takase-scaled and scaled-and-logit-scale among them.
+# Values of init_strategy that only set the initial weights. Others (takase, takase-scaled,
+# scaled-and-logit-scale) also scale embeddings, logits or residuals in every forward pass.
 STARTS = {"scaled-zero", "scaled", "scaled-stuck", "scaled-large-embed", "small", "normal", "bert",
           "kaiming", "llama", "llama-by-dim", "megatron", "megatron2", "mitchell", "wang"}
 STATES = {"zero": "zero", "normal": "normal", "like-init": "normal"}  # theirs: ours
@@ -64,8 +64,8 @@ STACKS = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_cod
 
 
 def config_from(settings):
-    """Return the ParcaeConfig of a published config.json, a dict. Raises UserError for what is not
-    implemented here, KeyError for what is missing."""
+    """Return the ParcaeConfig for a published config.json, a dict. Raises UserError for a setting
+    that is not implemented here, KeyError for a missing one."""
     if isinstance(settings.get("model"), dict):
         raise UserError("this is a run directory of this project: nothing to import")
     settings = dict(settings)
@@ -77,7 +77,7 @@ def config_from(settings):
         for name in ("injection_type", "prelude_norm", "mean_recurrence", "mean_backprop_depth"):
             settings.setdefault(name, getattr(ParcaeConfig(), FIELDS[name]))
     ours = {our_field: settings.pop(field) for field, our_field in FIELDS.items()}
-    if ours["injection"] == "linear":  # our exports once said "concat"
+    if ours["injection"] == "linear":  # an old export of this project says "concat"
         ours["injection"] = "concat"
 
     start = settings.pop("init_strategy", None) or "scaled-zero"
@@ -101,7 +101,7 @@ def one_of(name, value, allowed, why=""):
 
 
 def settings_of(config):
-    """Return the published config.json, a dict, of a ParcaeConfig."""
+    """Return the published config.json, a dict, for a ParcaeConfig."""
     named = FIELDS | REPEATED | {"vocab_size": "vocab_size"}
     settings = FIXED | {field: getattr(config, ours) for field, ours in named.items()}
     settings["model_class_name"] = "Parcae" if config.n_recurrent else "GPT"
@@ -119,7 +119,7 @@ def settings_of(config):
 
 # ----------------------------------------------------------------------------- the weights
 
-# Beginnings of names, theirs and ours: the first that fits counts, in both directions.
+# How names begin, theirs: ours. The first entry that fits is used, in both directions.
 RENAMED = {
     "transformer.adapter.adapter.weight": "injection.W",
     "transformer.adapter.A_log": "injection.log_A", "transformer.adapter.": "injection.",
@@ -138,7 +138,7 @@ def our_name(name):
 
 
 def their_name(name, config):
-    """Return the published format's name for a tensor of ours: see our_name."""
+    """Return the published format's name for a tensor that has our name."""
     part, number, *rest = name.split(".")
     if not config.n_recurrent and part in ("prelude", "coda"):  # a GPT has one stack
         number = int(number) + (config.n_prelude if part == "coda" else 0)
@@ -148,13 +148,13 @@ def their_name(name, config):
             return theirs + name.removeprefix(ours)
 
 
-# Of each injection that the format has, its tensors and their sides, in units of n_embd.
+# The tensors of each injection that the format has: their shapes, in units of n_embd.
 INJECTED = {"diagonal": {"log_A": [1], "dt_bias": [1], "B": [1, 1]}, "concat": {"W": [1, 2]},
             "add": {}}
 
 
 def tensors_of(config):
-    """Return {our name: a meta tensor} of all that the published format has for a config."""
+    """Return {our name: meta tensor} for all tensors of a config in the published format."""
     d, width, vocab = config.n_embd, config.mlp_width, config.vocab_size
     weights = {"wte": (vocab, d), "norm_f": (d,), "lm_head": (vocab, d)}
     layers = [f"{part}.{i}" for part in ("prelude", "recurrent", "coda")
@@ -178,15 +178,15 @@ def tensors_of(config):
 
 
 def check_can_be_said(config, weights):
-    """Raise UserError that names what the published format cannot say of a model: a field that
-    would not come back, a rule or a tensor that the format does not have."""
+    """Raise UserError that names what the published format cannot say about a model: a field that
+    an import would not bring back, or a rule or a tensor that the format does not have."""
     wanted, again = config, config_from(settings_of(config))
     if not config.n_recurrent:  # a GPT has one stack
         wanted = replace(config, n_prelude=config.n_layer, n_coda=0)
     unsaid = []
     for name, value in asdict(wanted).items():
         if name == "value_embeds":
-            continue  # told by the weights
+            continue  # the weights show it
         if name in FIELDS.values() or name == "state_init":
             comes_back = getattr(again, name) == value
         else:  # as in an import, a field that the other side does not know must be switched off
@@ -203,12 +203,12 @@ def check_can_be_said(config, weights):
 
 
 def to_float32(w):
-    """Return a tensor in float32, as the models here are, unless its numbers are not fractions."""
+    """Return a floating-point tensor in float32, as models here have it, any other unchanged."""
     return w.float() if w.is_floating_point() else w
 
 
 def read_weights(folder):
-    """Return the state dict in a directory of the published format. Raises UserError."""
+    """Return the state dict from a directory in the published format. Raises UserError."""
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)} exists")
@@ -221,15 +221,15 @@ def read_weights(folder):
         from safetensors.torch import load_file
         return load_file(file)
     except ImportError:
-        raise UserError(f"{file} is read by another package: pip install safetensors") from None
-    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{file} needs another package: pip install safetensors") from None
+    except Exception as error:  # the reader may raise anything for a damaged file
         raise UserError(f"{file} is not a checkpoint that can be read: {error}") from None
 
 # ----------------------------------------------------------------------------- whole models
 
 
 def local_files(source):
-    """Return a folder: `source`, or what the hub has under "owner/name". Raises UserError."""
+    """Return the folder `source`, or a download of "owner/name" from the hub. Raises UserError."""
     if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return Path(source)
     for name in WEIGHTS:  # one file of weights is enough: they are large
@@ -244,7 +244,7 @@ def local_files(source):
 
 
 def import_model(source):
-    """Return (model in eval mode, tokenizer or None), see local_files. Raises UserError."""
+    """Return (model in eval mode, tokenizer or None); source: see local_files. Raises UserError."""
     folder = local_files(source)
     file = folder / "config.json"
     if not file.exists():
@@ -258,7 +258,7 @@ def import_model(source):
         if not name.endswith("freqs_cis"):  # rotary angles, which the model computes itself
             weights[name] = to_float32(w)
 
-    # Two facts that their config does not tell. A tied matrix may lie there under either name.
+    # Their config does not tell two facts: value embeddings, and which name a tied matrix has.
     config.value_embeds = any(name.startswith("value_embeds") for name in weights)
     names = {"wte.weight", "lm_head.weight"}
     if config.tie_embeddings and (there := names & weights.keys()):
@@ -272,7 +272,7 @@ def import_model(source):
 
 
 def export_model(model, directory):
-    """Write a model in the published format, float32. Raises UserError, see check_can_be_said."""
+    """Write a model in the published format, in float32. Raises UserError: check_can_be_said."""
     directory = Path(directory)
     ours = {name: to_float32(w).cpu() for name, w in model.state_dict().items()}
     check_can_be_said(model.config, ours)
@@ -284,20 +284,20 @@ def export_model(model, directory):
 # ----------------------------------------------------------------------------- tokenizers
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Their tokens have a character a byte: printable bytes are themselves, the others from 256 on.
+# Hugging Face writes a byte as a character: itself if printable, otherwise from chr(256) on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
 def to_bytes(token):
-    """Return the bytes of a token as it is written there: "Ġthe" is b" the"."""
+    """Return the bytes of a token that Hugging Face writes as a text: b" the" for "Ġthe"."""
     return bytes(BYTE_OF[c] for c in token)
 
 
 def read_tokenizer(source):
-    """Return the tiktoken.Encoding of a tokenizer.json, Hugging Face's or ours; source: it or its
-    directory. Raises UserError."""
+    """Return the tiktoken.Encoding from a tokenizer.json of Hugging Face or of this project.
+    source: the file or its directory. Raises UserError."""
     file = Path(source)
     if file.is_dir():
         file = file / "tokenizer.json"
@@ -314,7 +314,7 @@ def read_tokenizer(source):
 
 
 def need(ok, what):
-    """Raise UserError that says what a tokenizer has, if not ok."""
+    """Raise UserError if not ok. what: the property of a tokenizer that is not supported here."""
     if not ok:
         raise UserError(f"{what}: not byte-level BPE as it is implemented here")
 
@@ -329,13 +329,13 @@ def from_hugging_face(saved):
         need(not model.get(name), f"{name} is {model.get(name)!r}")
     pattern = split_pattern(saved.get("pre_tokenizer") or {})
 
-    # Special tokens. Ours are never taken from text; theirs are, where they are not "special".
+    # Text never becomes a special token here, so an added token that text may contain is refused.
     special = {}
     for token in saved.get("added_tokens", []):
         need(token.get("special"), f"added token {token['content']!r} is not special")
         special[token["content"]] = token["id"]
 
-    # The tokens, and of each pair its place in the list of merges.
+    # ranks: the id of each token; order: the place of each pair in the list of merges
     ranks = {to_bytes(token): i for token, i in model["vocab"].items() if token not in special}
     need(all(bytes([b]) in ranks for b in range(256)), "the vocabulary lacks some of the 256 bytes")
     order = {}
@@ -347,7 +347,7 @@ def from_hugging_face(saved):
 
 
 def split_pattern(pre_tokenizer):
-    """Return the one pattern by which a pre_tokenizer, a dict, cuts text. Raises UserError."""
+    """Return the regular expression with which a pre_tokenizer splits text. Raises UserError."""
     *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kind, prefix = last.get("type"), last.get("add_prefix_space")
     need(kind == "ByteLevel" and not prefix,
@@ -363,12 +363,12 @@ def split_pattern(pre_tokenizer):
 
 
 def check_merges(ranks, order, ignore_merges):
-    """Raise UserError where tiktoken would give other tokens than Hugging Face.
+    """Raise UserError if tiktoken and Hugging Face would split a text into different tokens.
 
-    tiktoken merges the neighbours whose union has the lowest id, Hugging Face the pair that comes
-    first in a list. Both agree where the merges that can happen come in the order of the ids that
-    they make. tiktoken takes a token that no merge makes where it is a whole word; so do they where
-    merges are ignored."""
+    tiktoken merges the neighbours whose union has the lowest id; Hugging Face merges the pair that
+    comes first in the list of merges. They agree if the list is in the order of the ids that its
+    merges make. A word that is a token, but that no merge makes, is one token for tiktoken, and for
+    Hugging Face only if ignore_merges is set."""
     before = -1
     for token in sorted(filter(lambda token: len(token) > 1, ranks), key=ranks.get):
         parts, name = last_parts(token, ranks), f"token {ranks[token]} ({token!r})"
@@ -381,7 +381,7 @@ def check_merges(ranks, order, ignore_merges):
 
 
 def last_parts(token, ranks):
-    """Return the parts that tiktoken makes of a token's bytes, two, or more where it is stuck."""
+    """Return the parts before tiktoken's last merge to a token: two, or more if it gets stuck."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         unions = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
@@ -393,14 +393,14 @@ def last_parts(token, ranks):
 
 
 def check_empty(directory):
-    """Raise UserError where a directory holds anything: nothing of the user's is replaced."""
+    """Raise UserError if a directory is not empty, so that no file of the user is replaced."""
     for file in directory.glob("*"):
         raise UserError(f"--out {directory} holds {file.name}: choose a new directory")
 
 
 def convert(action, source, folder):
-    """Write what an action makes of a source into a folder. Return (model, tokenizer), None for
-    what there is not. Raises UserError."""
+    """Do an action, a name in ACTIONS, with a source and write the result into a folder. Return
+    (model, tokenizer), each of them None where there is none. Raises UserError."""
     model, tokenizer = None, None
     if action == "import":
         model, tokenizer = import_model(source)
@@ -422,7 +422,7 @@ def convert(action, source, folder):
     return model, tokenizer
 
 
-# of each action: how to go on
+# action: the command to continue with
 ACTIONS = {"import": "python sample.py --run {out}",
            "export": "python -m tools.published import {out} --out DIR",
            "tokenizer": "python data.py text FILE --tokenizer {out}"}
@@ -435,7 +435,7 @@ def main():
                         "name on the Hugging Face hub; export: a run directory; tokenizer: a "
                         "tokenizer.json or its directory")
     parser.add_argument("--out", type=some_path, required=True, metavar="DIR",
-                        help="directory to make; it must not hold anything yet")
+                        help="directory to make; it must be new or empty")
     args = parser.parse_args()
     with whole_directory(args.out, check_empty) as folder:
         model, tokenizer = convert(args.action, args.source, folder)
@@ -445,7 +445,7 @@ def main():
         c, size = model.config, sum(p.numel() for p in model.parameters())
         made = (f"{c.n_prelude} + {c.n_recurrent} looped + {c.n_coda} layers, {size:,} parameters; "
                 f"{made}")
-    print(f"{args.out}: {made}\ngo on with: {ACTIONS[args.action].format(out=args.out)}")
+    print(f"{args.out}: {made}\ncontinue with: {ACTIONS[args.action].format(out=args.out)}")
 
 
 if __name__ == "__main__":

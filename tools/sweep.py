@@ -1,14 +1,14 @@
 """Train a grid of budgets and mean recurrences at equal FLOPs, and collect their losses in a table.
 
     python -m tools.sweep --budgets 1e12 2e12 --recurrences 1 2 4 8 --jobs 2 --n-embd 32
-    python -m tools.sweep ... --table results/x.csv  a table that several sweeps or machines share
+    python -m tools.sweep ... --table results/x.csv  share a table with other sweeps or machines
     python -m tools.sweep ... --print                print the commands, for a cluster's scheduler
 
-Flags that are not the sweep's go to train.py. The same command resumes a sweep that was stopped. It
-does not repeat a run that is finished, or that has a row in the table with its model (layers, width
-and parameters alone), accounting, budget (within 3%), recurrence, mu_bwd and seed: sweeps that
-differ in anything else need tables of their own. After the commands of --print have run, the
-command without --print adds their rows to the table.
+All other flags go to train.py. The same command resumes a sweep that was stopped. It skips a run
+that is finished or has a row in the table. A row belongs to a run if model (only layers, width and
+parameters are compared), accounting, budget (within 3%), recurrence, mu_bwd and seed agree, so
+sweeps that differ in anything else need separate tables. When the commands from --print have run,
+the command without --print adds their rows to the table.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from parts.settings import parse_args
 from train import caught_signals, setup
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-# one plan serves all budgets and seeds of a recurrence, so a run may differ from it in these
+# all runs of a recurrence share one plan (see Cell), from which they may differ in these settings
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")
 OWN_FLAGS = ("--max-flops", "--max-tokens", "--max-steps", "--mean-recurrence", "--seed",
              "--resume", "--overwrite")
@@ -42,17 +42,17 @@ OWN_FLAGS = ("--max-flops", "--max-tokens", "--max-steps", "--mean-recurrence", 
 
 
 def dry_run(flags):
-    """Return what config.json of a run with these flags would hold. Raises UserError."""
+    """Return what train.py with these flags would write to config.json. Raises UserError."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the commands of --print
             record = setup(parse_args("", [*flags, "--dry-run"])).record
     except UserError as error:
         raise UserError(f"train.py says: {error}") from None
-    return json.loads(json.dumps(record))  # as it comes back from the file
+    return json.loads(json.dumps(record))  # as if read from the file
 
 
 class Cell:
-    """One run of a sweep: a budget, a mean recurrence, a seed. plan: what dry_run returns for it"""
+    """A run of a sweep: a budget, a mean recurrence and a seed. plan: what dry_run returns."""
 
     def __init__(self, folder, flops, mu, seed, flags, plan):
         self.path = folder / f"C{flops:.3g}-mu{mu}-seed{seed}"
@@ -61,15 +61,15 @@ class Cell:
                       "--mean-recurrence", str(mu), "--seed", str(seed), *flags]
 
     def words(self):
-        """Return the arguments for train.py, which begins the run or resumes it."""
+        """Return the arguments with which train.py begins or resumes the run."""
         return self.flags + ["--resume"] * (self.path / "ckpt.pt").exists()
 
     def is_done(self):
         return tables.last_line(self.path)["kind"] == "done"
 
     def has_row(self, rows):
-        """Return whether a table has a row of this run. Its FLOPs are near the budget, not equal:
-        the last step overshoots."""
+        """Return whether a table has a row of this run. FLOPs need not equal the budget exactly,
+        since the last step overshoots it."""
         accounting = self.plan["settings"]["accounting"]
         cost = self.plan["cost"][accounting]
         own = tables.model_columns(self.plan["model"]) | {
@@ -79,9 +79,9 @@ class Cell:
                    for row in rows)
 
     def check_directory(self):
-        """Raise UserError if its directory holds a run with other settings, or one in training."""
+        """Raise UserError if the directory holds a run with other settings, or one in training."""
         if self.path.exists():
-            with lock(self.path):  # refused while another process trains there
+            with lock(self.path):  # an error while another process trains there
                 pass
         file = self.path / "config.json"
         before = {"settings": {}, "model": {}} | read_json(file) if file.exists() else self.plan
@@ -91,16 +91,16 @@ class Cell:
             other.append("text")
         if other:
             raise UserError(f"{self.path} was run with other settings ({', '.join(other)}): "
-                            "choose another --out or remove it")
+                            "choose another --out or remove this directory")
 
 
 def make_cells(args, flags):
-    """Return the cells of the grid, by budget, recurrence and seed. Raises UserError where train.py
-    would refuse their settings."""
+    """Return the cells of the grid, ordered by budget, recurrence and seed. Raises UserError if
+    train.py would refuse their settings."""
     for flag in flags:
         if flag.split("=")[0] in OWN_FLAGS:
-            raise UserError(f"{flag} is not for a sweep, which sets --out, --budgets, "
-                            "--recurrences and --seeds of its runs")
+            raise UserError(f"{flag} is not for a sweep: choose its runs with --budgets, "
+                            "--recurrences, --seeds and --out")
     budgets, folder = tables.distinct_budgets(args.budgets), Path(args.out)
     recurrences, seeds = sorted({*args.recurrences}), sorted({*args.seeds})
     loops = sorted({*args.eval_recurrence, *recurrences})
@@ -109,8 +109,8 @@ def make_cells(args, flags):
              for mu in progress_bar(recurrences, desc="planning")}
     device = plans[recurrences[0]]["settings"]["device"]
     if ":" in device and torch.cuda.device_count() > 1:
-        raise UserError(f"--device is {device}: a sweep deals its runs to all GPUs that it sees; "
-                        "choose some of them with CUDA_VISIBLE_DEVICES")
+        raise UserError(f"--device is {device}: a sweep spreads its runs over all GPUs that it "
+                        "sees; choose some of them with CUDA_VISIBLE_DEVICES")
     return [Cell(folder, flops, mu, seed, flags, plans[mu])
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
@@ -118,22 +118,22 @@ def make_cells(args, flags):
 
 
 def share(slot, jobs):
-    """Return the environment of the runs in one of `jobs` slots: their share of the threads and
-    GPUs that this process was given. Threads that the user gave are those of each run."""
+    """Return environment variables for the runs in one of `jobs` slots: their share of this
+    process's cores and GPUs. If the user set OMP_NUM_THREADS, each run gets that many threads."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // jobs)
     environment = {"OMP_NUM_THREADS": str(threads)}
     count = torch.cuda.device_count()
     if count > 1:
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers or names, in our numbers' order
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers or names, in torch's order
         names = given.split(",")[:count] if given else range(count)
         environment["CUDA_VISIBLE_DEVICES"] = str(names[slot % len(names)]).strip()
     return environment
 
 
 def begin(cell, environment):
-    """Return the process that trains a cell; what it prints goes to output.txt in its directory."""
+    """Return the process that trains a cell. Its output goes to output.txt in its directory."""
     cell.path.mkdir(parents=True, exist_ok=True)
     with open(cell.path / "output.txt", "w") as file:
         return subprocess.Popen([sys.executable, TRAIN, *cell.words()], stdout=file,
@@ -141,7 +141,7 @@ def begin(cell, environment):
 
 
 def collect(cell, table):
-    """Add the rows of a run that has ended to the table. Returns why there are none, or None."""
+    """Add the rows of a run that has ended to the table. Return None, or why it has no rows."""
     if not cell.is_done():
         said = (cell.path / "output.txt").read_text(errors="replace").strip().splitlines()
         return said[-1] if said else "it printed nothing"
@@ -153,16 +153,16 @@ def collect(cell, table):
 
 
 def spent(cells):
-    """Return the FLOPs that the runs have used so far, without what is over budget."""
+    """Return the FLOPs that the runs have used so far, each at most its budget."""
     return sum(min(tables.last_line(cell.path)["flops"], cell.flops) for cell in cells)
 
 
 def run_cells(cells, jobs, table):
-    """Train cells, `jobs` at a time, largest first, one GPU each where there are several. Returns
-    ([(cell, why)] of those that failed, whether it was stopped: a signal has each run save)."""
+    """Train cells, `jobs` at a time, largest budget first. Where there are several GPUs, each run
+    gets one. Return ([(cell, why)] for failed cells, whether a signal stopped the sweep)."""
     waiting = sorted(cells, key=lambda cell: -cell.flops)
     running, failed = {}, []  # {slot: (cell, process)}; [(cell, why)]
-    told = False  # the runs are asked to stop once: a second signal could cut their saving short
+    told = False  # tell the runs only once to save and stop: a second signal might end the saving
     bar = progress_bar(total=sum(cell.flops for cell in cells), initial=spent(cells), unit="FLOP",
                        unit_scale=True, desc="sweep", leave=True)
     with caught_signals() as received, bar:
@@ -173,7 +173,7 @@ def run_cells(cells, jobs, table):
                     cell = waiting.pop(0)
                     try:
                         running[slot] = cell, begin(cell, environment)
-                    except OSError as error:  # the other cells go on
+                    except OSError as error:  # train the other cells
                         failed.append((cell, str(error)))
             time.sleep(0.2)
             if received and not told:
@@ -192,7 +192,7 @@ def run_cells(cells, jobs, table):
 
 
 def sweep(args, flags):
-    """Train the cells that are not finished; print the plan before and what failed after."""
+    """Train the cells that are not finished. Print the plan first and the failures last."""
     table = Path(args.table or Path(args.out) / "table.csv")
     cells = make_cells(args, flags)
     for cell in cells:
@@ -209,7 +209,7 @@ def sweep(args, flags):
         for cell in todo:
             print(shlex.join(["python", "train.py", *cell.words()]))
         return
-    # what others trained, or a sweep that was killed before it wrote the rows
+    # finished runs from the commands of --print, or from a sweep killed before it wrote the rows
     tables.add_rows(table, [row for cell in new for row in tables.rows_of_run(cell.path)])
     failed, stopped = run_cells(todo, args.jobs, table)
     if table.exists():
@@ -217,7 +217,7 @@ def sweep(args, flags):
     for cell, failure in failed:
         print(f"failed: {cell.path}: {failure}", file=sys.stderr)
     if stopped:
-        print("stopped; the same command goes on")
+        print("stopped; the same command resumes the sweep")
     if stopped or failed:
         sys.exit(130 if stopped else 1)
 
@@ -226,22 +226,22 @@ def sweep_args():
     """Return (the sweep's settings, the flags for train.py)."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="FLOPs")
+    add("--budgets", type=number(float, 1), nargs="+", required=True, metavar="C", help="in FLOPs")
     add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
-        help="mean recurrences; mu_bwd is ceil(mu / 2) unless given")
+        help="mean recurrences; mu_bwd is ceil(mu / 2) unless --backprop-depth is given")
     add("--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="(default: 0)")
     add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="loops to evaluate each run at, and those of --recurrences (default: 1 2 4 8 16)")
+        help="evaluate each run at these loops and at --recurrences (default: 1 2 4 8 16)")
     add("--jobs", type=COUNT, default=1, metavar="N",
-        help="runs side by side, which share the cores and GPUs that this process may use; "
-        "OMP_NUM_THREADS, if set, is the threads of each (default: 1)")
+        help="runs at the same time, which share the cores and GPUs that this process may use; "
+        "OMP_NUM_THREADS, if set, holds for each of them (default: 1)")
     add("--out", type=some_path, default="out/sweep", metavar="DIR",
-        help="directory of the runs (default: %(default)s)")
+        help="directory for the runs (default: %(default)s)")
     add("--table", type=some_path, metavar="FILE",
-        help="CSV file that rows are added to (default: table.csv in --out)")
+        help="CSV file to add the rows to (default: table.csv in --out)")
     add("--print", action="store_true",
-        help="print the command of each unfinished run, one a line, and stop (the default text is "
-        "made where it is missing)")
+        help="print a line with the command of each unfinished run, and stop; still makes the "
+        "default text where it is missing")
     return parser.parse_known_args()
 
 

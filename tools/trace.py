@@ -1,9 +1,9 @@
-"""Show what a model would predict after each loop, at each token of a prompt: a page with a slider.
+"""Write a web page that shows what a model would predict after each loop, at each prompt token.
 
     python -m tools.trace --prompt "for i in range(10):" out/trace.html
 
-The page is one file and needs no network. Each token is coloured by the probability of the
-likeliest next token; the five likeliest after the token that is pointed at stand above the text.
+The page is one file, needs no network, and has a slider for the loop. The colour of a token is the
+probability of the likeliest next token. Point at a token to see the five likeliest next tokens.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from parts.generation import check_predicts
 from sample import add_prompt_flags, read_prompt
 from tools.evaluate import open_run
 
-LIKELIEST = 5  # tokens that are shown of a prediction
+LIKELIEST = 5  # next tokens shown for each prediction
 PAGE = Path(__file__).with_suffix(".html")
 
 
 @torch.no_grad()
 def trace(model, idx, recurrence):
-    """Return what each loop would predict after the tokens idx (1, T): probabilities and numbers of
-    the likeliest next tokens, (loops, T, LIKELIEST) each. Raises UserError where a prediction is
-    not finite."""
+    """Return what the model would predict after each loop, at each of the tokens idx (1, T): the
+    probabilities and the ids of the likeliest next tokens, (loops, T, LIKELIEST) each. Raises
+    UserError if a prediction is not finite."""
     tops = []
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
         logits = model.head(model.readout(h, inputs)[0])  # (T, vocab_size)
@@ -34,17 +34,17 @@ def trace(model, idx, recurrence):
 
 
 def text_of(tokenizer, i):
-    """Return token i as text; a byte that is not text alone, half a letter, as \xc3."""
+    """Return token i as text; a byte that is only part of a character is written in hexadecimal."""
     try:
         return tokenizer.decode_single_token_bytes(i).decode("utf-8", errors="backslashreplace")
     except KeyError:
-        return "?"  # vocabularies are rounded up
+        return "?"  # an unused id: vocabulary sizes are rounded up
 
 
 def write_page(path, tokens, loops):
-    """Write the page. tokens: the T texts that are read; loops: of each loop, for each token, the
-    likeliest next tokens, [(text, probability)], the likeliest first."""
-    # ASCII, and no "<": nothing in a text can end the script element that holds it
+    """Write the page. tokens: the texts of the T prompt tokens; loops: for each loop and each
+    token, the likeliest next tokens, [(text, probability)], the likeliest first."""
+    # the data are ASCII without "<", so that no text can end the script element that holds them
     data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
     page = PAGE.read_text(encoding="utf-8")
     write_text(path, page.replace("__DATA__", data.replace("<", "\\u003c")))
@@ -54,7 +54,7 @@ def main():
     parser = Parser(description=__doc__)
     add_prompt_flags(parser)
     parser.add_argument("--recurrence", type=LOOPS, metavar="T",
-                        help="loops (default: twice the model's mean)")
+                        help="loops (default: twice the mean of training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("file", type=new_file, metavar="FILE", help="the page to write")
     parser.set_defaults(dtype="float32")
