@@ -75,9 +75,9 @@ def test_the_last_losses_of_two_runs_and_their_difference_are_printed(tmp_path):
     lines = script("tools/curves.py", *runs, "--out", tmp_path / "c.png").stdout.splitlines()
     assert lines[1].split() == ["looped", "4", "3.0000", "30,720", "6.00e+07", "30"]
     assert lines[2].split()[:3] == ["never", "4", "nan"]
-    assert lines[3].startswith("difference +nan; the default run has a standard deviation of 0.008")
+    assert lines[3].startswith("never minus looped: +nan; seeds of the default run have a standard")
     alone = script("tools/curves.py", runs[0], "--out", tmp_path / "c.png").stdout
-    assert "3.0000" in alone and "difference" not in alone
+    assert "3.0000" in alone and "minus" not in alone
 
 
 SAID = {"settings": {"accounting": "exact"}, "text": {"source": "text", "sha256": "a"}}

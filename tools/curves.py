@@ -159,8 +159,8 @@ def print_losses(runs):
         print(f"{run['label']:{width}}  {run['T']:3d}  {loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  "
               f"{seconds:7,.0f}")
     if len(runs) == 2:
-        print(f"difference {losses[1] - losses[0]:+.4f}; the default run has a standard deviation "
-              f"of {SEEDS_DIFFER} over seeds")
+        print(f"{runs[1]['label']} minus {runs[0]['label']}: {losses[1] - losses[0]:+.4f}; seeds "
+              f"of the default run have a standard deviation of {SEEDS_DIFFER}")
 
 
 def main():
