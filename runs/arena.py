@@ -26,7 +26,7 @@ from parts.layers import Block, HeadLoss
 from parts.tables import write_csv
 from runs.half import error_text, finished, finished_rows, pairs, read_table
 
-LOOPS = ("1", "2", "4", "8", "16")  # at test time
+LOOPS, TRAINED = ("1", "2", "4", "8", "16"), "4"  # at test time; the mean of training
 COLUMNS = {"rule": str, "rate": float, "seed": int, "flops": float, "spectral_radius": float}
 COLUMNS |= {f"val_loss_{T}": float for T in LOOPS}
 
@@ -267,8 +267,8 @@ def print_table(rows):
     chosen = {}
     for rule, mine in by_rule.items():
         first = [row for row in mine if row["seed"] == 0]
-        best = min(first, key=lambda row: row["val_loss_8"])["rate"]
-        tried = ", ".join(f"{row['rate']:g}: {row['val_loss_8']:.4f}"
+        best = min(first, key=lambda row: row[f"val_loss_{TRAINED}"])["rate"]
+        tried = ", ".join(f"{row['rate']:g}: {row[f'val_loss_{TRAINED}']:.4f}"
                           for row in sorted(first, key=lambda row: row["rate"]))
         print(f"{rule}: seed 0 by rate {tried}")
         chosen[rule] = {row["seed"]: row for row in mine if row["rate"] == best and row["seed"]}
@@ -280,7 +280,7 @@ def print_table(rows):
         cells = [ABOUT[rule], f"{next(iter(chosen[rule].values()))['rate']:g}"]
         cells += [f"{np.mean([row[f'val_loss_{T}'] for row in chosen[rule].values()]):.4f}"
                   for T in LOOPS]
-        gains = pairs(*({seed: row["val_loss_8"] for seed, row in some.items()}
+        gains = pairs(*({seed: row[f"val_loss_{TRAINED}"] for seed, row in some.items()}
                         for some in (chosen[rule], ours)))
         compared = rule != "diagonal" and len(gains)
         cells.append(f"{gains.mean():+.4f} ({error_text(gains)})" if compared else "")
@@ -298,8 +298,8 @@ def draw(chosen, path):
         losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows.values()])
         style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {"lw": 1}
         axes.plot(T, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=ABOUT[rule], **style)
-    best = min(row["val_loss_8"] for rows in chosen.values() for row in rows.values())
-    figures.loops_axis(axes, "loops T at test time (mean of training: 8)")
+    best = min(row[f"val_loss_{TRAINED}"] for rows in chosen.values() for row in rows.values())
+    figures.loops_axis(axes, f"loops T at test time (mean of training: {TRAINED})")
     axes.set(ylabel="val loss (nats per byte)", ylim=(best - 0.02, best + 0.4))
     axes.legend(fontsize=8, frameon=False)
     figures.save(figure, path)
