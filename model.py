@@ -300,10 +300,11 @@ class Parcae(nn.Module):
             h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), without)
         h = self.loop(h, u, inputs, done, with_gradient)
 
-        # the coda, once; then rows return to their original order
-        x = self.readout(h, inputs)[order.argsort()]
+        # the coda, once; for a mean loss the sorted rows need not return to their original order
+        x = self.readout(h, inputs)
         if targets is None:
-            return self.head(x), None
+            return self.head(x[order.argsort()]), None
+        targets = targets[order]
         if self.training:
             loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                   self.loss_and_gradient)
