@@ -25,7 +25,7 @@ def seed_effects(cells):
     """Return ({seed: effect}, the sum of squares that effects explain, their degrees of freedom).
 
     A seed is a block, since it gives all runs the same order of the text. Effects come from a least
-    squares fit of log loss = cell + seed, sum to 0, and exist for seeds that share two cells."""
+    squares fit of log loss = cell + seed and sum to 0. Seeds must share two cells with another."""
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
@@ -86,8 +86,8 @@ def lack_of_fit(squares, freedom, noise):
 
 
 def most_by_chance(noise, runs):
-    """Return the relative difference below which two means of so many runs each stay by chance, 95%
-    of the time. Student's t, since the noise is an estimate."""
+    """Return the relative difference that means of `runs` runs each do not exceed by chance in 95%
+    of cases. It uses Student's t, since the noise is an estimate."""
     draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
     return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 
@@ -179,7 +179,7 @@ def distances(rows):
     size, apart = np.empty((2, len(rows)))  # runs in each run's cell; distance from its mean
     for cell in cells:
         size[cell], apart[cell] = len(cell), residuals[cell] - residuals[cell].mean()
-    several, part = size > 1, np.sqrt(1 - 1 / size)  # a run pulls its cell's mean along
+    several, part = size > 1, np.sqrt(1 - 1 / size)  # a run shifts its cell's mean
     noise_of_fit = max(typical(residuals), UNKNOWN if terms.shape[1] == 1 else 0)
     noise = min(noise_of_fit, UNKNOWN)
     if len(rows) - len(cells) >= ENOUGH:

@@ -38,7 +38,7 @@ COLUMNS = {
 
 def read_csv(path):
     """Return the rows of a table, a list of dicts. Raise UserError with the file and line of a
-    mistake. A repeated column is one: csv.DictReader would silently take the last."""
+    mistake, also for a repeated column: csv.DictReader would silently take the last."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -249,7 +249,7 @@ def trained_depth(rows):
 
 
 def run_key(row):
-    """Return a tuple that all rows of one run share: they differ in T and its loss only."""
+    """Return a tuple that all rows of one run share: they differ only in T and the loss."""
     return tuple(row[name] for name in ("flops", "model", "mu_rec", "mu_bwd", "tokens", "seed"))
 
 
@@ -285,7 +285,7 @@ def rows_by_budget(rows):
 def distinct_budgets(budgets):
     """Return sorted budgets without repetitions. Raise UserError if two would count as one."""
     budgets = sorted({*budgets})
-    apart = SAME_BUDGET ** 2  # runs overshoot by 3%, and 3% apart is one budget still
+    apart = SAME_BUDGET ** 2  # a run may overshoot by 3%, and 3% apart counts as one
     for low, high in itertools.pairwise(budgets):
         if high <= apart * low:
             raise UserError(f"--budgets {low:g} and {high:g} are less than {apart - 1:.0%} apart "
