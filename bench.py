@@ -3,9 +3,9 @@
     python bench.py                        all tables, minutes on a laptop
     python bench.py --only decode --preset parcae-140m --context 512 --recurrence 8
 
-Compares, at one width, the looped model at several numbers of loops T with three plain
-transformers: one of the same parameters, one of about twice the parameters (whose quality the
-looped one is said to match), and one of the same unrolled depth. Inference is in bfloat16.
+It compares the looped model, at several numbers of loops T, with three plain transformers of the
+same width: with equally many parameters, with about twice as many (looping is said to match its
+quality), and with the same unrolled depth. Memory for inference is in bfloat16.
 """
 
 import statistics
@@ -23,27 +23,27 @@ from parts.quantize import activations, prepare_weights
 from parts.recording import speed_up
 
 LOOPED = [name for name in PRESETS if name.startswith("parcae")]
-STEPS = 16  # tokens that a measurement of decoding makes
+STEPS = 16  # tokens generated in each measurement of decoding
 
 # ------------------------------------------------------------------------------- the models
 
-Case = namedtuple("Case", "name config loops")  # what a row of a table is about
+Case = namedtuple("Case", "name config loops")  # one row of a table
 TWICE = "plain, twice the parameters"
 
 
 def parameters(config):
-    """Return the number of parameters of a model that is never built."""
+    """Return the number of parameters of a model without allocating it."""
     with torch.device("meta"):
         return count_parameters(Parcae(config))
 
 
 def layers_run(config, loops):
-    """Return the layers that a token goes through."""
+    """Return the number of layers that a token passes through, loops unrolled."""
     return config.n_prelude + loops * config.n_recurrent + config.n_coda
 
 
 def cases_of(config, recurrence):
-    """Return the looped model, trained for each number of loops, and the three plain ones."""
+    """Return the Cases: the looped model for each number of loops, and three plain ones."""
     cases = [Case("looped", replace(config, mean_recurrence=loops, backprop_depth=None), loops)
              for loops in recurrence]
     n, size = config.n_layer, parameters(config)
@@ -57,9 +57,9 @@ def cases_of(config, recurrence):
 
 
 def build(config, device, dtype=None):
-    """Return a model with random weights; dtype: of the activations, see Parcae."""
+    """Return a model with random weights. dtype: of the activations, see Parcae."""
     torch.manual_seed(0)
-    with torch.device("cuda" if device.type == "cuda" else "cpu"):  # mps makes no orthogonal matrix
+    with torch.device("cuda" if device.type == "cuda" else "cpu"):  # mps has no orthogonal_
         model = Parcae(config)
     model.compute_dtype = dtype
     return model.to(device)
@@ -68,12 +68,12 @@ def build(config, device, dtype=None):
 
 
 def kv_bytes(config, context, loops, itemsize=2):
-    """Return the bytes of one sequence's cache: a key and a value per token, layer and loop."""
+    """Return the bytes of one sequence's KV cache: a key and value per token, layer and loop."""
     return 2 * layers_run(config, loops) * config.n_embd * context * itemsize
 
 
 def optimizer_bytes(model):
-    """Return the bytes that Muon and AdamW hold after a step."""
+    """Return the bytes of state that Muon and AdamW hold after a step."""
     muon = set(model.matrices())
     held = []
     for optimizer in (Muon(muon), torch.optim.AdamW(set(model.parameters()) - muon, fused=True)):
@@ -84,7 +84,7 @@ def optimizer_bytes(model):
 
 
 def saved_for_backward(model, forward):
-    """Return the bytes that forward() keeps for the backward pass, without the model's own."""
+    """Return the bytes that forward() saves for backward, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     sizes = {}  # of storages: several saved tensors may be views of one
 
@@ -92,22 +92,22 @@ def saved_for_backward(model, forward):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output that keeps its own graph is never freed
+        return tensor.detach()  # a saved output that holds its own graph would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()  # what it returns lives until here, so that no storage is used twice
+        forward()  # its output lives on until here, so that no storage is reused and counted once
     return sum(sizes.values())
 
 
 def memory_of(case, args):
-    """Return a row of megabytes: what training holds, and inference in bfloat16."""
+    """Return a row of the memory table, in MB: for training, and for inference in bfloat16."""
     config, loops = case.config, case.loops
     model = build(config, args.device, args.dtype).train()
     idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
 
     def loss():
         return model(idx, idx, recurrence=loops)[1]
-    loss().backward()  # gradients are there
+    loss().backward()  # now gradients are allocated
     row = {"model": case.name, "T": loops, "parameters": count_parameters(model),
            "activations": saved_for_backward(model, loss) / 1e6,
            "optimiser": optimizer_bytes(model) / 1e6}
@@ -126,8 +126,8 @@ def memory_of(case, args):
 
 
 def break_even(config, double):
-    """Return the tokens in all caches (batch x context) at which the looped model in inference
-    holds as much memory as `double`, of twice the parameters; None where its cache is smaller."""
+    """Return how many tokens (batch x context) the KV caches hold when the looped model takes as
+    much inference memory as `double`, with twice the parameters; None if its cache is smaller."""
     saved = 2 * (parameters(double) - parameters(config))
     cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
     return saved / cost if cost > 0 else None
@@ -136,7 +136,7 @@ def break_even(config, double):
 
 
 def alternate(runs, rounds, device, what):
-    """Return the seconds of each run, lists of one a round: all in turns, after a warm-up."""
+    """Return a list of seconds per run, one for each round. Runs take turns, after a warm-up."""
     seconds = [[] for _ in runs]
     for i in progress_bar(range(rounds + 1), desc=what, unit="round"):
         for run, times in zip(runs, seconds):
@@ -150,14 +150,14 @@ def alternate(runs, rounds, device, what):
 
 
 def bandwidth(device):
-    """Return the bytes/s read from memory: the best of a few sums over more than a cache holds."""
+    """Return the bytes/s read from memory: the best of five sums over 256 MiB, beyond caches."""
     x = torch.ones(1 << 26, device=device)
     [seconds] = alternate([lambda: x.sum().item()], 5, device, "memory bandwidth")
     return x.nbytes / min(seconds)
 
 
 def speeds(cases, steps, tokens, args, what):
-    """Return rows of tokens/s: median, least, most. steps: each case's, of so many tokens."""
+    """Return rows of tokens/s: median, min, max. steps: one per case, of `tokens` tokens each."""
     rows = []
     for case, seconds in zip(cases, alternate(steps, args.rounds, args.device, what)):
         rates = sorted(tokens / s for s in seconds)
@@ -167,7 +167,7 @@ def speeds(cases, steps, tokens, args, what):
 
 
 def training_of(case, args):
-    """Return a training step, a function, and the FLOPs per token that it needs."""
+    """Return (a function that runs a training step, the FLOPs per token that it needs)."""
     model = build(case.config, args.device, args.dtype).train()
     if args.compile:
         model.compile_layers()
@@ -184,20 +184,20 @@ def training_of(case, args):
 
 
 def train_speed(cases, args):
-    """Measure tokens/s of forward and backward, print them, and return the rows."""
+    """Measure tokens/s of forward and backward passes, print the table and return its rows."""
     peak = machine.matmul_peak(args.device, args.dtype)
     steps, flops = zip(*(training_of(case, args) for case in cases))
     rows = speeds(cases, steps, args.batch * args.context, args, "training")
     for row, needed in zip(rows, flops):
         row["share of peak"] = row["tokens/s"] * needed / peak
-    show(f"Training, {args.dtype}, matmul peak {peak / 1e9:,.0f} GFLOP/s; share of it by "
-         "needed FLOPs", rows)
+    show(f"Training, {args.dtype}; share of peak: FLOPs per second that the model needs, relative "
+         f"to a matmul peak of {peak / 1e9:,.0f} GFLOP/s", rows)
     return rows
 
 
 def generation_of(case, args):
-    """Return a function that makes STEPS tokens after a whole context, and what a token needs:
-    FLOPs, and bytes read if every weight is read once a loop."""
+    """Return (a function that generates STEPS tokens after a full context, FLOPs per token, bytes
+    read per token if the weights that loop are read once per loop)."""
     config, loops = replace(case.config, block_size=args.context + STEPS), case.loops
     model = prepare_weights(build(config, args.device).eval(), args.device, args.dtype)
     speed_up(model, args.compile, not args.eager)
@@ -216,7 +216,7 @@ def generation_of(case, args):
 
 @torch.no_grad()
 def decode_speed(cases, args):
-    """Measure tokens/s of decoding one sequence, print them and their limits; return the rows."""
+    """Measure tokens/s of decoding one sequence, print them with limits and return the rows."""
     peak = machine.matmul_peak(args.device, activations(args.dtype))
     bytes_per_s = bandwidth(args.device)
     steps, flops, read = zip(*(generation_of(case, args) for case in cases))
@@ -224,15 +224,15 @@ def decode_speed(cases, args):
     for row, needed, n_bytes in zip(rows, flops, read):
         row["compute limit"], row["memory limit"] = peak / needed, bytes_per_s / n_bytes
         row["share of limit"] = row["tokens/s"] / min(row["compute limit"], row["memory limit"])
-    show(f"Generation, one sequence at context {args.context}, {args.dtype}, peak "
-         f"{peak / 1e9:,.0f} GFLOP/s, memory {bytes_per_s / 1e9:,.1f} GB/s", rows)
+    show(f"Generation, one sequence at context {args.context}, {args.dtype}; limits by matmuls "
+         f"({peak / 1e9:,.0f} GFLOP/s) and by reading memory ({bytes_per_s / 1e9:,.1f} GB/s)", rows)
     return rows
 
 # ------------------------------------------------------------------------------- tables
 
 
 def show(title, rows):
-    """Print rows, dicts with the same keys, as a table."""
+    """Print rows (dicts with the same keys) as a table."""
     table = [list(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
@@ -254,22 +254,22 @@ def parse_args():
     add("--preset", choices=LOOPED, default="parcae-micro", metavar="NAME",
         help=f"looped model, one of {', '.join(LOOPED)} (default: %(default)s)")
     add("--context", type=COUNT, metavar="N",
-        help="tokens of a sequence (default: the preset's block_size)")
+        help="tokens per sequence (default: the preset's block_size)")
     add("--batch", type=COUNT, default=32, metavar="N",
-        help="sequences of a training step (default: %(default)s)")
+        help="sequences per training step (default: %(default)s)")
     add("--recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="loops (default: 1 2 4 8 16)")
+        help="numbers of loops to measure (default: 1 2 4 8 16)")
     add("--only", choices=("memory", "train", "decode"),
-        help="one part of the tables (default: all)")
+        help="measure only this table (default: all)")
     add("--rounds", type=COUNT, default=5, metavar="N",
-        help="times that everything is measured, in turns (default: %(default)s)")
+        help="how often to measure each speed, in turns (default: %(default)s)")
     add("--compile", action="store_true",
-        help="torch.compile the layers; for decoding on a CPU the whole step (minutes)")
+        help="torch.compile the layers; on a CPU, for decoding, the whole step (takes minutes)")
     add("--eager", action="store_true",
-        help="for decoding on a GPU: launch each operation, instead of replaying a CUDA graph")
+        help="decode on a GPU by launching each operation, instead of replaying a CUDA graph")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
-        help="of the activations; int8, with --only decode: of the weights (default: auto)")
+        help="type of the activations, or int8 for the weights in decoding (default: auto)")
     args = parser.parse_args()
     if args.dtype == "int8" and args.only != "decode":
         parser.error("--dtype int8 is for generation: give --only decode")
@@ -281,14 +281,14 @@ def parse_args():
 
 def bench_memory(cases, config, args):
     """Measure and print memory."""
-    # one case more: the most loops, with the gradient through as many as the preset has
+    # One more case: 64 loops, with a gradient through only as many as in the preset.
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
     rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
-    show("Memory in MB; activations: what a step of "
-         f"{args.batch} x {args.context} tokens keeps for its backward pass, {args.dtype}", rows)
+    show(f"Memory in MB; activations: saved for the backward pass of {args.batch} x {args.context} "
+         f"tokens, {args.dtype}; weights and caches (one sequence): inference, bfloat16", rows)
     even = break_even(config, next(case.config for case in cases if case.name == TWICE))
-    tokens = f"{even:,.0f} tokens of batch x context" if even else "none, its cache is smaller"
-    print(f"break-even with the {TWICE}, at T = {config.mean_recurrence}: {tokens}")
+    tokens = f"{even:,.0f} tokens (batch x context)" if even else "none, its cache is smaller"
+    print(f"break-even in memory with {TWICE}, at T = {config.mean_recurrence}: {tokens}")
 
 
 def main():
@@ -299,14 +299,14 @@ def main():
     device = args.device = machine.pick_device(args.device, args.compile)
     machine.use_threads(config.n_embd)
     if args.eager and device.type != "cuda":
-        raise UserError(f"--eager is for a GPU: nothing is recorded on {device}")
+        raise UserError(f"--eager is for a GPU: there are no CUDA graphs on {device}")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # whose memory and time are measured
+        torch.cuda.set_device(device)  # measure memory and time on this GPU
     print(f"{args.preset} at context {context}, batch {args.batch}, {args.rounds} rounds, on "
           f"{machine.machine_name(device)}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}")
 
-    # CPUs multiply bfloat16 vectors slowly
+    # CPUs multiply bfloat16 vectors slowly, so decoding takes float32 by default there
     slow = device.type == "cpu" and args.dtype == "auto"
     args.dtype = machine.pick_dtype(device, args.dtype)
     machine.keep_freed_memory()

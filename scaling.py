@@ -4,16 +4,16 @@
     python scaling.py fit out/sweep --json f.json   a directory of runs, or CSV files from anywhere
     python scaling.py predict --flops 1e14          the best recurrence and tokens for a budget
 
-With parameters and training FLOPs C fixed, loops compete with tokens: the best mean recurrence mu*
-and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods find them here:
-where they disagree, trust neither.
+With parameters and training FLOPs C fixed, more loops leave fewer tokens. The best mean recurrence
+mu* and token count D* grow with C (§5.2 of "Parcae", arXiv 2604.12946). Two methods estimate them
+here; where they disagree, trust neither.
 
-1. At each budget the log loss is a parabola in log mu around its lowest point. The bottom is mu*,
-   D* = C / cost of a token at mu*, and lines through their logarithms are the power laws.
-2. A law of the loss is fitted to all runs (parts/laws.py), and mu* is where it is lowest at C.
+1. Parabolas: at each budget, a parabola in log mu is fitted to the log loss near its minimum. Its
+   bottom is mu*, D* is C / (FLOPs per token at mu*), and lines through their logs are power laws.
+2. Training law: a law of the loss is fitted to all runs (parts/laws.py). mu* minimises it at C.
 
-Tables come from tools/sweep.py, tools/design.py plans the next one. Without loops the training law
-is that of Chinchilla.
+tools/sweep.py makes the tables, and tools/design.py plans the next sweep. Without loops, the
+training law is that of Chinchilla.
 """
 
 import importlib.util
@@ -31,8 +31,8 @@ from parts.show_fit import SLOPES, notes_on, optimum_text, report, span
 from parts.tables import column, kept, read_tables, runs_in, trained_depth
 
 TABLES = sorted((Path(__file__).parent / "results").glob("sweep*.csv"))  # fitted by default
-WINDOW = math.log(4)  # a parabola is fitted to the recurrences within this factor of the lowest
-ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over may know more of noise
+WINDOW = math.log(4)  # the parabola sees recurrences within a factor of 4 of the best one
+ENOUGH_SEEDS = 5  # degrees of freedom: below this, parabolas estimate the noise if they have more
 
 # ----------------------------------------------------------------------------- parabolas
 
@@ -40,34 +40,34 @@ ENOUGH_SEEDS = 5  # degrees of freedom: with fewer, what parabolas leave over ma
 def bottom(budget, log_loss):
     """Return (log mu*, parabola [a, b, c], positions of the recurrences it was fitted to).
 
-    Where log_loss (recurrences,) is lowest at an edge, the optimum is beyond: log mu* is -inf, "at
-    most the fewest loops tried", or +inf. A parabola through everything would still have its bottom
-    inside, and power laws through such bottoms an exponent that the data do not have."""
+    If log_loss (recurrences,) is lowest at an edge, log mu* is -inf ("at most the fewest loops
+    tried") or +inf. A parabola through all recurrences would still have its bottom inside, but
+    power laws through such bottoms would have an exponent that is not in the data."""
     x, lowest = budget.log_mu, np.argmin(log_loss)
     if lowest in (0, len(x) - 1):
         return (math.inf if lowest else -math.inf), None, []
     near = np.flatnonzero(np.abs(x - x[lowest]) <= WINDOW + 1e-9)
     near = np.union1d(near, [lowest - 1, lowest + 1])
-    # Means of several seeds count for more. The weights of polyfit are those of unsquared errors.
+    # Weight each mean by its number of seeds; polyfit squares weights, so pass the root.
     a, b, c = np.polyfit(x[near], log_loss[near], 2, w=np.sqrt(budget.seeds[near]))
     if a <= 0 or not x[near[0]] < -b / (2 * a) < x[near[-1]]:
-        near = np.array([lowest - 1, lowest, lowest + 1])  # through these it has a bottom inside
+        near = np.array([lowest - 1, lowest, lowest + 1])  # this parabola has its bottom inside
         a, b, c = np.polyfit(x[near], log_loss[near], 2)
     return -b / (2 * a), [a, b, c], near
 
 
 def left_by_parabola(budget):
-    """Return (squares that the parabola leaves over, as of single runs, degrees of freedom)."""
+    """Return (residual sum of squares, scaled to single runs; its degrees of freedom)."""
     _, parabola, near = bottom(budget, budget.log_loss)
     if len(near) <= 3:
         return 0.0, 0
-    left = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
-    return (budget.seeds[near] * left ** 2).sum(), len(near) - 3
+    residuals = budget.log_loss[near] - np.polyval(parabola, budget.log_mu[near])
+    return (budget.seeds[near] * residuals ** 2).sum(), len(near) - 3
 
 
 def noise_of(budgets):
-    """Return {"sd" of a run's log loss, "freedom", "source"}, None where nothing is left over. The
-    source is "seeds", or, where those are few, "parabolas": what these leave over."""
+    """Return {"sd": standard deviation of a run's log loss, "freedom": its degrees of freedom,
+    "source": "seeds" or "parabolas", whose residuals give it}, or None if all residuals are 0."""
     source, (squares, freedom) = "seeds", chance.left_by_seeds(budgets)
     by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
     if not freedom or freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
@@ -78,7 +78,7 @@ def noise_of(budgets):
 
 
 def optimum_of(budget, every, cost, noise):
-    """Return what --json writes of a budget; every: its log mu*, (1 + resamples,)."""
+    """Return the optimum at a budget, for --json. every: its log mu*, then each resample's."""
     log_mu, parabola, near = bottom(budget, budget.log_loss)
     low, high = budget.mu[[0, -1]].tolist()
     optimum = {
@@ -95,43 +95,43 @@ def optimum_of(budget, every, cost, noise):
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
     if len(every) > 1:
         ends = np.append(np.quantile(every[1:], [0.025, 0.975], method="nearest"), log_mu)
-        ends = np.array([ends.min(), ends.max()])  # it holds its own point
+        ends = np.array([ends.min(), ends.max()])  # the interval contains its estimate
         optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
         optimum["ci_at_edge"] = np.isinf(ends).tolist()
     return optimum
 
 
 def fit_parabolas(budgets, cost, resamples=1000, seed=0):
-    """Return what --json writes of the runs without a law: the optimum at each budget with three
-    recurrences, power laws of these, the noise of a run. cost: of laws.token_cost."""
+    """Return a dict for --json: the optimum at each budget that has three recurrences, power laws
+    of these optima, and the noise of a run. cost: see laws.token_cost."""
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     rng = np.random.default_rng(seed)
-    # log mu* of the mean losses as they are, then with more noise added: a parametric bootstrap
+    # A parametric bootstrap: log mu* of the measured mean losses, then of those plus drawn noise.
     every = np.empty((1 + resamples if noise else 1, len(usable)))
     every[0] = [bottom(budget, budget.log_loss)[0] for budget in usable]
     for sample in every[1:]:
-        # How large the noise is, is not known either: chi-squared over its degrees of freedom.
+        # The noise level is uncertain itself: draw it too, by its chi-squared distribution.
         sd = noise["sd"] * math.sqrt(noise["freedom"] / rng.chisquare(noise["freedom"]))
         for j, budget in enumerate(usable):
             added = sd / np.sqrt(budget.seeds) * rng.standard_normal(len(budget.mu))
             sample[j] = bottom(budget, budget.log_loss + added)[0]
     optima = [optimum_of(*pair, cost, noise) for pair in zip(usable, every.T)]
     if noise:
-        noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95 % of pairs differ by less
+        noise["two_runs"] = chance.most_by_chance(noise, 1)  # 95% of pairs differ by less
     return {"isoflop": optima, "power_laws": power_laws(usable, every, cost), "noise": noise}
 
 
 def line_through(x, y, low, high):
-    """Return (slope, intercept) of the least squares line through y (n,), NaN with fewer than two
-    finite values. -inf says at most low[i], +inf at least high[i]: such a point counts only where
-    the line contradicts it. Which those are is tried again until it stays (an active set)."""
+    """Return (slope, intercept) of the least-squares line through y (n,), NaN with fewer than two
+    finite values. y = -inf means at most low[i], +inf at least high[i]. Such a bound counts only if
+    the line violates it; the fit repeats until the violated bounds stay the same (active set)."""
     used = known = np.isfinite(y)
     if known.sum() < 2:
         return math.nan, math.nan
     target = np.where(known, y, y.clip(low, high))
     for _ in range(2 * len(x)):
         slope, intercept = np.polyfit(x[used], target[used], 1)
-        contradicted = np.sign(y) * (slope * x + intercept - target) < 0  # above "at most", say
+        contradicted = np.sign(y) * (slope * x + intercept - target) < 0  # e.g. above an "at most"
         before, used = used, known | contradicted
         if np.array_equal(used, before):
             break
@@ -139,15 +139,15 @@ def line_through(x, y, low, high):
 
 
 def power_laws(budgets, every, cost):
-    """Return {"mu_rec", "tokens"}: mu* and D* against C; {} without two optima inside. "defined"
-    is the share of resamples that have an exponent. every: log mu* (1 + resamples, budgets)."""
+    """Return {"mu_rec", "tokens"}: power laws of mu* and D* in C; {} without two optima inside.
+    "defined" is the share of resamples that have an exponent. every: log mu* (fits, budgets)."""
     if np.isfinite(every[0]).sum() < 2:
         return {}
     x = np.log([budget.flops for budget in budgets])
     low, high = np.array([budget.log_mu[[0, -1]] for budget in budgets]).T
 
     def log_tokens(log_mu):
-        # "At most so many loops", -inf, is at least so many tokens, +inf.
+        # An upper bound on mu*, -inf, is a lower bound on tokens, +inf.
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
@@ -163,9 +163,9 @@ def power_laws(budgets, every, cost):
 
 
 class Table:
-    """The runs of a table's main model: `at_every_T`, `rows` at T = mu_rec, `every_model` with
-    those of other models. Their losses are without the effects of seeds, `measured` are `rows` as
-    they were. `fit`: of the training law, perhaps None. `notes` say which runs are left out."""
+    """The runs of the model with most runs: `at_every_T`, and `rows` at T = mu_rec; `every_model`
+    adds the other models' to `rows`. Seed effects are removed from the losses. `measured`: `rows`
+    with losses as measured. `fit`: the training law, or None. `notes` say which are left out."""
 
     def __init__(self, every_row, accounting):
         self.notes, self.fit = [], None
@@ -191,7 +191,7 @@ class Table:
 
 
 def fit_optima(every_row, accounting, resamples=laws.RESAMPLES):
-    """Return (a dict for --json, the Table): optima at equal FLOPs by parabolas and by the law."""
+    """Return (a dict for --json, the Table): optima at equal FLOPs, by parabolas and by the law."""
     table = Table(every_row, accounting)
     notes = table.notes.copy()
     out = {"model": table.model, "accounting": accounting, "looped": table.looped,
@@ -205,10 +205,10 @@ def fit_optima(every_row, accounting, resamples=laws.RESAMPLES):
         out["seeds"] = chance.seed_differences(tables.budgets_of(table.measured), out["noise"])
         out["gain"], alone = chance.gains(table.budgets, out["noise"])
         if alone:
-            notes.append(f"gain over mu_rec = 1: {alone} runs have no other of their budget and "
-                         "seed to be compared with, and are left out")
+            notes.append(f"gain over mu_rec = 1: {alone} runs have no partner with the same budget "
+                         "and seed, and are left out")
     elif table.looped:
-        notes.append("the optimum at equal FLOPs: not computed, the runs called "
+        notes.append("the optimum at equal FLOPs is not computed, because the runs called "
                      f"{table.model} have {sizes} sizes")
     table.fit, law = laws.fit_with_error("training", table.rows, resamples, notes)
     if law:
@@ -217,7 +217,7 @@ def fit_optima(every_row, accounting, resamples=laws.RESAMPLES):
     if one_size and law:
         law["lack_of_fit"] = chance.lack_of_fit(*left_by_law(table), out["noise"])
         flops = column(table.rows, "flops")
-        # Runs planned by another accounting share no budgets: then five of them.
+        # Runs planned with another accounting share no budgets, so take five in their range.
         budgets = [optimum["flops"] for optimum in out["isoflop"]]
         budgets = budgets or np.geomspace(flops.min(), flops.max(), 5).tolist()
         exponents = laws.exponents_of(table.fit, table.rows[0], table.cost, flops)
@@ -226,19 +226,19 @@ def fit_optima(every_row, accounting, resamples=laws.RESAMPLES):
 
 
 def left_by_law(table):
-    """Return what left_by_parabola does, of the training law and all budgets."""
+    """Return what left_by_parabola returns, but for the training law at all budgets."""
     squares, freedom = 0.0, -len(table.fit.law.parameters)
     for budget in table.budgets:
         cells = [table.rows[0] | {"mu_rec": mu, "recurrence": mu, "tokens": tokens}
                  for mu, tokens in zip(budget.mu, budget.tokens)]
-        left = budget.log_loss - np.log(table.fit.predict(cells))
-        squares += (budget.seeds * left ** 2).sum()
+        residuals = budget.log_loss - np.log(table.fit.predict(cells))
+        squares += (budget.seeds * residuals ** 2).sum()
         freedom += len(cells)
     return squares, freedom
 
 
 def fit_table(every_row, accounting, resamples=laws.RESAMPLES):
-    """Return what fit_optima does, with all other laws."""
+    """Return what fit_optima returns, with the fits of all other laws under "laws"."""
     out, table = fit_optima(every_row, accounting, resamples)
     out["laws"] = {}
     of_loops = {"unified": table.at_every_T, "worth": table.every_model}
@@ -251,9 +251,9 @@ def fit_table(every_row, accounting, resamples=laws.RESAMPLES):
 
 
 def draw(out, table, folder):
-    """Write the figures of what was fitted."""
+    """Write the figures of the fits to a folder, and print their paths."""
     if out["isoflop"]:
-        taken_out = ", effects of seeds taken out" if out["seeds"] else ""
+        taken_out = ", seed effects removed" if out["seeds"] else ""
         figures.isoflop(folder / "isoflop.png", table.budgets, out["isoflop"],
                         f"Equal FLOPs ({out['model']}){taken_out}")
         print("wrote", folder / "isoflop.png")
@@ -271,12 +271,12 @@ def add_table_flags(add, name):
     add(name, nargs="*", metavar="DIR|CSV", default=TABLES,
         help="runs or tables to fit (default: results/sweep*.csv)")
     add("--accounting", metavar="NAME",
-        help="FLOPs to fit by (default: exact, if the table has it)")
+        help="how FLOPs are counted: exact, paper or 6ND (default: exact, if the table has it)")
 
 
 def fitted(args, resamples=laws.RESAMPLES):
-    """Return fit_optima of the tables of the command line. Raises UserError without a training law
-    of loops."""
+    """Return fit_optima of the tables on the command line. Raise UserError if they do not determine
+    a training law of a looped model."""
     out, table = fit_optima(*read_tables(args.tables, args.accounting), resamples)
     if "frontier" not in out.get("training_law", {}):
         reasons = "; ".join(out["notes"]) or "they have no loops"
@@ -285,33 +285,33 @@ def fitted(args, resamples=laws.RESAMPLES):
 
 
 def predict(args):
-    """Print the best recurrence and tokens for a budget, by the law fitted to a table."""
+    """Print the best recurrence and tokens for a budget, by the training law fitted to a table."""
     out, table = fitted(args)
     best = table.law_at(args.flops)
     flops, mu = column(table.rows, "flops"), column(table.rows, "mu_rec")
-    print(f"from {out['runs']} runs of {out['model']} at {flops.min():.2g} to {flops.max():.2g} "
-          f"FLOPs ({out['accounting']})")
+    print(f"training law fitted to {out['runs']} runs of {out['model']} at {flops.min():.2g} to "
+          f"{flops.max():.2g} FLOPs ({out['accounting']} count), [95% confidence intervals]:")
     for note in table.notes:
         print("note:", note)
-    print(f"mu*  = {optimum_text(best)} loops")
-    print(f"D*   = {best['tokens']:.4g} {span(best['ci_tokens'])} tokens")
-    print(f"loss = {best['val_loss']:.4g} {span(best['ci_val_loss'])} nats per token")
+    print(f"mu*  = {optimum_text(best)} loops, the best mean recurrence")
+    print(f"D*   = {best['tokens']:.4g} {span(best['ci_tokens'])} tokens, the best token count")
+    print(f"loss = {best['val_loss']:.4g} {span(best['ci_val_loss'])} nats per token, predicted")
 
     for optimum in out["isoflop"]:
         if tables.same_budget(args.flops, optimum["flops"]):
-            print(f"the runs at this budget, without the law: mu* = {optimum_text(optimum)}")
+            print(f"a parabola through the runs at this budget: mu* = {optimum_text(optimum)}")
     beyond = max(best["mu_rec"] / mu.max(), mu.min() / best["mu_rec"])
     if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}, "
-              f"but {beyond:.3g} times their end: no run has been there")
+        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}; it "
+              f"is at their end or beyond it (by a factor of {beyond:.3g})")
     beyond = max(args.flops / flops.max(), flops.min() / args.flops)
     if beyond >= 2:
-        print(f"warning: {beyond:.3g} times beyond the budgets measured; the intervals know "
-              "nothing of that")
+        print(f"warning: this budget is {beyond:.3g} times beyond those of the runs; the intervals "
+              "do not include the error of extrapolation")
 
 
 def fit(args):
-    """Fit the laws to a table of runs, print and draw them."""
+    """Fit the laws to a table of runs, print them and draw them."""
     rows, accounting = read_tables(args.tables, args.accounting)
     drawing = importlib.util.find_spec("matplotlib")
     if not drawing:
@@ -331,18 +331,18 @@ def main():
 
     add = commands.add_parser("fit", help=fit.__doc__, description=fit.__doc__).add_argument
     add_table_flags(add, "tables")
-    add("--json", type=new_file, metavar="FILE", help="write every fitted number")
+    add("--json", type=new_file, metavar="FILE", help="write all fitted numbers to this file")
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
-        help="where figures go (default: %(default)s)")
+        help="directory for the figures (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=laws.RESAMPLES, metavar="N",
-        help="of the bootstrap of the laws; with fewer than 20 no intervals (default: %(default)s)")
+        help="bootstrap resamples; fewer than 20 give no intervals of laws (default: %(default)s)")
 
     about = predict.__doc__
     add = commands.add_parser("predict", help=about, description=about).add_argument
     add_table_flags(add, "tables")
     add("--flops", type=number(float, 1), required=True, metavar="C", help="training FLOPs")
     args = parser.parse_args(sys.argv[1:] or ["fit"])
-    torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
+    torch.set_num_threads(1)  # the fits are so small that threads slow them down
     {"fit": fit, "predict": predict}[args.command](args)
 
 

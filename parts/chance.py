@@ -1,7 +1,7 @@
-"""What is chance in a table: the effects of seeds, the noise of a run, runs that diverged.
+"""Chance in a table of runs: seed effects, the noise of a run, runs that diverged.
 
-Runs that differ in their seed alone are a cell, {seed: log loss}. What a seed does to all runs
-alike is taken out of the losses; what is left over within cells is the noise of a run.
+Runs that differ only in their seed are a cell, {seed: log loss}. A seed's effect is what it does to
+all runs alike; it is removed from the losses. The residuals within cells are the noise of a run.
 """
 
 import itertools
@@ -16,21 +16,21 @@ from parts.tables import alike, column, comparable, rows_by_budget, run_key, tra
 
 
 def cells_of(rows):
-    """Return lists of rows that differ in their seed alone."""
+    """Return the rows in groups (lists) that differ only in their seed."""
     names = "model", "params_core", "params_noncore", "mu_rec", "mu_bwd", "recurrence"
     return [cell for budget in rows_by_budget(rows) for cell in alike(budget, *names)]
 
 
 def seed_effects(cells):
-    """Return ({seed: effect}, the squares that effects explain, their degrees of freedom).
+    """Return ({seed: effect}, the sum of squares that effects explain, their degrees of freedom).
 
-    A seed is a block: it gives all runs the same order of the text. Its effect is the least squares
-    of log loss = cell + seed, with mean 0, known where it shares two cells with another seed."""
+    A seed is a block, since it gives all runs the same order of the text. Effects come from a least
+    squares fit of log loss = cell + seed and sum to 0. Seeds must share two cells with another."""
     shared = Counter(pair for cell in cells for pair in itertools.combinations(sorted(cell), 2))
     known = sorted({seed for pair, times in shared.items() if times > 1 for seed in pair})
     if not known:
         return {}, 0.0, 0
-    which, losses = [], []  # each run's seed and log loss, less the means of its cell
+    which, losses = [], []  # each run's seed and log loss, minus the means of its cell
     for cell in cells:
         mine = [seed for seed in cell if seed in known]
         if mine:
@@ -39,14 +39,14 @@ def seed_effects(cells):
             losses.append(np.array([cell[seed] for seed in mine]))
             losses[-1] -= losses[-1].mean()
     which, losses = np.concatenate(which), np.concatenate(losses)
-    effects = np.linalg.pinv(which) @ losses  # of all that fit alike, those whose sum is 0
+    effects = np.linalg.pinv(which) @ losses  # pinv: of equally good fits, the one that sums to 0
     squares = ((which @ effects) ** 2).sum()
     return dict(zip(known, effects.tolist())), squares, int(np.linalg.matrix_rank(which))
 
 
 def without_seed_effects(rows):
-    """Return the rows, at every T, without the effects that seeds have on each model's losses at
-    T = mu_rec. These count as known then."""
+    """Return the rows, at every T, with seed effects removed from their losses. The effects are
+    estimated for each model at T = mu_rec, and their errors are neglected afterwards."""
     result = []
     for group in comparable(rows):
         cells = [{row["seed"]: math.log(row["val_loss"]) for row in cell}
@@ -58,7 +58,7 @@ def without_seed_effects(rows):
 
 
 def left_by_seeds(budgets):
-    """Return (squares that means of cells and effects of seeds leave over, their freedom)."""
+    """Return (residual sum of squares of log loss = cell + seed, its degrees of freedom)."""
     cells = [cell for budget in budgets for cell in budget.cells.values()]
     squares = sum(len(cell) * np.var(list(cell.values())) for cell in cells)
     _, explained, used = seed_effects(cells)
@@ -66,8 +66,8 @@ def left_by_seeds(budgets):
 
 
 def seed_differences(budgets, noise):
-    """Return {"effects": {seed: of its log losses}, "chance": how often chance alone makes seeds
-    differ so much}; None where they are not known. budgets: their losses as measured."""
+    """Return {"effects": {seed: effect on log loss}, "chance": p-value of an F-test that seeds have
+    no effect}, or None if no effect is known. budgets: with losses as measured."""
     effects, squares, freedom = seed_effects(
         [cell for budget in budgets for cell in budget.cells.values()])
     if not effects:
@@ -77,8 +77,8 @@ def seed_differences(budgets, noise):
 
 
 def lack_of_fit(squares, freedom, noise):
-    """Return how often the noise of seeds alone leaves so many squares over: the tail of an F-test,
-    by draws. Small: what was fitted is of the wrong form. None where there is nothing to test."""
+    """Return the p-value of an F-test, by draws: how often the noise of seeds alone gives so large
+    a sum of squares. If it is small, the fitted form is wrong. None if there is nothing to test."""
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
@@ -86,19 +86,19 @@ def lack_of_fit(squares, freedom, noise):
 
 
 def most_by_chance(noise, runs):
-    """Return by how much of the loss the means of so many runs each differ by chance, 95 % of the
-    time: Student's t, since the noise itself is not well known."""
+    """Return the relative difference that means of `runs` runs each do not exceed by chance in 95%
+    of cases. It uses Student's t, since the noise is an estimate."""
     draws = np.random.default_rng(0).standard_t(noise["freedom"], 100_000)
     return float(np.quantile(np.abs(draws), 0.95) * noise["sd"] * math.sqrt(2 / runs))
 
 
 def gains(budgets, noise):
-    """Return (what looping gains over mu_rec = 1 at each budget, in val loss; how many runs have no
-    pair). Seeds are pairs: one run with mu_rec = 1, one of the same seed without.
+    """Return (the gain in val loss of looping over mu_rec = 1 at each budget, the number of runs
+    without a partner). A pair is a looped run and a run with mu_rec = 1 of the same seed.
 
-    Of several recurrences the best by chance looks better than it is. So each seed's pair is that
-    of the recurrence that the other seeds gain most by. Where none has two pairs it is the best of
-    all: "single", and biased upwards. "ci" is by the noise of a run."""
+    The best of several recurrences looks better than it is, by chance. So each seed takes the
+    recurrence with which the other seeds gain most. If no recurrence has two pairs, the best pair
+    is taken: it is "single", and biased upwards. "ci" comes from the noise of a run."""
     result, alone = [], 0
     for budget in budgets:
         unlooped = {seed: math.exp(loss) for seed, loss in budget.cells.get(1, {}).items()}
@@ -127,33 +127,33 @@ def gains(budgets, noise):
 
 # ----------------------------------------------------------------------------- runs that diverged
 
-# One run that diverged makes the noise 20 % of the loss. A run is compared with what a fit to all
-# other cells says. No such fit is quite right, so a run that misses it like the other seeds of its
-# cell, its recurrence or its budget has not diverged.
+# A single diverged run would raise the noise to 20% of the loss. So each run is compared with a fit
+# to all other cells. No such fit is exact: a run that deviates from it like the other seeds of its
+# cell, or like the other runs of its recurrence or its budget, has not diverged.
 
-TIMES = 8  # so often the noise of the others must a run be away
-ENOUGH = 8  # degrees of freedom that a noise is known from
-ALONE, SOUND = 2, 0.05  # a run alone in its cell: so often as far, and further than that
-UNKNOWN = 0.04  # the noise, where too few say how large it is: a diverged run shows all the same
+TIMES = 8  # a run has diverged if it is further away than this many times the noise of the others
+ENOUGH = 8  # degrees of freedom that suffice to estimate the noise
+ALONE, SOUND = 2, 0.05  # a run alone in its cell: this many times as far, and further than 5%
+UNKNOWN = 0.04  # the noise assumed where too few runs determine it; diverged runs are far beyond
 
 
 def without_diverged(rows, notes):
-    """Return the rows, at every T, without runs that diverged: a note names each of those."""
+    """Return the rows, at every T, without runs that diverged. Add a note that names each."""
     gone = set()
     for group in comparable(rows):
         for row, times in diverged(trained_depth(group))[1]:
             gone.add(run_key(row))
             notes.append("diverged and left out of everything: {model}, {flops:.3g} FLOPs, mu_rec "
                          "{mu_rec:g}, seed {seed}, val loss {val_loss:.4g}, ".format(**row)
-                         + f"{times:.0f} times the noise of the others away")
+                         + f"away from the other runs by {times:.0f} times the noise")
     return [row for row in rows if run_key(row) not in gone]
 
 
 def diverged(rows):
-    """Return (rows, [(a row that diverged, how many times the noise of the others it is away)]).
+    """Return (the rows that did not diverge, [(a row that did, its distance)]): see distances.
 
-    rows: at T = mu_rec, of one model; three at most in ten diverged. The furthest goes first, since
-    it is in what the others are compared with."""
+    rows: at T = mu_rec, of one model; at most 30% may have diverged. The furthest run is removed
+    first, because the others are compared with it."""
     kept, gone = list(rows), []
     while len(gone) < 0.3 * len(rows) and len(kept) > 3:
         away = distances(kept)
@@ -164,23 +164,23 @@ def diverged(rows):
 
 
 def distances(rows):
-    """Return by how many times the noise of the others each run is away from them, (rows,)."""
+    """Return how far each run is away from the other runs, in units of their noise, (rows,)."""
     rows = [row | {"at": i} for i, row in enumerate(rows)]
     cells = [column(cell, "at") for cell in cells_of(rows)]
     terms = surface(rows)
-    left = np.log(column(rows, "val_loss"))
-    left -= predicted_by_others(terms, left, cells)
-    away = np.abs(left)
+    residuals = np.log(column(rows, "val_loss"))
+    residuals -= predicted_by_others(terms, residuals, cells)
+    away = np.abs(residuals)
     wider = [column(some, "at") for some in rows_by_budget(rows) + alike(rows, "mu_rec")]
     for at in cells + wider:
         for i in at if len(at) > 1 else ():
-            away[i] = min(away[i], abs(left[i] - np.median(left[at[at != i]])))
+            away[i] = min(away[i], abs(residuals[i] - np.median(residuals[at[at != i]])))
 
-    size, apart = np.empty((2, len(rows)))  # of each run's cell; from its mean
+    size, apart = np.empty((2, len(rows)))  # runs in each run's cell; distance from its mean
     for cell in cells:
-        size[cell], apart[cell] = len(cell), left[cell] - left[cell].mean()
-    several, part = size > 1, np.sqrt(1 - 1 / size)  # the mean follows each run of its cell
-    noise_of_fit = max(typical(left), UNKNOWN if terms.shape[1] == 1 else 0)
+        size[cell], apart[cell] = len(cell), residuals[cell] - residuals[cell].mean()
+    several, part = size > 1, np.sqrt(1 - 1 / size)  # a run shifts its cell's mean
+    noise_of_fit = max(typical(residuals), UNKNOWN if terms.shape[1] == 1 else 0)
     noise = min(noise_of_fit, UNKNOWN)
     if len(rows) - len(cells) >= ENOUGH:
         noise = typical(apart[several] / part[several])
@@ -189,8 +189,8 @@ def distances(rows):
 
 
 def surface(rows):
-    """Return (rows, terms): what the log loss is a sum of, smooth in the logarithms of the unrolled
-    model's size and the tokens; fewer where there are few runs, or two terms say the same."""
+    """Return (rows, terms), regressors for the log loss: a quadratic in the logarithms of unrolled
+    size and tokens, with fewer terms if there are few runs or if terms are collinear."""
     n, d = (np.log(x) - np.log(x).mean() for x in (unrolled(rows), column(rows, "tokens")))
     most = 5 if len(rows) >= 6 + ENOUGH else 2 if len(rows) >= 3 + ENOUGH else 0
     terms = np.stack([n, d, n * n, n * d, d * d], 1)[:, :most]
@@ -201,21 +201,21 @@ def surface(rows):
 
 
 def predicted_by_others(terms, log_loss, cells):
-    """Return log losses (rows,), each from the least absolute errors of the runs of other cells, of
-    which a bad one bends nothing; cells: positions."""
+    """Return log losses (rows,), each predicted by a fit to the runs of all other cells. The fit
+    minimises absolute errors, so that outliers hardly move it. cells: positions of their rows."""
     counts = np.ones((len(log_loss), len(log_loss)))  # (fits, rows)
     for cell in cells:
         counts[np.ix_(cell, cell)] = 0
     ridge = 1e-9 * np.eye(terms.shape[1])
     weights = counts
-    for _ in range(50):  # least squares, weighted until they are least absolute errors
+    for _ in range(50):  # least squares, reweighted until they are least absolute errors
         weighted = terms.T * weights[:, None]  # (fits, terms, rows)
         fitted = np.linalg.solve(weighted @ terms + ridge, weighted @ log_loss[:, None])[..., 0]
         weights = counts / np.maximum(np.abs(fitted @ terms.T - log_loss), 1e-4)
     return (fitted * terms).sum(1)
 
 
-def typical(left):
-    """Return the standard deviation of what is left over, read off its smaller sizes: 70 % of a
-    normal distribution is within 1.036 of it."""
-    return max(np.quantile(np.abs(left), 0.7) / 1.036, 1e-4)
+def typical(residuals):
+    """Return the standard deviation of residuals, estimated robustly from their 70% quantile: 70%
+    of a normal distribution lie within 1.036 standard deviations."""
+    return max(np.quantile(np.abs(residuals), 0.7) / 1.036, 1e-4)

@@ -1,6 +1,6 @@
-"""Pictures: what all share, and those of the scripts. Plain numbers in, a PNG out.
+"""Figures: shared helpers, and the figures of scaling.py. They take plain numbers and write a PNG.
 
-The picture of an experiment is in its script in runs/. matplotlib, imported here alone, is
+An experiment's figure is in its script in runs/. Only this file imports matplotlib, which is
 optional.
 """
 
@@ -13,25 +13,25 @@ RED = "C3"
 
 
 def pyplot():
-    """Return matplotlib.pyplot, set to draw into files. Raises UserError without matplotlib."""
+    """Return matplotlib.pyplot, set to draw into files. Raise UserError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
 
 def panels(n, width, height):
-    """Return a figure of so many inches and its n axes side by side, a list."""
+    """Return a figure, width x height inches, and a list of its n axes side by side."""
     figure, axes = pyplot().subplots(1, n, figsize=(width, height), layout="constrained",
                                      squeeze=False)
     return figure, list(axes[0])
 
 
 def save(figure, path):
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as a PNG, completely or not at all."""
     try:
         with whole_file(path, "wb") as file:
             figure.savefig(file, dpi=150, format="png")
@@ -40,17 +40,17 @@ def save(figure, path):
 
 
 def marker(i):
-    """Return the marker of the i-th of several things."""
+    """Return the marker of the i-th series."""
     return "osD^vP*X<>"[i % 10]
 
 
 def shade(i, n):
-    """Return the colour of the i-th of n things that have an order: from dark to light."""
+    """Return the colour of the i-th of n ordered series, from dark to light."""
     return pyplot().cm.viridis(0.9 * i / max(n - 1, 1))
 
 
 def loops_axis(axes, label, which="x"):
-    """Put numbers of loops along an axis: each doubling is a step, labels are plain numbers."""
+    """Make an axis one of loops: a logarithm to base 2, labelled with plain numbers."""
     getattr(axes, f"set_{which}scale")("log", base=2)
     axis = getattr(axes, f"{which}axis")
     axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -60,8 +60,8 @@ def loops_axis(axes, label, which="x"):
 
 
 def isoflop(path, budgets, optima, title):
-    """Draw loss against mean recurrence at equal FLOPs, and above each budget's lowest point;
-    budgets: of tables.budgets_of; optima: as scaling.optimum_of gives them."""
+    """Draw loss against mean recurrence at equal FLOPs: on the left the loss, on the right how far
+    it is above each budget's lowest. budgets: see tables.budgets_of; optima: scaling.optimum_of."""
     figure, (left, right) = panels(2, 10.5, 4.2)
     fitted = {optimum["flops"]: optimum for optimum in optima}
     for i, budget in enumerate(budgets):
@@ -88,23 +88,23 @@ def isoflop(path, budgets, optima, title):
         loops_axis(axes, "mean recurrence mu_rec in training (loops)")
     left.set(ylabel="val loss at T = mu_rec (nats per token)", title=title)
     left.legend(fontsize=8)
-    right.set(ylabel="above the lowest mean (%)", ylim=(-1, 4),
-              title="Star: optimum; arrow: it is at the edge, or beyond")
+    right.set(ylabel="loss above the lowest mean of its budget (%)", ylim=(-1, 4),
+              title="Star: optimum; arrow: optimum at the edge, or beyond")
     save(figure, path)
 
 
 def optima(path, points, law, slopes):
-    """Draw the best recurrence and token count against the budget, by parabola and by law; points:
-    as scaling.optimum_of gives them; law: as laws.optimum does; slopes: the published exponents."""
+    """Draw the best recurrence and token count against the budget, by parabola and by law.
+    points: from scaling.optimum_of; law: from laws.optimum; slopes: the published exponents."""
     figure, every = panels(2, 9, 4)
     x, inside = np.array([one["flops"] for one in law]), [p for p in points if p["inside"]]
     labels = {"mu_rec": "best mean recurrence mu* (loops)", "tokens": "best token count D*"}
     for axes, (name, label), ci in zip(every, labels.items(), ("ci", "ci_tokens")):
-        # NaN: no interval, none drawn
+        # None becomes NaN: no interval is drawn
         best, low, high = np.array([(one[name], *one[ci]) for one in law], dtype=float).T
-        axes.fill_between(x, low, high, color="0.85", label="95 % of its resamples")
+        axes.fill_between(x, low, high, color="0.85", label="95% of its resamples")
         axes.loglog(x, best, "k-", label="training law")
-        middle = len(x) // 2  # only the slope is compared
+        middle = len(x) // 2  # only slopes are compared: lines cross here
         axes.loglog(x, best[middle] * (x / x[middle]) ** slopes[name], "k:",
                     label=f"published slope: C^{slopes[name]:.2f}")
         axes.plot([p["flops"] for p in inside], [p[name] for p in inside], "*", ms=12, color=RED,
@@ -123,7 +123,7 @@ def optima(path, points, law, slopes):
         edges = [(point["flops"], point[key]) for point in points if point[key]]
         if edges:
             mu.plot(*zip(*edges), arrow, color=RED,
-                    label=f"lowest loss at the edge: {key.replace('_', ' ')} that")
+                    label=f"lowest loss at the edge: {key.replace('_', ' ')} this")
     loops_axis(mu, labels["mu_rec"], "y")
     mu.legend(fontsize=8)
     save(figure, path)

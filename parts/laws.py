@@ -1,9 +1,9 @@
-"""Laws of the loss, hundreds of fits of one at once, and the best recurrence under a law.
+"""Parametric laws of the loss: fit hundreds at once, and find the best recurrence under a law.
 
-To add a law, write its prediction and an entry of LAWS: scaling.py fits it to the runs at
-T = mu_rec. The laws are those of §5 of "Parcae" (arXiv 2604.12946) and of "How Much Is One
-Recurrence Worth?" (arXiv 2604.21106), in the papers' letters. Fits are those of Hoffmann et al.
-2022 (approach 3): the Huber loss of the error of the log of the prediction, from random starts.
+To add a law, write its prediction and add an entry to LAWS: scaling.py fits it to the runs at
+T = mu_rec. The laws and their letters are those of §5 of "Parcae" (arXiv 2604.12946) and of "How
+Much Is One Recurrence Worth?" (arXiv 2604.21106). As in approach 3 of Hoffmann et al. 2022, a fit
+minimises the Huber loss of the residuals of the log loss, from random starting points.
 """
 
 import math
@@ -16,12 +16,12 @@ import torch
 from parts.cli import progress_bar
 from parts.tables import alike, column, distinct, rows_by_budget, run_key, unrolled
 
-DELTA = 1e-3  # an error of the log loss beyond this counts in proportion, not squared
-RESAMPLES = 200  # of the bootstrap
+DELTA = 1e-3  # of the Huber loss: larger residuals of the log loss count linearly
+RESAMPLES = 200  # bootstrap resamples
 
-# Fits of a parameter start from low to high, times `scale`: the "lowest" loss, the "span" of them,
-# "one". domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more), "any". per: ("N",
-# "x") for X in X N^-x: N is fitted in units of N0, printed is X N0^x.
+# A parameter starts between low and high times `scale`: the "lowest" loss, the "span" of the losses
+# or "one". domain: "log" (above 0, fitted as its logarithm), "from 0" (0 or more) or "any". per:
+# ("N", "x") for the X of X N^-x. The fit measures N in units of N0; summary() returns X N0^x.
 Parameter = namedtuple("Parameter", "low high scale domain per", defaults=("log", None))
 
 ASYMPTOTE = Parameter(0, 0.98, "lowest", "from 0")
@@ -29,21 +29,21 @@ POWER = Parameter(0.1, 1.5, "one")
 TERM = Parameter(0.05, 1, "span")
 
 
-# What a law predicts, from its parameters p and the runs r (runs_of). N counts the unrolled model.
+# The predictions, from parameters p and runs r (see runs_of). N is the unrolled model's size.
 
 def training(p, r, phi=1):
-    """L(mu, D) = E + X N^-x + Y D^-y, N = N_noncore + mu^phi N_core; phi 1: a loop is a layer."""
+    """Return E + X N^-x + Y D^-y, N = N_noncore + mu^phi N_core. phi = 1: a loop is a layer."""
     N = r.noncore + r.mu ** phi * r.core
     return p.E + p.X * N ** -p.x + p.Y * r.D ** -p.y
 
 
 def unified(p, r):
-    """L(T, mu, D) = training law + Z exp(-z T / mu)."""
+    """Return the training law's loss + Z exp(-z T / mu), for T loops at evaluation."""
     return training(p, r) + p.Z * torch.exp(-p.z * r.loops / r.mu)
 
 
 def worth(p, r):
-    """The training law with a phi to be found (arXiv 2604.21106, with A, alpha, B, beta there)."""
+    """Return the training law's loss with a fitted phi (A, alpha, B, beta in arXiv 2604.21106)."""
     return training(p, r, p.phi)
 
 
@@ -61,15 +61,15 @@ LAWS = {law.name: law for law in (
 
 
 def reasons_against(law, rows):
-    """Return why the rows cannot tell the parameters of a law, a list of texts; law: a name."""
+    """Return why the rows do not determine a law's parameters, a list of texts. law: a name."""
     values = {"sizes of the unrolled model": unrolled(rows), "token counts": column(rows, "tokens")}
     if law == "unified":
         loops = column(rows, "recurrence") / column(rows, "mu_rec")
         values["values of T / mu_rec at evaluation"] = loops
-    reasons = [f"{len({*some})} {name}, it needs 3"
+    reasons = [f"{len({*some})} {name}, but the law needs 3"
                for name, some in values.items() if len({*some}) < 3]
     if law == "worth" and distinct(rows, "params_core", "params_noncore") < 2:
-        reasons.append("1 size of model, it needs 2")
+        reasons.append("1 size of model, but the law needs 2")
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")
     if distinct(rows, "val_loss") == 1:
@@ -78,7 +78,7 @@ def reasons_against(law, rows):
 
 
 def runs_of(rows, units):
-    """Return what laws see of a table, float64 tensors (rows,): N and D in `units`."""
+    """Return the columns that laws read, float64 tensors (rows,), with N and D in `units`."""
     noncore, core, tokens, mu, loops = (
         torch.tensor(column(rows, name), dtype=torch.float64)
         for name in ("params_noncore", "params_core", "tokens", "mu_rec", "recurrence"))
@@ -87,14 +87,14 @@ def runs_of(rows, units):
 
 
 def named(law, theta):
-    """Return the parameters by name, each (...,), from theta (..., parameters): see Parameter."""
+    """Return theta (..., parameters) as named parameters, each (...,), logarithms undone."""
     values = zip(law.parameters.items(), theta.unbind(-1))
     return SimpleNamespace(**{name: value.exp() if parameter.domain == "log" else value
                               for (name, parameter), value in values})
 
 
 def start_ranges(law, losses):
-    """Return between which theta fits to these losses start: (2, parameters), low and high."""
+    """Return the lowest and highest starting theta for fits to these losses, (2, parameters)."""
     scales = {"lowest": losses.min(), "span": max(np.ptp(losses), 1e-3), "one": 1.0}
     ends = []
     for low, high, scale, domain, _ in law.parameters.values():
@@ -104,11 +104,11 @@ def start_ranges(law, losses):
 
 
 def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
-    """Return (theta, objective (fits,)) of hundreds of independent fits at once, by
-    Levenberg-Marquardt on the Huber loss (scipy makes one at a time).
+    """Return (theta, objective (fits,)) after hundreds of independent fits at once, by
+    Levenberg-Marquardt on the Huber loss (scipy makes one fit at a time).
 
-    theta: (fits, parameters), where to start. log_loss: (rows,) or (fits, rows). weights: (fits,
-    rows), how often a row counts."""
+    theta: (fits, parameters), the starting points. log_loss: (rows,) or (fits, rows). weights:
+    (fits, rows), how often each row counts."""
     def predict(one):
         return law.predict(named(law, one), runs).log()
     predict_all = torch.func.vmap(predict)
@@ -140,7 +140,7 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
         accepted = gained > 0
         moved = todo[accepted]
         theta[moved], best[moved] = new[accepted], value[accepted]
-        # Done: a step with little damping gains nothing, or no step however short gains anything.
+        # A fit is done if a step with little damping gains nothing, or if even tiny steps fail.
         flat = accepted & (gained <= 1e-8 * value + 1e-12) & (damping[todo] < 0.1)
         stuck = ~accepted & (damping[todo] > 1e9)
         damping[todo] = torch.where(accepted, damping[todo] / 5, damping[todo] * 4).clamp(1e-12)
@@ -153,12 +153,12 @@ def minimise(law, runs, log_loss, theta, weights=None, steps=2000):
 
 
 def damped_step(error, jacobian, weights, damping, at_bound):
-    """Return what to subtract from theta, (fits, parameters): between the Gauss-Newton step for
-    reweighted squares (no damping) and a short one downhill (much).
+    """Return the step to subtract from theta, (fits, parameters). Without damping it is the
+    Gauss-Newton step for reweighted squares, with much damping a short step downhill.
 
     error, weights: (fits, rows); jacobian: (fits, rows, parameters); damping: (fits,); at_bound:
-    (fits, parameters), what can only rise."""
-    # Squares weighted so have the Huber loss's gradient: a large error counts for less.
+    (fits, parameters), which parameters are at their lower bound and can only rise."""
+    # With these weights, least squares have the gradient of the Huber loss.
     huber = weights * (DELTA / error.abs()).clamp(max=1)
     gradient = ((huber * error)[:, None] @ jacobian)[:, 0]
     moves = ~(at_bound & (gradient > 0))
@@ -167,29 +167,29 @@ def damped_step(error, jacobian, weights, damping, at_bound):
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     ridge = damping[:, None] * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + 1e-30
     step = torch.linalg.solve(curvature + torch.diag_embed(ridge), gradient)
-    return step.clamp(-2, 2)  # of logarithms mostly: a factor of seven at most
+    return step.clamp(-2, 2)  # most are logarithms: a factor of e^2 at most
 
 
 class Fit(namedtuple("Fit", "law units starts every objective")):
-    """A law fitted. starts: of start_ranges. every: theta of the best fit, then of those to
-    resamples, (1 + resamples, parameters)."""
+    """A fitted law. units: of N and D. starts: see start_ranges. every: theta of the best fit, then
+    of the fits to bootstrap resamples, (1 + resamples, parameters)."""
 
     def predict(self, rows):
-        """Return losses (rows,)."""
+        """Return the predicted losses (rows,)."""
         return self.law.predict(named(self.law, self.every[0]), runs_of(rows, self.units)).numpy()
 
     def error(self, rows):
-        """Return the mean relative error of the prediction."""
+        """Return the mean absolute relative error of the predicted losses."""
         return float(np.abs(self.predict(rows) / column(rows, "val_loss") - 1).mean())
 
     def summary(self):
-        """Return what --json writes: each parameter, "ci" of each, and which are "undetermined":
-        their interval is more than half as wide as the range that fits started from."""
+        """Return a dict for --json: each parameter, the "ci" of each, and the "undetermined" ones,
+        whose interval is more than half as wide as the range of starting points."""
         values = {name: some.numpy() for name, some in vars(named(self.law, self.every)).items()}
         for name, parameter in self.law.parameters.items():
             if parameter.per:  # in natural units X is per parameter, Y per token
                 unit, power = parameter.per
-                with np.errstate(over="ignore"):  # infinite where the data say nothing of it
+                with np.errstate(over="ignore"):  # infinite if not determined
                     values[name] = values[name] * self.units[unit] ** values[power]
         result = {name: float(some[0]) for name, some in values.items()}
         result["ci"] = {name: interval(some) for name, some in values.items()}
@@ -202,8 +202,8 @@ class Fit(namedtuple("Fit", "law units starts every objective")):
 
 
 def interval(every):
-    """Return the central 95 % of samples, stretched to hold the point, which comes before them;
-    [None, None] of fewer than 20 finite samples, or 95 % of them, or where it is not finite."""
+    """Return the central 95% of resamples, widened to contain the estimate, which is every[0]; or
+    [None, None] if it or more than 5% of them are not finite, or fewer than 20 of them are."""
     point, samples = float(every[0]), np.asarray(every[1:], dtype=float)
     finite = samples[np.isfinite(samples)]
     if len(finite) < max(20, 0.95 * len(samples)) or not math.isfinite(point):
@@ -213,16 +213,16 @@ def interval(every):
 
 
 def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
-    """Return the Fit of a law: the best of many, and fits to resamples of the runs, each until it
-    has converged. law: a name."""
+    """Return the Fit of a law: the best from many starting points, and fits to bootstrap resamples
+    of the runs. law: a name."""
     law, losses = LAWS[law], column(rows, "val_loss")
-    # N and D of a middling run: in these units X and x do not stand in for each other. In X N^-x a
-    # change of x moves X by powers of ten, unless N is near 1.
+    # Measure N and D in units of their geometric means. Unless N is near 1, X and x in X N^-x can
+    # replace each other: a change of x moves X by powers of ten.
     units = {name: math.exp(np.log(some).mean())
              for name, some in (("N", unrolled(rows)), ("D", column(rows, "tokens")))}
     runs, log_loss = runs_of(rows, units), torch.tensor(np.log(losses))
 
-    # A short fit of every start, then the best of them to the end.
+    # Fit briefly from every starting point, then let the best eight converge.
     low, high = ranges = start_ranges(law, losses)
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(starts, len(low), generator=generator, dtype=torch.float64)
@@ -230,22 +230,22 @@ def fit_law(law, rows, starts=64, resamples=RESAMPLES, seed=0):
     theta, objective = minimise(law, runs, log_loss, theta[objective.argsort()[:8]])
     best = theta[objective.argmin()]
 
-    # Fits to resamples start from the best: other starts move no interval of our table.
+    # Fits to resamples start at the best fit: other starts moved no interval of our table.
     fit = Fit(law, units, ranges, best[None], objective.min().item())
     return refits(fit, rows, log_loss, resample(rows, resamples, seed)) if resamples else fit
 
 
 def refits(fit, rows, log_loss, weights=None):
-    """Return the Fit with resamples: fits to other log losses, or with other weights, either of
-    them (resamples, rows)."""
+    """Return the Fit with new resamples: fits to other log losses or with other weights, both
+    (resamples, rows)."""
     theta = fit.every[0].repeat(len(log_loss if weights is None else weights), 1)
-    for _ in range(2):  # from the end with large steps again: some leave a small dip
+    for _ in range(2):  # restart with large steps: some fits leave a local minimum
         theta, _ = minimise(fit.law, runs_of(rows, fit.units), log_loss, theta, weights)
     return fit._replace(every=torch.cat([fit.every[:1], theta]))
 
 
 def resample(rows, resamples, seed):
-    """Return how often each row counts (resamples, rows): whole runs are drawn with replacement."""
+    """Return how often each row counts (resamples, rows). Draw whole runs with replacement."""
     runs = list(dict.fromkeys(map(run_key, rows)))
     equal = np.full(len(runs), 1 / len(runs))
     counts = np.random.default_rng(seed).multinomial(len(runs), equal, resamples)
@@ -253,24 +253,23 @@ def resample(rows, resamples, seed):
 
 
 def fit_without_largest(law, rows, notes):
-    """Return (a fit to all but the largest budget, the rows of that); or None, and a note says
-    why."""
+    """Return (the fit to all but the largest budget, the rows of the largest, held out). If the
+    rows do not allow that, return None and add a note that says why."""
     *smaller, largest = rows_by_budget(rows)
     seen = [row for budget in smaller for row in budget]
-    reasons = reasons_against(law, seen) if seen else ["there is one budget"]
+    reasons = reasons_against(law, seen) if seen else ["there is only one budget"]
     if distinct(rows, "mu_rec") > 1 and distinct(largest, "mu_rec") < 3:
-        # also where the runs were planned by another accounting and share no budgets in this one
+        # e.g. runs that were planned with another accounting, and share no budgets in this one
         reasons.append("it has fewer than three recurrences")
     if reasons:
-        notes.append(f"{law} law: no error on the largest budget, fitted without it "
-                     f"({'; '.join(reasons)})")
+        notes.append(f"{law} law: no held-out error on the largest budget ({'; '.join(reasons)})")
         return None
     return fit_law(law, seen, resamples=0), largest
 
 
 def fit_with_error(law, rows, resamples, notes):
-    """Return (Fit, what --json writes of it); (None, None) where the rows cannot tell the
-    parameters, and a note says why."""
+    """Return (Fit, a dict of it for --json). If the rows do not determine the parameters, return
+    (None, None) and add a note that says why."""
     reasons = reasons_against(law, rows)
     if reasons:
         notes.append(f"{law} law: not fitted ({'; '.join(reasons)})")
@@ -282,14 +281,14 @@ def fit_with_error(law, rows, resamples, notes):
 
 # ----------------------------------------------------------------------------- the frontier
 
-MU = 2 ** np.linspace(0, 8, 601)  # the recurrences that a frontier is looked for among
+MU = 2 ** np.linspace(0, 8, 601)  # the mean recurrences that a frontier chooses from
 
 
 def token_cost(rows):
-    """Return a function, mean recurrences (n,) -> FLOPs of a token, by what a table's runs cost.
+    """Return a function from mean recurrences (n,) to FLOPs per token, interpolated between runs.
 
-    Of runs that differ in mu_bwd the cheapest count. Where mu_bwd is ceil(mu / 2) everywhere, odd
-    recurrences are dear by that rounding alone: those dearer than a mix of others are left out."""
+    Of runs that differ in mu_bwd the cheapest count. If mu_bwd is ceil(mu / 2) everywhere, rounding
+    alone makes odd recurrences expensive; those not cheaper than a mix of others are left out."""
     costs, rounded = {}, True
     for runs in alike(rows, "mu_rec"):
         mu = runs[0]["mu_rec"]
@@ -300,8 +299,8 @@ def token_cost(rows):
 
 
 def lower_hull(costs):
-    """Return those of {mean recurrence: FLOPs of a token} that are cheaper than every mix of two
-    others."""
+    """Return the entries of {mean recurrence: FLOPs per token} that are cheaper than every mix of a
+    smaller and a larger mean recurrence."""
     def mixes(mu):
         return [np.interp(mu, [a, b], [costs[a], costs[b]])
                 for a in costs for b in costs if a < mu < b]
@@ -309,9 +308,9 @@ def lower_hull(costs):
 
 
 def cost_between(costs):
-    """Return a function, mean recurrences (n,) -> FLOPs of a token, from {mean recurrence: FLOPs}:
-    straight lines between them. Beyond the ends the first and the last line go on; below the first,
-    a token costs no less than in proportion."""
+    """Return a function from mean recurrences (n,) to FLOPs per token that interpolates {mean
+    recurrence: FLOPs per token} linearly. Beyond the ends it extends the first and the last line;
+    below the first recurrence, the cost falls at most in proportion to the recurrence."""
     known, cost = np.array(sorted(costs.items())).T
     slopes = np.diff(cost) / np.diff(known) if len(known) > 1 else np.zeros(1)
 
@@ -323,9 +322,9 @@ def cost_between(costs):
 
 
 def frontier(fit, size, cost, flops):
-    """Return mu*, D* and the loss, where that is predicted to be lowest at a budget, each (fits,):
-    of fit.every. mu* is 1 or 256 where it is there or beyond. size: a row with the parameters of
-    the model. cost: see cost_between."""
+    """Return mu*, D* and the loss at a budget where the predicted loss is lowest, each (fits,), for
+    all of fit.every. mu* = 1 or 256 means there or beyond. size: a row with the parameters of the
+    model. cost: see cost_between."""
     tokens = flops / cost(MU)
     runs = runs_of([size | {"mu_rec": mu, "recurrence": mu, "tokens": D}
                     for mu, D in zip(MU, tokens)], fit.units)
@@ -335,8 +334,8 @@ def frontier(fit, size, cost, flops):
 
 
 def optimum(fit, size, cost, flops):
-    """Return a point of the frontier with its intervals, as --json writes it. An interval without
-    width is a kink of the cost: there mu* stays for a while."""
+    """Return a point of the frontier with its intervals, a dict for --json. An interval of width 0
+    means a kink of the cost per token, where mu* stays the same over a range of budgets."""
     points = frontier(fit, size, cost, flops)
     mu, tokens, loss = (float(every[0]) for every in points)
     ci, ci_tokens, ci_loss = map(interval, points)
@@ -350,9 +349,9 @@ def optimum(fit, size, cost, flops):
 def frontier_exponents(fit, size, cost, low, high):
     """Return mean exponents of mu* and D* along the frontier from `low` to `high` FLOPs, (2, fits).
 
-    The frontier is not a power law: it begins at one loop and stays at kinks of the cost. So this
-    is the slope of a line through logarithms, over the budgets where mu* is above 1; NaN where
-    those span less than a factor of two."""
+    The frontier is not a power law: it begins at one loop and stays at kinks of the cost. So the
+    exponent is the slope of a line through logarithms, over the budgets where 1 < mu* < 256; NaN if
+    those budgets span less than a factor of two."""
     log_flops = np.linspace(math.log(low), math.log(high), 25)
     every = [frontier(fit, size, cost, c)[:2] for c in np.exp(log_flops)]
     log_mu, log_tokens = np.log(np.array(every)).transpose(1, 2, 0)  # each (fits, budgets)
@@ -371,16 +370,16 @@ def exponents_of(fit, size, cost, flops):
 
 
 def far_exponents(fit):
-    """Return {"params", "tokens"}: exponents of N* and D*, the best size and token count,
-    C^(y / (x + y)) and C^(x / (x + y)).
+    """Return {"params", "tokens"}: the exponents y / (x + y) and x / (x + y) with which the best
+    size N* and token count D* grow with C.
 
-    Chinchilla's arithmetic, where cost is N times D. N* is that of the unrolled model, so mu*
-    grows like it once the loops are most of the model."""
+    This is Chinchilla's result for a cost proportional to N D. N* is the size of the unrolled
+    model, so mu* grows like N* once loops are most of the model."""
     p = named(fit.law, fit.every)
     return {"params": exponent(p.y / (p.x + p.y)), "tokens": exponent(p.x / (p.x + p.y))}
 
 
 def exponent(every):
-    """Return what --json writes of an exponent, from those of Fit.every; NaN becomes None."""
+    """Return an exponent and its "ci" for --json. every: those of all fits; NaN becomes None."""
     best = float(every[0])
     return {"exponent": best if math.isfinite(best) else None, "ci": interval(every)}

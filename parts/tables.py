@@ -1,7 +1,7 @@
-"""A table of training runs: its columns; reading CSV files and run directories; adding to one.
+"""Tables of training runs: columns, reading from CSV files and run directories, adding rows.
 
-A row is one run, evaluated after one number of loops: recurrence (T), where mu_rec (mu) is the mean
-in training. A row of a model without loops has params_core 0, mu_rec, mu_bwd and recurrence 1.
+A row is one run evaluated with one number of loops, its recurrence (T); mu_rec (mu) is the mean in
+training. A model without loops has params_core 0, and 1 for mu_rec, mu_bwd and recurrence.
 """
 
 import csv
@@ -20,13 +20,13 @@ SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 
 COLUMNS = {
     "model": str,  # prelude/recurrent/coda x channels
-    "params_core": float,  # parameters that multiply a token in each loop, as `accounting` counts
-    "params_noncore": float,  # ... once
+    "params_core": float,  # parameters that multiply each token once per loop, by `accounting`
+    "params_noncore": float,  # parameters that multiply each token once
     "flops": float,  # of the whole training
-    # exact, paper: as model.py counts. 6ND: six for each parameter and token, without loops
+    # exact, paper: see model.py. 6ND: six FLOPs per parameter and token, for models without loops
     "accounting": str,
     "mu_rec": float,  # mean recurrence in training
-    "mu_bwd": float,  # loops with gradient
+    "mu_bwd": float,  # loops with a gradient
     "tokens": float,  # of the whole training
     "recurrence": float,  # T, loops at evaluation
     "val_loss": float,  # nats per token
@@ -37,8 +37,8 @@ COLUMNS = {
 
 
 def read_csv(path):
-    """Return the rows of a table, a list of dicts. Raises UserError that names file and line, also
-    where a column is there twice: csv.DictReader would take the last without a word."""
+    """Return the rows of a table, a list of dicts. Raise UserError with the file and line of a
+    mistake, also for a repeated column: csv.DictReader would silently take the last."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -62,21 +62,21 @@ def read_csv(path):
 
 
 def row_of(line):
-    """Return a row of a table from its {column: text}. Raises ValueError."""
-    if None in line:  # a decimal comma, say
-        raise ValueError("it has more cells than the first line")
+    """Return a row of a table from its {column: text}. Raise ValueError for a bad cell."""
+    if None in line:  # e.g. after a decimal comma
+        raise ValueError("it has more cells than the header")
     row = {name: value_of(name, line[name]) for name in COLUMNS}
     if row["accounting"] not in ("exact", "paper", "6ND"):
-        raise ValueError(f"accounting is {row['accounting']!r}, must be exact or paper, or 6ND "
-                         "without loops")
+        raise ValueError(f"accounting is {row['accounting']!r}, must be exact, paper, or 6ND "
+                         "for models without loops")
     if row["accounting"] == "6ND" and row["mu_rec"] != 1:
-        raise ValueError(f"accounting is '6ND' and mu_rec {row['mu_rec']:g}, must be exact or "
-                         "paper")
+        raise ValueError(f"accounting is '6ND' and mu_rec {row['mu_rec']:g}: with loops it must be "
+                         "exact or paper")
     return row
 
 
 def value_of(name, text):
-    """Return what a cell of a table says; text: None where it is missing. Raises ValueError."""
+    """Return a cell's value. text: None if the cell is missing. Raise ValueError if it is bad."""
     kind = COLUMNS[name]
     if text is None or not text.strip():
         why = "missing: the line is too short" if text is None else "empty"
@@ -96,24 +96,24 @@ def value_of(name, text):
 
 
 def as_written(row):
-    """Return a row as write_csv writes it: losses to 6 digits, other fractions to 10."""
+    """Return a row as write_csv writes it, with 6 digits of losses and 10 of other floats."""
     digits = {"val_loss": 6}
     return {name: f"{value:.{digits.get(name, 10)}g}" if isinstance(value, float) else value
             for name, value in row.items()}
 
 
 def identity(row):
-    """Return a tuple that a row has before it was written to a table and after."""
+    """Return a tuple that identifies a row, the same before and after writing to a table."""
     return tuple(as_written(typed(row)).values())
 
 
 def typed(row):
-    """Return the columns of a table, in order, from a dict that has them and perhaps others."""
+    """Return a row, columns in order, from a dict that has them and perhaps other keys."""
     return {name: kind(row[name]) for name, kind in COLUMNS.items()}
 
 
 def write_csv(path, rows, columns=COLUMNS):
-    """Write a table, of a sweep or of other columns; it appears whole or not at all."""
+    """Write a table, of runs or with other columns; the file appears whole or not at all."""
     with whole_file(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -121,9 +121,9 @@ def write_csv(path, rows, columns=COLUMNS):
 
 
 def add_rows(table, rows):
-    """Add the rows that a table lacks at its end; what it holds stays, and what others add
-    meanwhile."""
-    table = Path(table).resolve()  # one lock, whichever link leads there
+    """Append the rows that a table lacks. Rows that are there stay, also those that other processes
+    add meanwhile."""
+    table = Path(table).resolve()  # all links to a table share one lock
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
         text, there = ",".join(COLUMNS), set()
@@ -132,7 +132,7 @@ def add_rows(table, rows):
             text = table.read_text(encoding="utf-8-sig").rstrip("\n")
         missing = [as_written(row) for row in rows if identity(row) not in there]
         if missing:
-            # perhaps with columns that are not ours
+            # the table may have additional columns
             names = [name.strip() for name in next(csv.reader(text.splitlines()))]
             with whole_file(table) as file:
                 file.write(text + "\n")
@@ -142,12 +142,12 @@ def add_rows(table, rows):
 
 
 def last_line(run):
-    """Return the last whole line of a run's log; {"kind": None, "flops": 0} where there is none."""
+    """Return a log's last complete line, a dict; {"kind": None, "flops": 0} if there is none."""
     path = run / "log.jsonl"
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))  # the end alone: a sweep asks often
-            line = log_line(file.read().split(b"\n")[-2])  # what no newline ends is not whole
+            file.seek(max(0, path.stat().st_size - 65536))  # only the end: a sweep calls this often
+            line = log_line(file.read().split(b"\n")[-2])  # a complete line ends in a newline
         if {"kind", "flops"} <= line.keys():
             return line
     except (OSError, ValueError, IndexError):
@@ -156,18 +156,18 @@ def last_line(run):
 
 
 def model_columns(config):
-    """Return what a row says of a model and its depths; config: "model" in config.json."""
+    """Return a row's columns model, mu_rec and mu_bwd. config: "model" in config.json."""
     mu = config["mean_recurrence"] if config["n_recurrent"] else 1
     name = "{n_prelude}/{n_recurrent}/{n_coda} x {n_embd}".format(**config)
     if config["n_recurrent"] and config.get("injection", "diagonal") != "diagonal":
-        name += f" {config['injection']}"  # another rule is another model
+        name += f" {config['injection']}"  # another injection rule makes another model
     return {"model": name, "mu_rec": mu, "mu_bwd": min(mu, config["backprop_depth"])}
 
 
 def rows_of_run(path):
-    """Return the rows of a run of train.py, one for each accounting and loop count; [] if it is not
-    finished. Raises UserError. By an accounting that is not the run's own, its FLOPs are in
-    proportion, as at its mean depth."""
+    """Return the rows of a run of train.py, one per accounting and loop count, or [] if it is not
+    finished. Raise UserError if a file is bad. FLOPs by an accounting that is not the run's own are
+    scaled by the FLOPs per token at its mean depth."""
     last = last_line(path)
     if last["kind"] != "done":
         return []
@@ -192,8 +192,8 @@ def rows_of_run(path):
 
 
 def read_tables(paths, accounting=None):
-    """Return (the rows of CSV files and directories of runs, each once and of all accountings; the
-    accounting named, else exact, else what is there). Raises UserError."""
+    """Return (the rows of CSV files and run directories, each once, of all accountings; the name of
+    one: the given, else exact, else another that is there). Raise UserError for bad files."""
     rows, folders = [], []
     for path in map(Path, paths):
         if path.is_dir():
@@ -210,18 +210,18 @@ def read_tables(paths, accounting=None):
     say_differences(folders)
     once = list({identity(row): row for row in rows}.values())
     if len(once) < len(rows):
-        print(f"{len(rows) - len(once)} rows are there twice and count once")
+        print(f"{len(rows) - len(once)} rows are repetitions of others and count once")
 
     there = sorted({row["accounting"] for row in once})
     if accounting and accounting not in there:
-        raise UserError(f"--accounting is {accounting}, these tables have {', '.join(there)}")
+        raise UserError(f"--accounting is {accounting}, but these tables have {', '.join(there)}")
     return once, accounting or ("exact" if "exact" in there else there[0])
 
 # ----------------------------------------------------------------------------- rows
 
 
 def column(rows, name):
-    """Return an array (rows,) of one column."""
+    """Return one column as an array (rows,)."""
     return np.array([row[name] for row in rows])
 
 
@@ -231,7 +231,7 @@ def unrolled(rows):
 
 
 def alike(rows, *names):
-    """Return lists of rows that are equal in these columns."""
+    """Return the rows in groups (lists) that have equal values in these columns."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -239,7 +239,7 @@ def alike(rows, *names):
 
 
 def distinct(rows, *names):
-    """Return how many different values a column has, or several columns together."""
+    """Return how many different values, or combinations of values, these columns have."""
     return len(alike(rows, *names))
 
 
@@ -249,17 +249,17 @@ def trained_depth(rows):
 
 
 def run_key(row):
-    """Return a tuple that rows of one run share: they differ in the loops at evaluation alone."""
+    """Return a tuple that all rows of one run share: they differ only in T and the loss."""
     return tuple(row[name] for name in ("flops", "model", "mu_rec", "mu_bwd", "tokens", "seed"))
 
 
 def runs_in(rows):
-    """Return how many runs there are; one run has other FLOPs by another accounting."""
+    """Return how many runs there are. Rows of one run have different FLOPs by accounting."""
     return len({run_key(row)[1:] for row in rows})
 
 
 def kept(rows, keep, notes, why):
-    """Return the rows that keep(row) is true for. A note counts the runs left out, and why."""
+    """Return the rows for which keep(row) is true. Add a note: how many runs are left out, why."""
     result = [row for row in rows if keep(row)]
     left_out = runs_in(rows) - runs_in(result)
     if left_out:
@@ -268,12 +268,12 @@ def kept(rows, keep, notes, why):
 
 
 def same_budget(flops, other):
-    """Return whether two numbers of FLOPs are of the same budget."""
+    """Return whether two FLOP counts belong to the same budget."""
     return max(flops / other, other / flops) <= SAME_BUDGET
 
 
 def rows_by_budget(rows):
-    """Return lists of rows, by rising FLOPs: those of one budget each."""
+    """Return the rows in groups (lists) of one budget each, by rising FLOPs."""
     groups = []
     for row in sorted(rows, key=lambda row: row["flops"]):
         if not groups or not same_budget(row["flops"], groups[-1][0]["flops"]):
@@ -283,33 +283,33 @@ def rows_by_budget(rows):
 
 
 def distinct_budgets(budgets):
-    """Return budgets without repetitions, rising. Raises UserError where two would count as one."""
+    """Return sorted budgets without repetitions. Raise UserError if two would count as one."""
     budgets = sorted({*budgets})
-    apart = SAME_BUDGET ** 2  # a run overshoots, and the lower budget has its own margin
+    apart = SAME_BUDGET ** 2  # a run may overshoot by 3%, and 3% apart counts as one
     for low, high in itertools.pairwise(budgets):
         if high <= apart * low:
-            raise UserError(f"--budgets {low:g} and {high:g} are less than {apart - 1:.0%} apart: "
-                            "they would count as one")
+            raise UserError(f"--budgets {low:g} and {high:g} are less than {apart - 1:.0%} apart "
+                            "and would count as one")
     return budgets
 
 
 def comparable(rows):
-    """Return lists of rows whose losses obey one law: those of each model; all of a table without
-    loops, where sizes differ."""
+    """Return the rows in groups (lists) whose losses follow one law: one group per model, or one
+    for a table without loops, where models differ in size."""
     unlooped = all(row["mu_rec"] == 1 for row in rows)
     return [rows] if unlooped else alike(rows, "model")
 
 
 class Budget:
-    """The runs at one budget: mean log losses of its recurrences, and how many seeds each has.
+    """The runs at one budget: the mean log loss of each recurrence, and its number of seeds.
 
-    cells: {mu_rec: {seed: log loss}}; the arrays are (recurrences,). Of runs of the same recurrence
-    and seed the one with most tokens counts, the cheapest; of those the one of higher loss."""
+    cells: {mu_rec: {seed: log loss}}; arrays: (recurrences,). Of runs of equal recurrence and seed,
+    the one with most tokens counts (a token costs least), and of several such the highest loss."""
 
     def __init__(self, rows):
         self.flops = math.exp(np.mean(np.log(column(rows, "flops"))))
         self.cells, tokens = {}, {}
-        # what counts comes last
+        # sorted so that the run that counts comes last
         for row in sorted(rows, key=lambda row: (row["mu_rec"], row["tokens"], row["val_loss"])):
             self.cells.setdefault(row["mu_rec"], {})[row["seed"]] = math.log(row["val_loss"])
             tokens[row["mu_rec"]] = row["tokens"]
@@ -322,5 +322,5 @@ class Budget:
 
 
 def budgets_of(rows):
-    """Return [Budget] by rising FLOPs; rows: at T = mu_rec, of one accounting."""
+    """Return [Budget] by rising FLOPs. rows: those at T = mu_rec, of one accounting."""
     return [Budget(group) for group in rows_by_budget(rows)]

@@ -75,7 +75,7 @@ def test_a_largest_budget_that_is_not_shared_is_not_held_out():
     assert {row["flops"] for row in unseen} == {16e12} and len(unseen) == 7 and notes == []
     out = scaling.fit_optima(rows + other, "other", resamples=0)[0]
     assert out["training_law"]["held_out_error"] is None
-    assert "no error on the largest budget, fitted without it (it has fewer than three" in " ".join(
+    assert "no held-out error on the largest budget (it has fewer than three recur" in " ".join(
         out["notes"])
 
 
@@ -93,7 +93,7 @@ def test_a_law_that_the_runs_contradict_is_said_to_be_so(capsys):
                         (lambda row: parametric(row) + 0.05 * (row["mu_rec"] == 4), True)):
         out, _ = scaling.fit_optima(sweep(loss, 1e-3, seeds=3), "exact", resamples=0)
         report.report(out | {"laws": {}})
-        assert ("it is not quite right" in capsys.readouterr().out) == wrong
+        assert ("form of the law is not quite right" in capsys.readouterr().out) == wrong
 
 
 def test_a_law_is_judged_at_the_tokens_that_runs_had():
@@ -110,7 +110,7 @@ def test_a_law_is_judged_at_the_tokens_that_runs_had():
 def test_two_recurrences_are_enough_for_gains(capsys):
     rows = sweep(lambda row: 2.0 - 0.1 * (row["mu_rec"] == 8), 1e-3, seeds=3, recurrences=(1, 8))
     report.report(scaling.fit_table(rows, "exact", resamples=0)[0])
-    assert capsys.readouterr().out.count("by mu_rec 8, 3 pairs") == 5
+    assert capsys.readouterr().out.count("with mu_rec 8, 3 pairs") == 5
 
 
 def test_runs_of_another_accounting_are_counted(capsys):
@@ -198,11 +198,11 @@ def test_fit_and_predict_from_the_command_line(tmp_path, monkeypatch, capsys):
     tokens = float(said.split("D*   = ")[1].split()[0])
     assert mu * 1.2 > 16 and "not inside the recurrences tried" in said
     assert tokens == pytest.approx(1.6e14 / cost(mu), rel=0.01)
-    assert "warning: 10 times beyond" in said
+    assert "warning: this budget is 10 times beyond" in said
     found = scaling.fit_optima(*read_tables([tmp_path / "t.csv"]), resamples=20)
     monkeypatch.setattr(scaling, "fitted", lambda args: found)
     scaling.predict(SimpleNamespace(flops=4e12))
-    assert "the runs at this budget, without the law: mu* = " in capsys.readouterr().out
+    assert "a parabola through the runs at this budget: mu* = " in capsys.readouterr().out
 
 
 def test_the_cost_of_a_token_does_not_depend_on_the_order_of_runs():
@@ -218,7 +218,7 @@ def test_what_no_resample_says_is_not_said(capsys):
     out, _ = scaling.fit_table(rows, "exact", resamples=2)
     assert out["noise"] is None and out["power_laws"]["mu_rec"]["defined"] is None
     report.report(out)
-    assert "no interval: nothing is known of the noise" in capsys.readouterr().out
+    assert "no interval: the noise of a run is unknown" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_tables_are_printed(tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_every_run_that_leaves_is_counted():
     assert "2 runs have no row at T = mu_rec, where loss is compared, and are left out" in notes
     assert len(table.rows) == 33 and out["runs"] == 35
     alone = [row for row in rows if (row["flops"], row["mu_rec"]) != (4e12, 1)]
-    assert "gain over mu_rec = 1: 6 runs have no other" in " ".join(
+    assert "gain over mu_rec = 1: 6 runs have no partner" in " ".join(
         scaling.fit_optima(alone, "exact", resamples=0)[0]["notes"])
 
 
@@ -277,7 +277,7 @@ def test_a_law_is_fitted_without_the_effects_of_seeds(capsys):
     assert abs(left_in - expected["mu_rec"]["exponent"]) > 0.05
     report.report(out)
     said = capsys.readouterr().out
-    assert "seeds differ in all runs alike" in said and "0: -2.00%, 1: +1.00%" in said
+    assert "removed from all losses: seed 0: -2.00%, seed 1: +1.00%" in said
 
 
 def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
@@ -310,7 +310,7 @@ def test_a_cell_headed_95_percent_has_an_interval():
     assert report.optimum_text(inside | {"ci": [1.9, 2.1]}) == "2 [1.9, 2.1]"
     single = {"gain": -0.0121, "ci": [-0.0311, 0.0069], "mu_rec": [2.0], "single": True,
               "by_seed": [-0.0121]}
-    assert report.gain_text(single).startswith("-0.012 (one pair, +-0.019) by mu_rec 2")
+    assert report.gain_text(single).startswith("-0.012 (one pair, +-0.019) with mu_rec 2")
     assert "one pair)" in report.gain_text(single | {"ci": [None, None]})
 
 

@@ -1,10 +1,10 @@
-"""Is my evening enough? What a sweep would find of a known law, before anybody trains it.
+"""Is my evening enough? Simulate what a sweep would find, before you train it.
 
     python -m tools.design --budgets 4e12 8e12 1.6e13 --recurrences 1 2 4 8 16 --seeds 0 1 2
 
-The training law fitted to a table is taken for the truth. Made-up sweeps of the grid asked for get
-the noise of real runs, and both methods, laws and parabolas, are let loose on them. The spread of
-what they find is the interval to expect at best: real runs need not obey the law.
+The training law fitted to a table serves as the truth. Losses of simulated sweeps are its
+predictions plus the noise of real runs. The law and parabolas are then fitted to each sweep. A real
+sweep has intervals at least as wide as the spread of these fits, since runs need not obey the law.
 """
 
 import itertools
@@ -20,19 +20,19 @@ from parts.tables import budgets_of, column, distinct_budgets
 
 
 def grid(size, cost, budgets, recurrences, seeds):
-    """Return the rows of a sweep, val_loss still unknown; size: a row of the model."""
+    """Return the rows of a sweep, without new losses. size: a row with the model's columns."""
     return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
                     "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed}
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
 
 def simulate(fit, rows, cost, noise, repeats):
-    """Return {"truth", "law", "parabola"}, what both methods find in made-up sweeps of a law with
-    noise (relative) in the losses: each {"mu": log mu* (repeats, budgets), "exponent": (repeats,)},
-    of the truth one repeat."""
+    """Return {"truth", "law", "parabola"}: the true optima and what both methods find in simulated
+    sweeps with relative noise in the losses. Each is {"mu": log mu* (repeats, budgets),
+    "exponent": (repeats,)}; the truth has one repeat."""
     rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
-    # of these only the recurrences and seeds are used: the losses are those of each sweep
+    # only the recurrences and seeds of these are used, with the losses of each sweep
     budgets = budgets_of([row | {"val_loss": 1.0} for row in rows])
     flops = [budget.flops for budget in budgets]
     both = refits(fit, rows, torch.tensor(log_loss))  # the truth comes first
@@ -49,8 +49,8 @@ def simulate(fit, rows, cost, noise, repeats):
 
 
 def central(samples):
-    """Return the 2.5 %, 50 % and 97.5 % quantiles of samples without NaN; NaN of fewer than 20.
-    Some may be infinite."""
+    """Return the 2.5%, 50% and 97.5% quantiles of the samples that are not NaN (they may be
+    infinite), or three NaN if these are fewer than 20."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 20:
         return [math.nan] * 3
@@ -58,38 +58,38 @@ def central(samples):
 
 
 def span(low, middle, high):
-    """Return a number and its interval as text."""
+    """Return a median and its interval as text."""
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def design(args):
-    """Print what a sweep would cost and find. Raises UserError."""
+    """Print what a sweep would cost and find. Raise UserError if the flags do not allow that."""
     budgets, recurrences = distinct_budgets(args.budgets), sorted({*args.recurrences})
     if len(recurrences) < 3 or len(budgets) < 2:
-        raise UserError("a design needs two budgets and three recurrences at least")
+        raise UserError("a design needs two budgets and three recurrences or more")
     out, table = scaling.fitted(args, resamples=0)
     noise = args.noise or (out["noise"] or {}).get("sd")
     if not noise:
-        raise UserError("these tables say nothing of the noise of a run: give --noise, as 0.003")
+        raise UserError("the noise of a run is unknown from these tables: give --noise, e.g. 0.003")
     rows = grid(table.rows[0], table.cost, budgets, recurrences, sorted({*args.seeds}))
     flops = column(rows, "flops").sum()
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
-          f"taken for the truth: the training law of {out['runs']} runs; noise {noise:.2%} a run; "
-          f"{args.repeats} made-up sweeps\n\n"
-          "mu* [95 %]; 0 and inf: at the edge of the recurrences tried, or beyond\n"
-          "     FLOPs       true   found by the law     by parabolas         inside")
+          f"{args.repeats} simulated sweeps; truth: the training law fitted to {out['runs']} runs; "
+          f"noise of a run: {noise:.2%} of the loss\n\n"
+          "mu*: median [95% of sweeps]; 0 or inf: at the edge of the recurrences tried, or beyond\n"
+          "     FLOPs       true   by training law      by parabolas         bottom inside")
 
     truth, law, parabola = simulate(table.fit, rows, table.cost, noise, args.repeats).values()
     for j, c in enumerate(budgets):
         by_law, by_parabola = (span(*np.exp(central(of["mu"][:, j]))) for of in (law, parabola))
         print(f"{c:10.3g}   {math.exp(truth['mu'][0, j]):8.2f}   {by_law:18s}   "
               f"{by_parabola:18s}   {np.isfinite(parabola['mu'][:, j]).mean():6.0%}")
-    print(f"\nexponent of mu*: true {truth['exponent'][0]:.2f} (nan: these budgets are too small)")
+    print(f"\nexponent of mu*: true {truth['exponent'][0]:.2f} (nan: mu* > 1 at too few budgets)")
     for label, of in (("by the law", law), ("by parabolas", parabola)):
         low, middle, high = central(of["exponent"])
-        print(f"  {label:12s}  {span(low, middle, high)}, half width {(high - low) / 2:.2f}; none "
-              f"in {np.isnan(of['exponent']).mean():.0%} of sweeps")
+        print(f"  {label:12s}  {span(low, middle, high)}, half width {(high - low) / 2:.2f}; "
+              f"no exponent in {np.isnan(of['exponent']).mean():.0%} of sweeps")
 
 
 def main():
@@ -100,15 +100,15 @@ def main():
     add("--recurrences", type=LOOPS, nargs="+", required=True, metavar="MU",
         help="mean recurrences to try at each budget")
     add("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
-        help="seeds of each cell, such as 0 1 2 for three (default: 0)")
+        help="seeds to train for each budget and recurrence, e.g. 0 1 2 (default: 0)")
     add("--noise", type=POSITIVE, metavar="SD",
-        help="of a run's loss, relative (default: the tables')")
+        help="relative noise of a run's loss (default: estimated from the tables)")
     add("--speed", type=POSITIVE, default=2.8e10, metavar="F",
-        help="FLOP/s of a core or GPU (default: %(default)g, a core of an AMD EPYC, 16 channels)")
+        help="FLOP/s of a core or GPU (default: %(default)g: AMD EPYC core, 16-channel model)")
     add("--repeats", type=COUNT, default=100, metavar="N",
-        help="made-up sweeps (default: %(default)s)")
+        help="simulated sweeps (default: %(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the fits are small: threads cost more than they bring
+    torch.set_num_threads(1)  # the fits are so small that threads slow them down
     design(args)
 
 
