@@ -244,7 +244,7 @@ def show(title, rows):
 def cell(name, value):
     """Return a value of a table as text."""
     if isinstance(value, float):
-        return f"{value:.0%}" if name.startswith("share") else f"{value:,.1f}"
+        return f"{value:.0%}" if name.startswith("share of") else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 
