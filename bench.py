@@ -51,8 +51,9 @@ def cases_of(config, recurrence):
     def plain(layers):
         return replace(config, n_prelude=layers, n_recurrent=0, n_coda=0)
     twice = min(range(n, 4 * n + 1), key=lambda layers: abs(parameters(plain(layers)) - 2 * size))
+    T = config.mean_recurrence
     layers = {"plain, same parameters": n, TWICE: twice,
-              "plain, same depth": layers_run(config, config.mean_recurrence)}
+              f"plain, depth of T = {T}": layers_run(config, T)}
     return cases + [Case(name, plain(number), 1) for name, number in layers.items()]
 
 
@@ -217,7 +218,8 @@ def generation_of(case, args):
 @torch.no_grad()
 def decode_speed(cases, args):
     """Measure tokens/s of decoding one sequence, print them with limits and return the rows."""
-    peak = machine.matmul_peak(args.device, activations(args.dtype))
+    peak = max(machine.matmul_peak(args.device, dtype)
+               for dtype in (torch.float32, activations(args.dtype)))
     bytes_per_s = bandwidth(args.device)
     steps, flops, read = zip(*(generation_of(case, args) for case in cases))
     rows = speeds(cases, steps, STEPS, args, "decode")

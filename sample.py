@@ -118,7 +118,7 @@ def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
     speed = len(made) / (time.perf_counter() - start)
 
     notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{', compiling included' * args.compile}"
-    if loops_used:
+    if args.exit_threshold is not None:
         notes += f", {sum(loops_used) / len(loops_used):.2f} loops per token"
     if counts:
         notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
@@ -142,7 +142,7 @@ def main():
     recurrences = recurrences_of(args, model.config)
     T, block_size = idx.shape[1], model.config.block_size
     if T > block_size:
-        print(f"the prompt has {T} tokens; the model reads only the last {block_size}")
+        print(f"of {T} tokens (one begins the text), the model reads only the last {block_size}")
     for recurrence in recurrences:
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(1, args.samples + 1):

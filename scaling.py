@@ -85,7 +85,7 @@ def optimum_of(budget, every, cost, noise):
         "flops": budget.flops, "mu_tried": budget.mu.tolist(), "inside": math.isfinite(log_mu),
         "at_most": low if log_mu == -math.inf else None,
         "at_least": high if log_mu == math.inf else None,
-        "mu_rec": None, "ci": [None, None], "ci_at_edge": [False, False], "tokens": None,
+        "mu_rec": None, "ci": [None, None], "ci_at_edge": ["", ""], "tokens": None,
         "val_loss": None, "parabola": parabola, "fitted_to": budget.mu[near].tolist(),
         "lack_of_fit": chance.lack_of_fit(*left_by_parabola(budget), noise),
     }
@@ -97,7 +97,8 @@ def optimum_of(budget, every, cost, noise):
         ends = np.append(np.quantile(every[1:], [0.025, 0.975], method="nearest"), log_mu)
         ends = np.array([ends.min(), ends.max()])  # the interval contains its estimate
         optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
-        optimum["ci_at_edge"] = np.isinf(ends).tolist()
+        at_edge = {-math.inf: "<= ", math.inf: ">= "}
+        optimum["ci_at_edge"] = [at_edge.get(end, "") for end in ends.tolist()]
     return optimum
 
 
@@ -302,8 +303,8 @@ def predict(args):
             print(f"a parabola through the runs at this budget: mu* = {optimum_text(optimum)}")
     beyond = max(best["mu_rec"] / mu.max(), mu.min() / best["mu_rec"])
     if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}; it "
-              f"is at their end or beyond it (by a factor of {beyond:.3g})")
+        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}, "
+              f"but {beyond:.3g} times their end")
     beyond = max(args.flops / flops.max(), flops.min() / args.flops)
     if beyond >= 2:
         print(f"warning: this budget is {beyond:.3g} times beyond those of the runs; the intervals "

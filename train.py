@@ -377,7 +377,7 @@ def introduce(s):
     if config.n_recurrent and config.mean_recurrence > 1:
         loop += (f" (runs {config.mean_recurrence} times on average, {s.args.depth_sampling}; "
                  f"the last {config.backprop_depth} with gradient)")
-    tokens = np.asarray(s.loader.shards[0][:1_000_000])
+    tokens = np.asarray(s.loader.shards[0][::1 + len(s.loader.shards[0]) // 2_000_000])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
     print(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
           f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
@@ -393,8 +393,8 @@ def introduce(s):
 def report(s):
     """Evaluate on more sequences; print the losses, a sample and commands to try next."""
     args, state, config = s.args, s.run.state, s.model.config
-    values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro,
-                      args.eval_recurrence)
+    recurrence = sorted({*args.eval_recurrence, config.mean_recurrence})
+    values = evaluate(s.model, s.val_loader, 8 * args.eval_sequences, s.micro, recurrence)
     s.run.log("done", **values)
     if rank() > 0:
         return

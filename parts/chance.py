@@ -82,7 +82,8 @@ def lack_of_fit(squares, freedom, noise):
     if freedom < 1 or noise is None or noise["source"] != "seeds":
         return None
     draws = np.random.default_rng(0).f(freedom, noise["freedom"], 20_000)
-    return float(np.mean(draws >= squares / freedom / noise["sd"] ** 2))
+    as_large = draws >= squares / freedom / noise["sd"] ** 2
+    return float((as_large.sum() + 1) / (len(draws) + 1))  # never 0, which draws cannot show
 
 
 def most_by_chance(noise, runs):

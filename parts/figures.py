@@ -69,7 +69,7 @@ def isoflop(path, budgets, optima, title):
         mu, log_loss = np.array([(mu, loss) for mu, seeds in budget.cells.items()
                                  for loss in seeds.values()]).T
         parts = [(mu, log_loss, {"marker": marker(i), "ls": "", "ms": 5, "alpha": 0.7,
-                                 "label": f"{budget.flops:.2g} FLOPs"}),
+                                 "label": f"{budget.flops:.3g} FLOPs"}),
                  (budget.mu, budget.log_loss, {"lw": 0.7, "ls": ":"})]
         lowest, optimum = budget.log_loss.min(), fitted.get(budget.flops)
         if optimum and optimum["inside"]:
@@ -112,7 +112,7 @@ def optima(path, points, law, slopes):
         axes.set(xlabel="training FLOPs C", ylabel=label)
         if points:
             budgets = [point["flops"] for point in points]
-            axes.set_xticks(budgets, [f"{c:.2g}" for c in budgets])
+            axes.set_xticks(budgets, [f"{c:.3g}" for c in budgets], rotation=30, fontsize=8)
             axes.set_xticks([], minor=True)
     mu = every[0]
     for point in points:

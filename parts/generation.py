@@ -88,9 +88,9 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
            loops_used=None):
     """Yield the next n tokens, each (B, 1) and drawn given the last block_size tokens before it.
 
-    Arguments are as in `generate`. loops_used: a list that receives the loops of each token whose
-    loop may end early. Once the context is full, the window slides, and every token in it gets a
-    new position. Then no cache can be used, and each token costs a full forward pass."""
+    Arguments are as in `generate`. loops_used: a list that receives the loops of each token. Once
+    the context is full, the window slides, and every token in it gets a new position. Then no cache
+    can be used and no loop ends early: each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
     capacity = min(idx.shape[1] + n, model.config.block_size)
     exits = exit_threshold is not None
@@ -100,17 +100,17 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
         recurrence, = model.depths_of(1, recurrence)
         cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else kv_cache)
         for _ in range(n):
-            new = idx[:, cache.pos:]
+            new, loops = idx[:, cache.pos:], recurrence
             slides = idx.shape[1] > capacity  # the window slides: use no cache
             if slides or cache.pos == 0:  # or the prompt comes: all tokens at once
                 x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
                 logits = model.head(x[:, -1:])
             elif exits:
                 logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
-                if loops_used is not None:
-                    loops_used.append(loops)
             else:  # one more token
                 logits, _, _ = model.advance(new, cache, 0, recurrence)
+            if loops_used is not None:
+                loops_used.append(loops)
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)
             yield token

@@ -334,15 +334,17 @@ def frontier(fit, size, cost, flops):
 
 
 def optimum(fit, size, cost, flops):
-    """Return a point of the frontier with its intervals, a dict for --json. An interval of width 0
-    means a kink of the cost per token, where mu* stays the same over a range of budgets."""
+    """Return a point of the frontier with its intervals, a dict for --json. Where the cost per
+    token has a kink, mu* stays the same over a range of budgets, and an interval has no width."""
     points = frontier(fit, size, cost, flops)
     mu, tokens, loss = (float(every[0]) for every in points)
     ci, ci_tokens, ci_loss = map(interval, points)
     fewest, most = MU[[0, -1]].tolist()
-    return {"flops": flops, "mu_rec": mu, "ci": ci, "ci_at_edge": [ci[0] == fewest, ci[1] == most],
+    slopes = np.diff(cost(mu * np.array([0.999, 1, 1.001])))  # below and above mu*
+    return {"flops": flops, "mu_rec": mu, "ci": ci,
+            "ci_at_edge": [{fewest: "<= ", most: ">= "}.get(end, "") for end in ci],
             "at_most": mu if mu == fewest else None, "at_least": mu if mu == most else None,
-            "kink": fewest < mu < most and ci == [mu, mu], "tokens": tokens,
+            "kink": ci == [mu, mu] and not math.isclose(*slopes, rel_tol=1e-6), "tokens": tokens,
             "ci_tokens": ci_tokens, "val_loss": loss, "ci_val_loss": ci_loss}
 
 

@@ -6,8 +6,7 @@ NEAR_BUDGETS = 1.10  # budgets closer than this factor may be meant as one
 
 # Published numbers. SLOPES are the exponents of mu* and D* in "Parcae" (§5.2).
 SLOPES = {"mu_rec": 0.40, "tokens": 0.78}
-PUBLISHED = {"training": "1.3% (140M), 0.8% (370M) in Parcae",
-             "unified": "0.85% to 1.31% in Parcae"}
+PUBLISHED = {"training": "1.3% (140M), 0.8% (370M)", "unified": "0.85% to 1.31%"}  # in Parcae
 PHI = "   published: phi 0.46 [0.41, 0.53] in arXiv 2604.21106"
 
 
@@ -22,8 +21,8 @@ def notes_on(budgets, optima, noise):
         f"{alike} runs have the budget, recurrence and seed of another run and are left out": alike,
         "there are no intervals, because the noise of a run is unknown: neither seeds nor "
         "parabolas have residuals": noise is None,
-        f"budgets of {'; '.join(near[:3])} FLOPs are less than {NEAR_BUDGETS - 1:.0%} apart and "
-        "count as different; if they are meant as one, parabolas through parts mislead": near,
+        f"budgets of {'; '.join(near)} FLOPs are less than {NEAR_BUDGETS - 1:.0%} apart and count "
+        "as different; if they are meant as one, parabolas through parts mislead": near,
         f"{few} of {len(budgets)} budgets have fewer than three recurrences evaluated at "
         "T = mu_rec, and get no parabola": few,
         f"{edges} of {len(optima)} budgets have their lowest loss at an edge of the recurrences; "
@@ -39,10 +38,9 @@ def rounded(value):
     return "-" if value is None else f"{value:.3g}"
 
 
-def span(ci, edges=(False, False)):
-    """Return an interval as text. edges: whether its ends are at the edge of what was tried."""
-    low, high = (rounded(end) for end in ci)
-    return f"[{'<= ' if edges[0] else ''}{low}, {'>= ' if edges[1] else ''}{high}]"
+def span(ci, edges=("", "")):
+    """Return an interval as text. edges: "<= " or ">= " for ends at the edge of what was tried."""
+    return "[" + ", ".join(edge + rounded(end) for edge, end in zip(edges, ci)) + "]"
 
 
 def optimum_text(optimum):
@@ -69,13 +67,14 @@ def report(out):
     print(f"\n{out['model']}, {out['runs']} runs, {out['accounting']} FLOPs, [95% intervals]")
     noise, seeds = out["noise"], out["seeds"]
     if noise:
+        misfit = ", which include misfit" * (noise["source"] == "parabolas")
         print(f"noise: a run's loss has a standard deviation of {noise['sd']:.2%}, by residuals of "
-              f"{noise['source']} ({noise['freedom']} degrees of freedom)\n  two runs differ by up "
-              f"to {noise['two_runs']:.1%} by noise alone (95% of pairs)")
+              f"{noise['source']}{misfit} ({noise['freedom']} degrees of freedom)\n  two runs "
+              f"differ by up to {noise['two_runs']:.1%} by noise alone (95% of pairs)")
     if seeds:
         said = ", ".join(f"seed {seed}: {effect:+.2%}" for seed, effect in seeds["effects"].items())
-        often = "" if seeds["chance"] is None else f" (F-test: p = {seeds['chance']:.1%})"
-        print(f"seed effects, the same in all runs and removed from all losses: {said}{often}")
+        print(f"seed effects, the same in all runs and removed from all losses: {said}")
+        report_misfit("  they are more than noise", seeds["chance"])
     report_optima(out)
     training = {"training": out["training_law"]} if "training_law" in out else {}
     for name, law in (training | out["laws"]).items():
@@ -118,7 +117,7 @@ def report_misfit(words, chance):
     """Print the p-value of chance.lack_of_fit if it is below 5%."""
     if chance is not None and chance < 0.05:
         p = f"p = {chance:.1%}" if chance >= 0.001 else "p < 0.1%"
-        print(f"{words}: lack of fit by an F-test against the noise of seeds, {p}")
+        print(f"{words}, by an F-test against the noise of seeds: {p}")
 
 
 def exponent_span(law):

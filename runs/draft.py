@@ -80,8 +80,8 @@ def measure(run, prompts, n, ways, temperature, rounds):
                                 loops_used=loops_used, **options)
             for _ in tokens:
                 pass
-            if not way.draft:  # tokens that did not stop early took all loops
-                mine["loops"] = sum(loops_used) + way.recurrence * (n - len(loops_used))
+            if not way.draft:
+                mine["loops"] = sum(loops_used)
             for name, value in mine.items():
                 counts[way][name] += value
     runs = [partial(decode_all, way) for way in ways]

@@ -40,7 +40,7 @@ def test_cases_are_what_they_are_called(cases):
     assert size["plain, same parameters"] == pytest.approx(size["looped"], rel=0.02)
     assert size["plain, twice the parameters"] == pytest.approx(2 * size["looped"], rel=0.1)
     flops = []
-    for name in ("looped", "plain, same depth"):
+    for name in ("looped", "plain, depth of T = 8"):
         with torch.device("meta"):
             flops.append(Parcae(cases[name]).flops_per_token(backprop_depth=0))
     assert flops[1] == pytest.approx(flops[0], rel=0.02)

@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 from conftest import script
 from sweeps import cost, parametric, sweep
 
-from parts.laws import fit_law
+from parts.laws import fit_law, token_cost
 from parts.tables import write_csv
 from tools import design as plan
 
@@ -35,6 +37,16 @@ def test_a_design_has_the_noise_and_the_cost_of_its_runs(capsys):
     for j, true in enumerate(found["truth"]["mu"][0]):
         assert found["law"]["mu"][:, j] == pytest.approx(true, abs=0.01)
     assert plan.central(np.arange(1000.0)) == pytest.approx((25, 500, 975), abs=1)
+
+
+def test_odd_recurrences_cost_what_their_runs_do():
+    def exact(mu):  # of a token, with a gradient through ceil(mu / 2) loops
+        return 72_000 + 12_000 * mu + 24_000 * math.ceil(mu / 2)
+    rows = [row | {"tokens": row["flops"] / exact(row["mu_rec"]),
+                   "mu_bwd": math.ceil(row["mu_rec"] / 2)}
+            for row in sweep(parametric, recurrences=(1, 2, 3, 4, 8, 16))]
+    for row in plan.grid(rows[0], token_cost(rows), (4e12,), (1, 2, 3, 5, 8, 15), [0]):
+        assert row["tokens"] == pytest.approx(4e12 / exact(row["mu_rec"]))
 
 
 def test_made_up_sweeps_have_the_noise_asked_for(monkeypatch):

@@ -67,7 +67,7 @@ def test_an_interval_holds_its_own_point_and_says_where_it_meets_the_edge():
     for o in optima:
         if o["inside"]:
             assert o["ci"][0] <= o["mu_rec"] <= o["ci"][1]
-        assert o["ci_at_edge"][0] == (o["ci"][0] == 1)
+        assert o["ci_at_edge"][0] == ("<= " if o["ci"][0] == 1 else "")
     assert any(o["ci_at_edge"][0] for o in optima)
 
 

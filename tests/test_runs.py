@@ -256,23 +256,6 @@ def test_stability_counts_the_runs_that_broke_off(build, tmp_path):
     assert "12 (0)  broke off" in script("runs/stability.py", tmp_path / "runs", tmp_path).stdout
 
 
-def test_ablation_averages_the_seeds_of_a_variant(build, tmp_path):
-    for seed, loss in ((0, 2.0), (1, 2.5)):
-        line = {"kind": "done", "val_loss": {"1": 3.0, "4": loss}}
-        make_run(tmp_path / "runs" / f"per-batch-{seed}", build(), line)
-        file = tmp_path / "runs" / f"per-batch-{seed}" / "config.json"
-        settings = {"settings": {"accounting": ("exact", "paper")[seed]}}
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    done = script("runs/ablation.py", tmp_path / "runs", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| per-batch | 3.0000 | 2.2500 | 2.0, 2.5 | 1.23e+09 | 3 s |" in done.stdout
-    assert "these runs have different FLOP accountings" in done.stdout
-    assert len(read_csv(tmp_path / "ablation.csv")) == 2
-    make_run(tmp_path / "runs" / "other-0", build(), {"kind": "done", "val_loss": {"4": 2.0}})
-    done = script("runs/ablation.py", tmp_path / "runs", tmp_path)
-    assert done.returncode == 2 and "the same numbers of loops" in done.stderr
-
-
 @pytest.fixture
 def gpt(build, tmp_path):
     """A plain transformer and its run directory."""

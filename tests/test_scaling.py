@@ -299,12 +299,14 @@ def test_the_error_on_the_largest_budget_is_of_a_fit_that_has_not_seen_it():
 
 def test_a_cell_headed_95_percent_has_an_interval():
     edge = {"at_most": 1.0, "at_least": None, "mu_rec": None, "ci": [1.0, 2.2],
-            "ci_at_edge": [True, False]}
+            "ci_at_edge": ["<= ", ""]}
     assert report.optimum_text(edge) == "at most 1 [<= 1, 2.2]"
     edge = {"at_most": None, "at_least": 16.0, "mu_rec": None, "ci": [9.0, 16.0],
-            "ci_at_edge": [False, True]}
+            "ci_at_edge": ["", ">= "]}
     assert report.optimum_text(edge) == "at least 16 [9, >= 16]"
-    inside = {"at_most": None, "at_least": None, "mu_rec": 2.0, "ci_at_edge": [False, False]}
+    edge |= {"ci": [16.0, 16.0], "ci_at_edge": [">= ", ">= "]}  # all of the interval
+    assert report.optimum_text(edge) == "at least 16 [>= 16, >= 16]"
+    inside = {"at_most": None, "at_least": None, "mu_rec": 2.0, "ci_at_edge": ["", ""]}
     kink = inside | {"ci": [2.0, 2.0], "kink": True}
     assert report.optimum_text(kink) == "2 [2, 2], a kink of cost"
     assert report.optimum_text(inside | {"ci": [1.9, 2.1]}) == "2 [1.9, 2.1]"
@@ -331,7 +333,9 @@ def test_where_the_cost_has_a_kink_mu_star_stays_and_is_said_to(capsys):
     found = laws.optimum(fit, rows[0], dear, 4e12)
     assert found["ci"] == [2, 2] and found["kink"] and not any(found["ci_at_edge"])
     below = laws.optimum(fit, rows[0], dear, 1e10)
-    assert below["at_most"] == 1 and below["ci_at_edge"][0] and not below["kink"]
+    assert below["at_most"] == 1 and below["ci_at_edge"] == ["<= ", "<= "] and not below["kink"]
+    smooth = laws.optimum(fit._replace(every=fit.every[:1].repeat(30, 1)), rows[0], cost, 4e12)
+    assert smooth["ci"] == [smooth["mu_rec"]] * 2 and not smooth["kink"]  # no noise, no kink
     json.dumps([found, below], allow_nan=False)
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script
@@ -388,6 +389,21 @@ def test_budgets_overshoot_by_less_than_a_step(train):
         model.flops_per_token(accounting="paper") / model.flops_per_token()
     )  # tables counted, the head not
     assert log(train.out / "b")[-1]["flops"] / exact["flops"] == pytest.approx(ratio, rel=0.05)
+
+
+def test_the_last_evaluation_is_at_the_mean_recurrence_too(train):
+    train("m", "--max-steps", 1, "--mean-recurrence", 3, "--eval-recurrence", 1, 8)
+    assert [*log(train.out / "m", "done")[0]["val_loss"]] == ["1", "3", "8"]
+
+
+def test_the_loss_to_compare_with_is_of_all_tokens(train, tmp_path):
+    """Of a text that begins with only one letter, too."""
+    (tmp_path / "t.txt").write_text("a" * 2_000_000 + "bcdefghi" * 500_000)
+    data = prepare("text", tmp_path / "letters", "bytes", [tmp_path / "t.txt"])
+    said = train("l", "--data", data, "--max-steps", 1).stdout
+    shares = np.array([2.0, *[(0.9 * 6 - 2) / 8] * 8]) / (0.9 * 6)  # of the letters in train
+    entropy = -(shares * np.log(shares)).sum()
+    assert f"it is {entropy:.2f} for a model that knows only how frequent" in said
 
 
 def test_schedule_is_constant_then_linear_to_zero():
@@ -920,7 +936,7 @@ def test_data_of_another_tokenizer_is_refused(train, tmp_path):
         ).stderr
     )
     done = script("tools/evaluate.py", "--run", train.out / "t", "--data", tmp_path / "bpe")
-    assert done.returncode == 2 and "has other tokens" in done.stderr
+    assert done.returncode == 2 and "has another tokenizer than" in done.stderr
 
 
 def test_a_run_goes_on_without_what_it_started_from(train):

@@ -28,8 +28,6 @@ from parts.generation import check_predicts
 from parts.tokenizer import begin_token
 from tools.evaluate import add_run_flags, open_run
 
-ROUNDING = 1e-6  # losses that differ by less, relatively, tie
-
 # task: (file name, kind, examples shown, text between context and continuation, baseline in %).
 # Published CORE scores use these baselines; DCLM's issue 114 corrected some of them later.
 TASKS = {
@@ -188,7 +186,7 @@ def credit(question, scores):
     for part, (loss, _) in zip(parts, scores):
         losses.setdefault(part, loss)
     lowest = min(losses.values())
-    tied = [math.isclose(losses[part], lowest, rel_tol=ROUNDING) for part in parts]
+    tied = [math.isclose(losses[part], lowest, rel_tol=1e-6) for part in parts]
     return tied[question.gold] / sum(tied)
 
 

@@ -32,7 +32,7 @@ def read_run(path):
 
     Its keys: "label"; "folder" of the files; "T", the mean recurrence; KEYS and "smooth" (the loss,
     averaged), an array (steps,) each; "val", the val losses at T loops, {key: list} for AXES and
-    "loss"; "sizes" of the state, {loops: [(tokens, size)]}, empty for a plain transformer."""
+    "loss"; "last", the last of each; "sizes" of the state, {loops: [(tokens, size)]}."""
     path = folder = Path(path)
     if (path / ".lock").exists() and (path / ".new" / "log.jsonl").exists():
         folder = path / ".new"  # train.py --overwrite, before its first checkpoint
@@ -56,6 +56,7 @@ def read_run(path):
         points = [line | {"loss": line["val_loss"][str(T)]} for line in lines
                   if str(T) in line.get("val_loss", ())]
         run["val"] = {key: [float(point[key]) for point in points] for key in (*AXES, "loss")}
+        run["last"] = {key: values[-1] if points else np.nan for key, values in run["val"].items()}
         for line in lines:
             for loops, size in line.get("state_rms", {}).items():
                 point = float(line["tokens"]), float(size)
@@ -118,15 +119,11 @@ def picture(path, runs, title):
 
 def loss_limits(runs):
     """Return (bottom, top) of the loss axis, cut above, since the first losses are far higher."""
-    every, high = [], []
-    for run in runs:
-        line, val = run["smooth"][np.isfinite(run["smooth"])], run["val"]["loss"]
-        every += [*val, *run["loss"]]
-        high += [*val[-1:], *(np.quantile(line, [0.95]) if len(line) else [])]
-    high = list(filter(np.isfinite, high))
-    if not high:
+    losses = [np.array([*run["loss"], *run["val"]["loss"]]) for run in runs]
+    losses = [some[np.isfinite(some)] for some in losses if np.isfinite(some).any()]
+    if not losses:
         return None, None  # no step has a finite loss
-    low, high = min(filter(np.isfinite, every)), max(high)
+    low, high = min(map(min, losses)), max(np.quantile(some, 0.95) for some in losses)
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
@@ -153,14 +150,13 @@ def print_losses(runs):
     """Print the last val loss of each run and what it cost, and for two runs the difference."""
     width = max(len(run["label"]) for run in runs)
     print(f"{'run':{width}}    T  val loss       tokens     FLOPs  seconds")
-    losses = [run["val"]["loss"][-1] if run["val"]["loss"] else np.nan for run in runs]
-    for run, loss in zip(runs, losses):
-        tokens, flops, seconds = (run[key][-1] for key in AXES)
-        print(f"{run['label']:{width}}  {run['T']:3d}  {loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  "
-              f"{seconds:7,.0f}")
+    for run in runs:
+        print(f"{run['label']:{width}}  {run['T']:3d}  "
+              "{loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  {seconds:7,.0f}".format(**run["last"]))
     if len(runs) == 2:
-        print(f"{runs[1]['label']} minus {runs[0]['label']}: {losses[1] - losses[0]:+.4f}; seeds "
-              f"of the default run have a standard deviation of {SEEDS_DIFFER}")
+        first, second = (run["last"]["loss"] for run in runs)
+        print(f"{runs[1]['label']} minus {runs[0]['label']}: {second - first:+.4f}; seeds of the "
+              f"default run have a standard deviation of {SEEDS_DIFFER}")
 
 
 def main():

@@ -21,8 +21,11 @@ from parts.tables import budgets_of, column, distinct_budgets
 
 def grid(size, cost, budgets, recurrences, seeds):
     """Return the rows of a sweep, without new losses. size: a row with the model's columns."""
+    # mu_bwd = ceil(mu / 2): for odd mu, rounding up costs half as much as another loop
+    of_token = {mu: float(cost(mu) + (cost(mu + 1) - cost(mu)) / 2 * (mu % 2 if mu > 1 else 0))
+                for mu in recurrences}
     return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
-                    "tokens": flops / float(cost(mu)), "recurrence": float(mu), "seed": seed}
+                    "tokens": flops / of_token[mu], "recurrence": float(mu), "seed": seed}
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
 
 

@@ -217,7 +217,6 @@ def main():
     model, tokenizer, recurrence = open_run(args)
     text = open_text(args, model, tokenizer)
     batches = text.batches(max(1, EVAL_TOKENS // model.config.block_size))
-
     bar = progress_bar(batches, desc="evaluating", unit="batch")
     rows, tokens, n_bytes = bits_per_byte(model, bar, tokenizer, recurrence, args.kv_cache)
     print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "

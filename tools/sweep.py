@@ -201,9 +201,9 @@ def sweep(args, flags):
     new = [cell for cell in cells if not cell.has_row(rows)]
     todo = [cell for cell in new if not cell.is_done()]
     flops = sum(cell.flops for cell in todo)
-    speed = 0.3 * cells[0].plan["peak_flops"] * min(args.jobs, max(1, torch.cuda.device_count()))
+    speed = 0.3 * cells[0].plan["peak_flops"]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished, {flops:.3g} FLOPs to "
-          f"spend, about {flops / speed / 3600:.1f} hours at 30% of the matmul peak",
+          f"spend, about {flops / speed / 3600:.1f} hours one by one, at 30% of the matmul peak",
           file=sys.stderr if args.print else None)
     if args.print:
         for cell in todo:

@@ -17,7 +17,6 @@ from sample import add_prompt_flags, read_prompt
 from tools.evaluate import open_run
 
 LIKELIEST = 5  # next tokens shown for each prediction
-PAGE = Path(__file__).with_suffix(".html")
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def write_page(path, tokens, loops):
     token, the likeliest next tokens, [(text, probability)], the likeliest first."""
     # the data are ASCII without "<", so that no text can end the script element that holds them
     data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
-    page = PAGE.read_text(encoding="utf-8")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     write_text(path, page.replace("__DATA__", data.replace("<", "\\u003c")))
 
 
