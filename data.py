@@ -139,8 +139,9 @@ def fetch_fineweb(out, shards):
     """Download shards of FineWeb-Edu to the directory `out`. Shards that are there already are
     skipped, so an interrupted download can be repeated. Raises UserError."""
     check_replaceable(out)
-    saved, made = out / "tokenizer.json", {"name": "gpt2", "text": {"source": FINEWEB}}
-    if saved.exists() and read_json(saved) not in (made, {"name": "gpt2"}):
+    saved = out / "tokenizer.json"
+    there = {"name": "gpt2"} | (read_json(saved) if saved.exists() else {})
+    if there["name"] != "gpt2" or FINEWEB not in str(there.get("text", FINEWEB)):
         raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     names = {"val_000000.bin": "finewebedu_val_000000.bin"}
@@ -153,8 +154,10 @@ def fetch_fineweb(out, shards):
                                    local_dir=arriving)
                 open_shard(arrived)  # raises UserError if it is damaged
                 os.replace(arrived, out / name)
-    write_text(saved, json.dumps(made))  # tiktoken downloads gpt2 when it is used
-    print(f"{out}: {len(list(out.glob('train_*.bin')))} train and 1 val shard, tokenizer gpt2")
+    count = len(list(out.glob("train_*.bin")))
+    text = {"source": f"{FINEWEB}, {count} train shards"}  # with more, other windows are read
+    write_text(saved, json.dumps({"name": "gpt2", "text": text}))  # tiktoken downloads gpt2
+    print(f"{out}: {count} train and 1 val shard, tokenizer gpt2")
 
 
 def prepare(source="stdlib", out=None, tokenizer="bytes", files=(), shards=1):

@@ -269,7 +269,7 @@ def still_predicts(s):
 def save_and_evaluate(s, train_loss):
     """Write a checkpoint during training, and log and print the val loss at mean_recurrence."""
     state, mean = s.run.state, s.model.config.mean_recurrence
-    s.run.save()
+    s.run.save()  # first, as the evaluation may need more memory than there is
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
     if rank() == 0:
@@ -351,7 +351,7 @@ def train(s):
                                 f"{state['flops']:.2e} FLOPs, MFU {mfu:.0%}")
             # 5. every --eval-every steps, save and evaluate if the val loss is finite
             stop = asked_to_stop(received, device)
-            due = state["step"] % args.eval_every == 0 and spent(args, state) < 1 and not stop
+            due = state["step"] % args.eval_every == 0 and spent(args, state) < 1
             if due and still_predicts(s):
                 save_and_evaluate(s, loss)
         bar.close()

@@ -120,11 +120,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, above=False):
-    """Return an argparse type: a finite number from low to high; if `above`, larger than low.
-
-    >>> number(int, 1)("2e3")
-    2000
-    """
+    """Return an argparse type: a finite number from low to high, as 2e3; if `above`, not low."""
     limits = f"{'above' if above else 'at least'} {low}"
     if high < math.inf:
         limits += f" and at most {high}"

@@ -52,9 +52,14 @@ def read_text(path):
 
 def text_docs(files):
     """Return (train, val), lists of texts from files, which are each cut in two, and from folders.
-    Raises UserError, OSError."""
-    train, val = [], []
+    Raises UserError, also for a file that is there twice, and OSError."""
+    train, val, read = [], [], set()
     for file in map(Path, files):
+        paths = [file / name for name in files_in(file)] if file.is_dir() else [file]
+        for path in paths:
+            if path.resolve() in read:
+                raise UserError(f"{path} is there twice: train and val would share text")
+            read.add(path.resolve())
         if file.is_dir():
             parts = folder_docs(file)
         else:

@@ -175,6 +175,8 @@ def rows_of_run(path):
     try:
         settings, cost = config["settings"], config["cost"]
         own = cost[settings["accounting"]]["flops_per_token"]
+        if settings.get("loop_from"):  # then FLOPs of the two accountings are not in proportion
+            cost = {settings["accounting"]: cost[settings["accounting"]]}
         for accounting, its in cost.items():
             for loops, loss in last["val_loss"].items():
                 rows.append(typed(model_columns(config["model"]) | its | {

@@ -111,7 +111,7 @@ class PostNorm(Block):
 
 class DeepNorm(Parcae):
     """Use PostNorm in the loop, alpha = (2 N)^1/2 for N unrolled layers (2607.13491). DeepNorm's
-    factor beta of initial weights has no effect, as output projections start at zero."""
+    factor beta of the initial weights is left out."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -192,6 +192,7 @@ class EveryLoop(Parcae):
         once = 2 * read + len(self.coda) * 4 * self.config.n_embd * (context
                                                                      or self.config.block_size)
         with_gradient = self.config.backprop_depth if backprop_depth is None else backprop_depth
+        with_gradient = min(with_gradient, recurrence or self.config.mean_recurrence)
         return flops + 3 * (with_gradient - 1) * once  # coda and head after each of these loops
 
 
@@ -267,12 +268,14 @@ def print_table(rows):
     chosen = {}
     for rule, mine in by_rule.items():
         first = [row for row in mine if row["seed"] == 0]
+        if not first:
+            raise UserError(f"the rule {rule} has no run of seed 0, which chooses its rate")
         best = min(first, key=lambda row: row[f"val_loss_{TRAINED}"])["rate"]
         tried = ", ".join(f"{row['rate']:g}: {row[f'val_loss_{TRAINED}']:.4f}"
                           for row in sorted(first, key=lambda row: row["rate"]))
         print(f"{rule}: seed 0 by rate {tried}")
         chosen[rule] = {row["seed"]: row for row in mine if row["rate"] == best and row["seed"]}
-    ours = chosen["diagonal"]
+    ours = chosen.get("diagonal", {})
     print("| rule | rate | " + " | ".join(f"T = {T}" for T in LOOPS)
           + " | less than diagonal (standard error) | FLOPs | spectral radius |")
     print("|" + "---|" * (len(LOOPS) + 5))

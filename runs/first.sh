@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which first run shows a newcomer that looping gains? Try shapes and learning rates for the default
-# model, each looped and with the same layers run once. Two hours on two cores, two runs at a time.
+# model, each looped and with the same layers run once. Three hours on two cores, two runs at a time.
 # Writes the table to out/; RESULTS=results replaces the published one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,13 +14,17 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
     for loops in 1 4; do
         run 0 8e-3 $loops --n-prelude 0 --n-recurrent 2 --n-coda 0  # shapes
         run 0 8e-3 $loops --n-prelude 1 --n-recurrent 1 --n-coda 1
-        for seed in 0 1 2; do run $seed 8e-3 $loops $one; done
+        for seed in 0 1 2 3; do run $seed 8e-3 $loops $one; done
         for rate in 4e-3 1.6e-2 3.2e-2 6.4e-2; do run 0 $rate $loops $one; done  # rates
         for seed in 0 1 2 3 4; do run $seed 2e-2 $loops $one; done  # the default
     done
     for seed in 0 1 2 3 4; do  # run once, for the FLOPs of the looped default
         echo --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$seed
+    done
+    for rate in 1e-2 4e-2; do
+        echo --seed 0 --muon-lr $rate --adamw-lr $rate --mean-recurrence 1 $one \
+            --max-flops 7.2e12 --out out/first/flops-$rate-0
     done
     run 0 8e-3 8 $one
     run 0 1.28e-1 4 $one

@@ -28,6 +28,7 @@ case $channels in  # longer: training FLOPs of the looped model
 esac
 rate_of() {  # model
     case $channels-$1 in
+        32-deep) echo 1e-2 ;;
         32-*) echo 3e-2 ;;
         64-deep) echo 5e-3 ;;
         64-plain | 64-longer) echo 2e-2 ;;

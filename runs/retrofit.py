@@ -3,7 +3,7 @@
     python -m runs.retrofit out/gpt out/retrofit      reads a run directory and writes a new one
     python train.py --init-from out/retrofit ...      trains from there
 
-The middle half of the layers becomes the recurrent block. The new parts start as the identity:
+Of n layers, n // 4 stay before the loop and n // 4 after it. The new parts start as the identity:
 C_proj is I, and the injection passes e on unchanged (B = 1 / dt). The output of the prelude is not
 normalised, since the plain transformer does not do it. At T = 2 the loop reads its own output as a
 state, for which the layers were never trained.

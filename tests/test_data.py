@@ -208,7 +208,8 @@ def test_a_folder_is_its_files_in_one_order(folder):
     assert sources.text_docs([str(folder)]) == (train, val)
     paths = [texts[doc] for doc in train if doc]
     assert paths == sorted(paths)
-    more = sources.text_docs([folder / "f1" / "4.md", folder])  # a file beside a folder
+    (folder.parent / "beside.md").write_text((folder / "f1" / "4.md").read_text())
+    more = sources.text_docs([folder.parent / "beside.md", folder])  # a file beside a folder
     assert [len(docs) for docs in more] == [len(train) + 1, len(val) + 1]
 
 
@@ -421,12 +422,26 @@ def test_fineweb_edu_shards(hub, tmp_path, numbers):
     prepare("fineweb-edu", out, shards=1)
     assert hub.requests == []  # what is there is not fetched again
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "fw"))) == ["fw"]
-    assert json.loads((out / "tokenizer.json").read_text())["name"] == "gpt2"
+    saved = json.loads((out / "tokenizer.json").read_text())
+    assert saved["name"] == "gpt2" and saved["text"]["source"].endswith(", 1 train shards")
     prepare("fineweb-edu", out, shards=1)
     assert len(Loader(out, "train", 10, 50257)) > 0
     (hub.site / "finewebedu_train_000002.bin").unlink()
     with pytest.raises(UserError, match="not fetched from the Hugging Face hub"):
         prepare("fineweb-edu", out, shards=2)
+
+
+def test_no_file_is_read_twice(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"text number {i}")
+    for files in (["notes", "notes/1.txt"], ["notes/1.txt"] * 2):
+        with pytest.raises(UserError, match="1.txt is there twice"):
+            sources.text_docs([tmp_path / file for file in files])
+    (folder / "link.txt").symlink_to(folder / "0.txt")
+    with pytest.raises(UserError, match="is there twice"):
+        sources.text_docs([folder])
 
 
 def test_an_interrupted_download_is_not_taken_for_whole(hub, tmp_path):

@@ -3,7 +3,9 @@
 import csv
 import importlib
 import json
+import re
 import shutil
+from collections import Counter
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -167,6 +169,15 @@ def test_p_hop_reads_each_number_of_loops_as_a_run_of_that_many(build):
             right = model(docs[:, :-1], recurrence=T)[0][:, 2::3].argmax(-1) == truth
         expected = [right[hops == p].float().mean().item() for p in p_hop.HOPS]
         assert found[T] == pytest.approx(expected, nan_ok=True)
+
+
+def test_guesses_of_p_hop_are_the_best_by_p_and_symbol():
+    docs, _ = p_hop.p_hop_docs(n_train=1500, n_val=1)
+    found = {}
+    for p, symbol, answer in re.findall(r"(\d)([a-z])([A-Z])", "".join(docs)):
+        found.setdefault(int(p), Counter())[(ord(answer.lower()) - ord(symbol)) % 4] += 1
+    best = {p: max(counts.values()) / counts.total() for p, counts in found.items() if p}
+    assert best == pytest.approx(p_hop.GUESSES, abs=0.02)
 
 
 def test_p_hop_gives_no_accuracy_to_what_predicts_nothing(build, monkeypatch):

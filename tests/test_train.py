@@ -175,6 +175,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     assert losses(parts) == losses(whole)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(parts).items())
     assert log(parts, "done")[0]["val_loss"] == log(whole, "done")[0]["val_loss"]
+    assert [line["step"] for line in log(parts, "eval")] == [4, 8]
 
 
 def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):

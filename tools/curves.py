@@ -21,7 +21,7 @@ from parts.comparable import say_differences
 from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
-SEEDS_DIFFER = 0.008  # nats: sd of the default run's val loss, five seeds in results/first.csv
+SEEDS_DIFFER = "seeds of the default run have a standard deviation of 0.008"  # results/first.csv
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # what the log has for each step
 
 # ----------------------------------------------------------------------------- reading
@@ -155,8 +155,7 @@ def print_losses(runs):
               "{loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  {seconds:7,.0f}".format(**run["last"]))
     if len(runs) == 2:
         first, second = (run["last"]["loss"] for run in runs)
-        print(f"{runs[1]['label']} minus {runs[0]['label']}: {second - first:+.4f}; seeds of the "
-              f"default run have a standard deviation of {SEEDS_DIFFER}")
+        print(f"{runs[1]['label']} minus {runs[0]['label']}: {second - first:+.4f}; {SEEDS_DIFFER}")
 
 
 def main():
