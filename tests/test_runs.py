@@ -176,7 +176,7 @@ def test_guesses_of_p_hop_are_the_best_by_p_and_symbol():
     found = {}
     for p, symbol, answer in re.findall(r"(\d)([a-z])([A-Z])", "".join(docs)):
         found.setdefault(int(p), Counter())[(ord(answer.lower()) - ord(symbol)) % 4] += 1
-    best = {p: max(counts.values()) / counts.total() for p, counts in found.items() if p}
+    best = {p: max(counts.values()) / counts.total() for p, counts in found.items()}
     assert best == pytest.approx(p_hop.GUESSES, abs=0.02)
 
 
