@@ -280,8 +280,7 @@ class Parcae(nn.Module):
         recurrence: loops of every row. depths: (B,) int64, loops of each row, which replace it.
             Without both, depths are drawn in train mode and are mean_recurrence in eval mode.
         In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
-        Raises UserError if a depth is below 1, if depths are not one for each row, or if T exceeds
-        block_size."""
+        Raises UserError for a depth below 1, depths not one for each row, or T above block_size."""
         # Rows are independent. Sort the deepest first, so that rows that still loop come first.
         depths = self.depths_of(len(idx), recurrence, depths)
         order = sorted(range(len(idx)), key=lambda row: -depths[row])

@@ -102,8 +102,7 @@ def setup(args):
 
 
 def make_optimizers(model, args):
-    """Return Muon for the matrices of the layers and AdamW for embeddings, head, norms and
-    injection (appendix E)."""
+    """Return Muon for the matrices of the layers and AdamW for everything else (appendix E)."""
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]

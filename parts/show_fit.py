@@ -84,8 +84,7 @@ def report(out):
 
 
 def report_optima(out):
-    """Print the optimum at each budget by both methods, the gain of looping there, and the
-    exponents."""
+    """Print the optimum at each budget by both methods, the gain there, and the exponents."""
     law = out.get("training_law", {}).get("frontier", {"optima": [], "exponents": {}})
     columns = [{one["flops"]: text(one) for one in found} for text, found in (
         (optimum_text, out["isoflop"]), (optimum_text, law["optima"]), (gain_text, out["gain"]))]

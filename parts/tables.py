@@ -121,8 +121,7 @@ def write_csv(path, rows, columns=COLUMNS):
 
 
 def add_rows(table, rows):
-    """Append the rows that a table lacks. Rows that are there stay, also those that other processes
-    add meanwhile."""
+    """Append the rows that a table lacks. All others stay, also what other processes add."""
     table = Path(table).resolve()  # all links to a table share one lock
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(table.parent, patience=60):  # a table is written in milliseconds
