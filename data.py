@@ -101,7 +101,7 @@ def fingerprint(directory, source, files):
 
 
 def check_replaceable(directory):
-    """Raise UserError if a directory, to be replaced as a whole, holds what data.py did not make."""
+    """Raise UserError if a directory, replaced as a whole, holds what data.py did not make."""
     paths = sorted(Path(directory).glob("*"))
     for path in paths:
         ours = False
