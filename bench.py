@@ -219,7 +219,7 @@ def generation_of(case, args):
 def decode_speed(cases, args):
     """Measure tokens/s of decoding one sequence, print them with limits and return the rows."""
     peak = max(machine.matmul_peak(args.device, dtype)
-               for dtype in (torch.float32, activations(args.dtype)))
+               for dtype in {torch.float32, activations(args.dtype)})
     bytes_per_s = bandwidth(args.device)
     steps, flops, read = zip(*(generation_of(case, args) for case in cases))
     rows = speeds(cases, steps, STEPS, args, "decode")

@@ -92,7 +92,7 @@ def make_parser(about):
     add("--eval-sequences", type=COUNT, default=64, metavar="N",
         help="val sequences in an evaluation; the last one reads 8 times as many (default: 64)")
     add("--eval-recurrence", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="T",
-        help="numbers of loops in the last evaluation (default: 1 2 4 8 16)")
+        help="loops in the last evaluation; the mean recurrence is added (default: 1 2 4 8 16)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

@@ -55,13 +55,13 @@ def text_docs(files):
     Raises UserError, also for a file that is there twice, and OSError."""
     train, val, read = [], [], set()
     for file in map(Path, files):
-        paths = [file / name for name in files_in(file)] if file.is_dir() else [file]
-        for path in paths:
+        names = files_in(file) if file.is_dir() else []
+        for path in [file / name for name in names] or [file]:
             if path.resolve() in read:
                 raise UserError(f"{path} is there twice: train and val would share text")
             read.add(path.resolve())
         if file.is_dir():
-            parts = folder_docs(file)
+            parts = folder_docs(file, names)
         else:
             text = read_text(file)
             if len(text) < 2:
@@ -78,11 +78,11 @@ def cut(texts):
     return [t[:i] for t, i in zip(texts, at)], [t[i:] for t, i in zip(texts, at)]
 
 
-def folder_docs(folder):
-    """Return (train, val), lists of the texts in a folder and the folders below it. Each file goes
+def folder_docs(folder, names):
+    """Return (train, val), lists of the texts in a folder's files; names: see files_in. A file goes
     into one list; if one list would get at most 1% of the text, as with few files, each file is cut
     instead. Files that are not UTF-8 are left out, with a message. Raises UserError."""
-    names, bad, train, val = files_in(folder), [], [], []
+    bad, train, val = [], [], []
     for name in progress_bar(names, desc=f"reading {folder}", unit="file", delay=1):
         try:
             (val if for_validation(name) else train).append(read_text(folder / name))
