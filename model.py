@@ -18,8 +18,9 @@ Like the published model, this one differs from a textbook GPT:
 - with value embeddings, every second layer and the last add a gated lookup to their values
 - every sequence of a training batch draws its own number of loops and starts from noise
 - the gradient flows through a sequence's last `backprop_depth` loops only
-This code departs from the published code in three points:
+This code departs from the published code in four points:
 - it computes only the rows that still loop
+- it draws the depths of a batch together, so that their sum hardly varies (`sample_depths`)
 - all rows of a batch start from the same noise, however devices split it; in eval mode they start
   from zero, the mean of the noise, which makes evaluation deterministic
 - float32 weights are cast to the dtype of the activations where they are used (`compute_dtype`)

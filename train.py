@@ -431,7 +431,7 @@ def what_it_says(config, losses):
     gain = losses[1] - losses[mean]
     word = "better" if gain > 0 else "worse"
     return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token {word} "
-            "than run once.\n")
+            "than run once.\nThe fair rival is the same model trained to run once.\n")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ A gain is the loss of layers run once, minus the loss of the same layers looped 
 at their mean recurrence). Seed 0 chose shape and rates: with other seeds, it does not count.
 """
 
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,20 @@ def row_of(path):
     config = read_json(path / "config.json")
     model, settings = config["model"], config["settings"]
     layers = "/".join(str(model[name]) for name in ("n_prelude", "n_recurrent", "n_coda"))
-    row = {"layers": layers, "mean_recurrence": model["mean_recurrence"],
-           "rate": settings["muon_lr"], "seed": settings["seed"], "tokens": done["tokens"],
+    row = {"channels": model["n_embd"], "layers": layers,
+           "mean_recurrence": model["mean_recurrence"], "rate": settings["muon_lr"],
+           "seed": settings["seed"], "tokens": done["tokens"],
            "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"])}
     return row | {f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
 
 
 def gains(rows):
-    """Yield (layers, mean recurrence, rate, what is equal, {seed: gain}) for each looped model."""
-    for layers, loops, rate in sorted({(row["layers"], row["mean_recurrence"], row["rate"])
-                                       for row in rows if row["mean_recurrence"] > 1}):
-        alike = [row for row in rows if (row["layers"], row["rate"]) == (layers, rate)]
+    """Yield ((channels, layers, rate), mean recurrence, what is equal, {seed: gain}) for each
+    looped model."""
+    model = itemgetter("channels", "layers", "rate")
+    for key, loops in sorted({(model(row), row["mean_recurrence"])
+                              for row in rows if row["mean_recurrence"] > 1}):
+        alike = [row for row in rows if model(row) == key]
         for equal in ("tokens", "flops"):
             by_seed = {}
             for looped in alike:
@@ -46,7 +50,7 @@ def gains(rows):
                         gain = once["val_loss_1"] - looped[f"val_loss_{loops}"]
                         by_seed[looped["seed"]] = gain
             if by_seed:
-                yield layers, loops, rate, equal, by_seed
+                yield key, loops, equal, by_seed
 
 
 def main():
@@ -55,17 +59,18 @@ def main():
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
     rows = finished_rows(args.folder, row_of)
-    order = ("layers", "mean_recurrence", "rate", "seed", "tokens")
+    order = ("channels", "layers", "mean_recurrence", "rate", "seed", "tokens")
     rows.sort(key=lambda row: [row[name] for name in order])
     write_csv(args.out / "first.csv", rows, rows[0])
-    print("| layers | mean recurrence | rates | equal | gain, mean | standard error | by seed |")
-    print("|---|---|---|---|---|---|---|")
-    for layers, loops, rate, equal, by_seed in gains(rows):
+    print("| channels | layers | mean recurrence | rates | equal | gain, mean | standard error "
+          "| by seed |")
+    print("|" + "---|" * 8)
+    for (channels, layers, rate), loops, equal, by_seed in gains(rows):
         values = [*by_seed.values()]
         each = ", ".join(f"{gain:.3f}" for gain in values)
         counted = [gain for seed, gain in by_seed.items() if seed] or values
-        cells = [layers, loops, f"{rate:g}", equal, f"{np.mean(counted):.4f}", error_text(counted),
-                 each]
+        cells = [channels, layers, loops, f"{rate:g}", equal, f"{np.mean(counted):.4f}",
+                 error_text(counted), each]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 

@@ -4,10 +4,13 @@
     python -m runs.gpu out --code . ../before     compare the training speed of two versions, too
     python -m runs.gpu out --presets parcae-nano --context 64 --batch 4 --micro 2    small, on a CPU
 
-Writes OUT/gpu-training.csv, gpu-decoding.csv and gpu-memory.csv, after each measurement.
-Training runs train.py as it is on random tokens: on one GPU, and where there are two, also on both.
+Writes OUT/gpu-memory.csv, gpu-decoding.csv and gpu-training.csv, a row after each measurement. One
+that fails is named and left out, and the others go on. Training runs the steps of train.py on
+random tokens: on one GPU, and where there are two, also on both.
 """
 
+import contextlib
+import gc
 import os
 import statistics
 import subprocess
@@ -25,20 +28,20 @@ import bench
 from data import write_shards
 from model import PRESETS, ParcaeConfig
 from parts.cli import COUNT, Parser, UserError, run_script
-from parts.machine import pick_device, pick_dtype
+from parts.machine import machine_name, pick_device, pick_dtype
 from parts.reading import read_json_lines
 from parts.tables import write_csv
 from parts.tokenizer import EOT, save_tokenizer
 
 STEPS = 14  # training steps; the first half warms up and compiles, and is not measured
 VOCABULARY = ParcaeConfig().vocab_size
-# runs train.py and prints its peak memory; in a separate process, for any version of this code
+# trains without the final evaluation and prints the peak memory; in a separate process, for any
+# version of this code
 TRAIN = """
-import runpy, sys, torch
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-print("peak", peak)
+import torch, train
+train.report = lambda *_: None
+train.main()
+print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 """
 
 
@@ -65,7 +68,8 @@ def train(code, preset, compiled, ranks, args, data, out):
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start = [*torchrun, f"--nproc-per-node={ranks}", "train.py"]
-    environment = os.environ | {"PYTHONPATH": str(code)}
+    path = filter(None, (str(code), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([*start, *map(str, flags)], cwd=code, env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
@@ -74,9 +78,10 @@ def train(code, preset, compiled, ranks, args, data, out):
     steps = [line for line in lines if line["kind"] == "train"][STEPS // 2:]
     speeds = sorted(step["tok_per_s"] for step in steps)
     held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
-    return {"code": code.name, "preset": preset, "compiled": "yes" if compiled else "",
-            "ranks": ranks, "tokens_per_second": round(statistics.median(speeds)),
-            "slowest": round(speeds[0]), "fastest": round(speeds[-1]),
+    return {"code": code.name, "device": machine_name(args.device), "preset": preset,
+            "compiled": "yes" if compiled else "", "ranks": ranks,
+            "tokens_per_second": round(statistics.median(speeds)), "slowest": round(speeds[0]),
+            "fastest": round(speeds[-1]),
             "mfu": round(statistics.median(step["mfu"] for step in steps), 3),
             "peak_gigabytes": round(held[0] / 1e9, 2) if held else ""}
 
@@ -90,9 +95,23 @@ def measure_training(args):
         data.mkdir()
         make_data(data, 64 * args.batch * args.context)
         for preset, compiled, n, code in product(args.presets, (False, True), ranks, args.code):
-            rows.append(train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run")))
-            print(*rows[-1].values(), flush=True)
-            write_csv(args.out / "gpu-training.csv", rows, rows[0])
+            with named(f"training {preset}"):
+                row = train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run"))
+                rows.append(row)
+                print(*row.values(), flush=True)
+                write_csv(args.out / "gpu-training.csv", rows, row)
+
+
+@contextlib.contextmanager
+def named(what):
+    """Print an error of the block with a name for what failed, and go on. Free its memory."""
+    try:
+        yield
+    except (UserError, RuntimeError) as error:  # such as running out of memory
+        print(f"{what} failed and is left out: {error}", flush=True)
+    gc.collect()  # a recorded model refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def short(row):
@@ -101,28 +120,31 @@ def short(row):
             for name, value in row.items()}
 
 
-def measure_decoding(args, looped, device):
+def measure_decoding(args, looped):
     """Measure the decoding of each looped model: eager, recorded and compiled."""
     rows = []
     ways = {"eager": (False, True), "recorded": (False, False), "compiled": (True, False)}
-    if device.type != "cuda":
+    if args.device.type != "cuda":
         del ways["recorded"]
     for (preset, config), (way, (compiled, eager)) in product(looped.items(), ways.items()):
-        how = Namespace(context=args.context // 4, rounds=5, device=device, compile=compiled,
-                        eager=eager, dtype=pick_dtype(device))
-        rows += [{"preset": preset, "way": way} | short(row)
-                 for row in bench.decode_speed(bench.cases_of(config, [1, 4, 8]), how)]
-        write_csv(args.out / "gpu-decoding.csv", rows, rows[0])
+        how = Namespace(context=args.context // 4, rounds=5, device=args.device, compile=compiled,
+                        eager=eager, dtype=pick_dtype(args.device))
+        with named(f"decoding {preset}, {way}"):
+            rows += [{"preset": preset, "way": way} | short(row)
+                     for row in bench.decode_speed(bench.cases_of(config, [1, 4, 8]), how)]
+            write_csv(args.out / "gpu-decoding.csv", rows, rows[0])
 
 
-def measure_memory(args, looped, device):
+def measure_memory(args, looped):
     """Measure the memory that each looped model needs for training and inference."""
-    how = Namespace(context=args.context, batch=args.micro, device=device, dtype=pick_dtype(device))
+    how = Namespace(context=args.context, batch=args.micro, device=args.device,
+                    dtype=pick_dtype(args.device))
     rows = []
     for preset, config in looped.items():
-        rows += [{"preset": preset} | short(bench.memory_of(case, how))
-                 for case in bench.cases_of(config, [1, 4, 8, 16])]
-        write_csv(args.out / "gpu-memory.csv", rows, rows[0])
+        for case in bench.cases_of(config, [1, 4, 8, 16]):
+            with named(f"memory of {preset}, {case.name}, T = {case.loops}"):
+                rows.append({"preset": preset} | short(bench.memory_of(case, how)))
+                write_csv(args.out / "gpu-memory.csv", rows, rows[0])
 
 
 def main():
@@ -139,16 +161,18 @@ def main():
     add("--micro", type=COUNT, default=16, metavar="N",
         help="sequences in a forward pass, over all ranks (default: 16)")
     args = parser.parse_args()
-    device = pick_device()
-    if device.type == "cuda":
+    args.device = pick_device()
+    print(f"{machine_name(args.device)}, torch {torch.__version__}", flush=True)
+    if args.device.type == "cuda":
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"]
         if subprocess.run(tests).returncode:
-            raise UserError("the tests that need a GPU fail, so nothing is measured")
-    measure_training(args)
-    configs = {name: ParcaeConfig(**PRESETS[name]) for name in args.presets}
+            raise UserError("pytest is missing or the tests that need a GPU fail: nothing measured")
+    size = {"block_size": args.context}
+    configs = {name: ParcaeConfig(**PRESETS[name] | size) for name in args.presets}
     looped = {name: config for name, config in configs.items() if config.n_recurrent}
-    measure_decoding(args, looped, device)
-    measure_memory(args, looped, device)
+    measure_memory(args, looped)
+    measure_decoding(args, looped)
+    measure_training(args)
 
 
 if __name__ == "__main__":

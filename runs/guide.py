@@ -39,29 +39,29 @@ def arrow(axes, start, end, color="k"):
 
 def unrolled(path):
     """Draw three loops in a row: e enters each, and the gradient passes through the last two."""
-    figure, [axes] = figures.panels(1, 8.5, 2.9)
-    e = 0.4, 2  # where e leaves the prelude
+    figure, [axes] = figures.panels(1, 9.5, 2.9)
     box(axes, -1.2, 2, "prelude", width=1)
     arrow(axes, (-2.2, 2), (-1.75, 2))
     axes.text(-2.3, 2, "tokens", ha="right", va="center")
-    axes.plot([-0.7, 6.2], [e[1]] * 2, "k-", lw=1)
+    axes.plot([-0.7, 6.6], [2, 2], "k-", lw=1)
     axes.text(-0.3, 2.12, "e", ha="center")
     axes.text(-0.9, 0.5, "$h_0$ (noise)", ha="right", va="center")
     arrow(axes, (-0.85, 0.5), (0, 0.5))
     for t in range(3):
-        x = 0.6 + 2.4 * t
+        x = 0.6 + 3 * t
         box(axes, x, 0.5, "$\\bar A h + \\bar B e$", width=1.2)
-        box(axes, x + 1.2, 0.5, "layers", color="0.8")
-        arrow(axes, (x, e[1]), (x, 0.82), color=figures.RED)
-        arrow(axes, (x + 1.6, 0.5), (x + (1.8 if t < 2 else 2.43), 0.5))
-        axes.text(x + 0.6, -0.15, f"loop {t + 1}", ha="center", va="top")
-    box(axes, 8.3, 0.5, "coda", width=0.9)
-    arrow(axes, (8.77, 0.5), (9.2, 0.5))
-    axes.text(9.25, 0.5, "logits", va="center")
-    axes.axvline(2.32, 0.06, 0.8, color="0.5", ls="--")
-    axes.text(2.25, -0.6, "no gradient", ha="right", color="0.4", fontsize=8)
-    axes.text(2.42, -0.6, "gradient: the last 2 loops", color="0.4", fontsize=8)
-    axes.set(xlim=(-3.2, 10), ylim=(-0.8, 2.6),
+        box(axes, x + 1.5, 0.5, "layers", color="0.8")
+        arrow(axes, (x, 2), (x, 0.82), color=figures.RED)
+        arrow(axes, (x + 0.62, 0.5), (x + 1.08, 0.5))
+        arrow(axes, (x + 1.92, 0.5), (x + 2.38, 0.5))
+        axes.text(x + 0.85, -0.15, f"loop {t + 1}", ha="center", va="top")
+    box(axes, 9.45, 0.5, "coda", width=0.9)
+    arrow(axes, (9.92, 0.5), (10.3, 0.5))
+    axes.text(10.35, 0.5, "logits", va="center")
+    axes.axvline(2.75, 0.06, 0.95, color="0.5", ls="--")
+    axes.text(2.65, -0.6, "no gradient", ha="right", color="0.4", fontsize=8)
+    axes.text(2.85, -0.6, "gradient: the last 2 loops", color="0.4", fontsize=8)
+    axes.set(xlim=(-3.2, 11.2), ylim=(-0.8, 2.6),
              title="T = 3 loops with the same weights; e enters each of them")
     axes.axis("off")
     figures.save(figure, path)
@@ -105,24 +105,28 @@ def exponential(path):
 
 
 def cache_grid(path, tokens=5, loops=4, kept=2):
-    """Draw what token number `tokens` attends to in loop 3, with a cache for each loop and with a
-    shared cache, and which loops a draft runs."""
-    figure, axes = figures.panels(3, 9, 3.2)
-    titles = ("a cache for each loop", "one shared cache",
-              f"drafts: {kept} loops one by one,\nthe others for all drafts at once")
+    """Draw what the last token attends to in loop 3, with a cache for each loop and with a shared
+    cache; and in which step drafting computes each loop of the tokens after the first."""
+    figure, axes = figures.panels(3, 9, 3.4)
+    steps = kept * (tokens - 1) + loops - kept
+    titles = ("a cache for each loop: red reads green", "one shared cache: red reads green",
+              f"drafts: in which step each loop runs\n({steps} steps, {loops * (tokens - 1)} without)")
     for i, (ax, title) in enumerate(zip(axes, titles)):
         for token in range(tokens):
             for loop in range(loops):
-                seen = loop == 2 if i == 0 else loop == loops - 1 or token == tokens - 1
-                seen = seen and (token < tokens - 1 or loop == 2)
-                color = figures.shade(1, 2) if seen and i < 2 else "w"
-                if i == 2:
-                    color = "0.85" if token < 1 else "w" if loop >= kept else figures.shade(1, 2)
-                ax.add_patch(figures.pyplot().Rectangle((token, loop), 0.9, 0.9, fc=color, ec="k",
-                                                        lw=0.7))
-        if i < 2:
-            ax.add_patch(figures.pyplot().Rectangle((tokens - 1, 2), 0.9, 0.9, fill=False,
-                                                    ec=figures.RED, lw=2.5))
+                last = token == tokens - 1
+                green = loop == (loops - 1 if i == 1 and not last else 2)
+                text = ""
+                if i == 2 and token:
+                    green = loop < kept  # a draft
+                    text = 1 + (kept * (token - 1) + loop if green
+                                else kept * (tokens - 2) + loop)
+                color = "0.85" if i == 2 and not token else figures.shade(1, 2) if green else "w"
+                red = i < 2 and last and loop == 2
+                ax.add_patch(figures.pyplot().Rectangle(
+                    (token, loop), 0.9, 0.9, fc=color, ec=figures.RED if red else "k",
+                    lw=2.5 if red else 0.7, zorder=1 + red))
+                ax.text(token + 0.45, loop + 0.45, text, ha="center", va="center", zorder=3)
         ax.set(xlim=(-0.2, tokens + 0.1), ylim=(-0.2, loops + 0.1), title=title, xlabel="token",
                xticks=np.arange(tokens) + 0.45, yticks=np.arange(loops) + 0.45)
         ax.set_xticklabels(range(1, tokens + 1))
@@ -148,11 +152,11 @@ def isoflop(path):
     best = loss.argmin()
     axes.plot(mu[best], loss[best], "ko")
     axes.text(mu[best], loss[best] + 0.03, "mu*", ha="center", va="bottom")
-    axes.text(1.1, 0.93, "E: what no model of this kind learns")
-    axes.text(1.1, 1.12, "X N(mu)^-x: too few loops")
-    axes.text(11, 1.3, "Y D^-y: too few tokens")
+    axes.text(1.1, 0.93, "what no number of loops or tokens removes")
+    axes.text(1.1, 1.12, "lost to too few loops")
+    axes.text(11, 1.3, "lost to too few tokens")
     figures.loops_axis(axes, "mean recurrence mu (equal training FLOPs: more loops, fewer tokens)")
-    axes.set(xlim=(1, 32), ylim=(0.9, 1.8), ylabel="loss")
+    axes.set(xlim=(1, 32), ylim=(0.9, 1.8), ylabel="loss (an invented example)")
     figures.save(figure, path)
 
 # ------------------------------------------------------------------------------- a trained model

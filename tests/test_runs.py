@@ -235,7 +235,7 @@ def test_a_quick_p_hop_trains_both_models_and_prints_their_answers(tmp_path, mon
 
 def test_a_gpus_training_is_measured_by_the_code_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STEPS", 4)
-    args = SimpleNamespace(context=32, batch=4, micro=2)
+    args = SimpleNamespace(context=32, batch=4, micro=2, device=torch.device("cpu"))
     (tmp_path / "data").mkdir()
     gpu.make_data(tmp_path / "data", 4096)
     row = gpu.train(ROOT, "gpt-nano", False, 1, args, tmp_path / "data", tmp_path / "run")
