@@ -29,7 +29,7 @@ NAMES = {
     "mean4": "mean of 4 loops, T = 4",
     "mean16": "mean of 16 loops, T = 16",
     "plain": "six layers, no loop",
-    "longer": "six layers, as many FLOPs",
+    "longer": "six layers, equal FLOPs",
     "deep": "twelve layers",
     "wide": "six layers, 1.4 times as wide",
 }

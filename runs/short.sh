@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does looping help if text, not compute, is scarce? Train on 0.25 MB, read 4 to 16 times: the
-# default model, the same layers run once, and these layers looped only in the last third of
+# Does looping help if text, not compute, is scarce? Train on 0.25 MB, read 4 to 16 times:
+# parcae-nano, the same layers run once, and these layers looped only in the last third of
 # training. Which loss does each reach, and after how many passes? Three seeds, or six near the
 # lowest losses, take about 90 minutes on one core; TUNE=1 tries other learning rates for seed 0.
 # Writes table and picture to out/; RESULTS=results replaces the published ones.

@@ -74,7 +74,7 @@ def ours(channels, path):
         "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
     share, shares = closed(loss, "deep")
-    return point(f"ours, {channels} channels", config, plain, larger, share,
+    return point(f"{channels} channels", config, plain, larger, share,
                  ours=True) | {"seeds": shares}
 
 

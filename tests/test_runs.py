@@ -110,7 +110,7 @@ def test_the_worth_of_a_loop_is_what_explains_the_gap_closed(tmp_path):
         shutil.copy(ROOT / "results" / "half.csv", tmp_path / name)
     done = script("runs/worth.py", tmp_path)
     assert done.returncode == 0 and png(tmp_path / "worth.png"), done.stderr
-    assert "| ours, 64 channels | 0.61 | 1.94 times | 66% (67%, 77%, 60%) |" in done.stdout
+    assert "| 64 channels | 0.61 | 1.94 times | 66% (67%, 77%, 60%) |" in done.stdout
     assert "| paper, 370M | 0.27 | 2.14 times | 46% |" in done.stdout
 
 
