@@ -151,8 +151,7 @@ def alternate(runs, rounds, device, what):
 
 
 def bandwidth(device):
-    """Return the bytes/s read from memory: the best of five sums over 256 MiB, beyond caches. On a
-    GPU, over 1 GiB, since its launch takes as long as 100 MB."""
+    """Return the bytes/s read from memory: the best of five sums over 256 MiB (1 GiB on a GPU)."""
     x = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
     [seconds] = alternate([lambda: x.sum().item()], 5, device, "memory bandwidth")
     return x.nbytes / min(seconds)

@@ -414,7 +414,7 @@ def report(s):
           f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:
         print("  " + run_once(sys.argv, args.out) + "\n"
-              "                train the same layers to run once: is the loop worth its FLOPs?")
+              "                train the fair rival, the same layers run once: is the loop worth its FLOPs?")
 
 
 def run_once(words, out):
@@ -429,9 +429,8 @@ def what_it_says(config, losses):
     if mean == 1 or not {1, mean} <= losses.keys():
         return ""
     gain = losses[1] - losses[mean]
-    word = "better" if gain > 0 else "worse"
-    return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token {word} "
-            "than run once.\nThe fair rival is the same model trained to run once.\n")
+    return (f"\nThe same weights, run {mean} times, predict {abs(gain):.3f} nats a token "
+            f"{'better' if gain > 0 else 'worse'} than run once.\n")
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def cache_grid(path, tokens=5, loops=4, kept=2):
     figure, axes = figures.panels(3, 9, 3.4)
     steps = kept * (tokens - 1) + loops - kept
     titles = ("a cache for each loop: red reads green", "one shared cache: red reads green",
-              f"drafts: in which step each loop runs\n({steps} steps, {loops * (tokens - 1)} without)")
+              f"drafts: in which step each loop runs\n({steps} steps, not {loops * (tokens - 1)})")
     for i, (ax, title) in enumerate(zip(axes, titles)):
         for token in range(tokens):
             for loop in range(loops):

@@ -242,7 +242,7 @@ def test_a_gpus_training_is_measured_by_the_code_of_a_folder(tmp_path, monkeypat
     assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"] and row["code"] == ROOT.name
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["model"]["vocab_size"] == gpu.VOCABULARY and row["mfu"] > 0
-    with pytest.raises(UserError, match="train.py of .* failed with gpt-nano: .*--batch-size"):
+    with pytest.raises(UserError, match="(?s)train.py of .* failed with gpt-nano: .*--batch-size"):
         args.micro = 3  # of 4 sequences
         gpu.train(ROOT, "gpt-nano", False, 1, args, tmp_path / "data", tmp_path / "run")
 
