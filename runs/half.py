@@ -35,6 +35,7 @@ NAMES = {
 }
 VARIANTS = ("fixed", "full", "mean4", "mean16")  # of the looped model
 LOOPS = ("1", "2", "4", "8", "16")  # at test time
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 95%, 1 to 9 degrees
 COLUMNS = {
     "model": str, "rate": float, "seed": int, "parameters": int, "tokens": int,
     "training_flops": str, "seconds": float, "inference_flops_per_token": float,
@@ -189,8 +190,26 @@ def print_comparison(runs):
         if {"plain", "looped", name} <= loss.keys():
             share, shares = closed(loss, name)
             by_seed = ", ".join(f"{one:.0%}" for one in shares)
+            bounds = fieller(pairs(loss["looped"], loss["plain"]), pairs(loss[name], loss["plain"]))
+            interval = "{:.0%} to {:.0%}".format(*bounds) if bounds else "unbounded"
             print(f"share of the gap to {NAMES[name]} that looping closes: {share:.0%} "
-                  f"({by_seed} by seed)")
+                  f"({by_seed} by seed; 95%: {interval})")
+
+
+def fieller(parts, wholes):
+    """Return the 95% interval (low, high) of mean(parts) / mean(wholes), two lists with a value for
+    each of 2 to 10 seeds (Fieller 1954). None if it is unbounded."""
+    if len(parts) < 2:
+        return None
+    t = STUDENT_T[len(parts) - 2]
+    (v_part, covariance), (_, v_whole) = np.cov(parts, wholes) * t ** 2 / len(parts)
+    # the ratios r for which mean(parts) - r mean(wholes) is within t standard errors of 0
+    a = np.mean(wholes) ** 2 - v_whole
+    b = np.mean(parts) * np.mean(wholes) - covariance
+    root = b ** 2 - a * (np.mean(parts) ** 2 - v_part)
+    if a <= 0 or root < 0:
+        return None
+    return (b - root ** 0.5) / a, (b + root ** 0.5) / a
 
 
 def closed(loss, name):

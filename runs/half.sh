@@ -49,7 +49,7 @@ run() {  # model rate seed
         plain) flags=$six ;;
         longer) flags=$six budget="--max-flops $longer" ;;
         deep) flags="--preset gpt-nano --n-prelude 12" ;;
-        wide) flags="$six --n-embd $((channels * 23 / 16))" ;;
+        wide) flags="$six --n-embd $((channels * 23 / 64 * 4))" ;;
     esac
     echo "--n-embd $channels $size $flags $budget --muon-lr $2 --adamw-lr $2 --seed $3" \
         "--out $out/$1-$2-$3"

@@ -79,7 +79,7 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     assert "plain-3e-2-1 is not finished and is left out" in first.stdout
     assert "plain-3e-2-2 has a loss that is not finite and is left out" in first.stdout
     assert "seed 0 by rate 0.01: 2.5000, 0.03: 2.4000" in first.stdout
-    assert "gap to twelve layers that looping closes: 50% (50% by seed)" in first.stdout
+    assert "twelve layers that looping closes: 50% (50% by seed; 95%: unbounded)" in first.stdout
     rows = read_csv(tmp_path / "half-8.csv")
     assert len(rows) == 4 and rows[0]["training_flops"] == "1.23e+09"
     assert float(rows[1]["inference_flops_per_token"]) > float(rows[-1]["cache_bytes_per_token"])
@@ -96,6 +96,20 @@ def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
     assert share == 0.5 and shares.tolist() == [0.5, 0.5]
     with pytest.raises(UserError, match="no seed in common"):
         half.closed(loss | {"deep": {7: 1.0}}, "deep")
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        wholes = random.normal(1, 0.05, 3)
+        low, high = half.fieller(0.4 * wholes + random.normal(0, 0.05, 3), wholes)
+        held += low <= 0.4 <= high
+    assert 0.93 < held / 2000 < 0.97
+    assert half.fieller([1, 1, 1], [0.1, -0.1, 0.2]) is None  # the whole may be 0
+    # the shares of results/half.csv, computed by hand
+    assert half.fieller([0.04082, 0.03175, 0.04231], [0.06137, 0.04127, 0.07059]) == pytest.approx(
+        (0.5449, 1.1922), abs=1e-3)
 
 
 def test_the_worth_of_a_loop_is_what_explains_the_gap_closed(tmp_path):
