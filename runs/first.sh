@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which first run shows a newcomer that looping gains? Try shapes and learning rates for the default
-# model, each looped and with the same layers run once. Three hours on two cores, two runs at a time.
+# model, each looped and with the same layers run once. Five hours on two cores, two runs at a time.
 # Writes the table to out/; RESULTS=results replaces the published one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +25,11 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
     for rate in 1e-2 4e-2; do
         echo --seed 0 --muon-lr $rate --adamw-lr $rate --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$rate-0
+    done
+    for loops in 1 4; do  # rates at twice the width
+        for rate in 8e-3 1.6e-2 3.2e-2 6.4e-2; do
+            run 0 $rate $loops $one --n-embd 128 --n-head 4
+        done
     done
     run 0 8e-3 8 $one
     run 0 1.28e-1 4 $one

@@ -7,7 +7,7 @@ from conftest import OUR_FILES
 from parts import figures
 from parts.cli import UserError
 from parts.tables import budgets_of
-from runs import guide, half, p_hop, paper, rates, short, stability, worth
+from runs import guide, half, p_hop, paper, short, stability, worth
 
 X = np.array([1.0, 2, 4, 8])
 LOSS = np.array([3.0, 2.5, 2.2, 2.1])
@@ -33,8 +33,6 @@ PICTURES = {
                "looped": True},
               {"label": "plain", "parameters": 9e4, "flops": 2e12, "losses": [1.2, 1.3],
                "looped": False}],),
-    "rates": ({"64 channels": {"looped": {1e-2: [2.0], 3e-2: [2.1, 2.3]}, "six layers": {}},
-               "32 channels": {"looped": {1e-2: [2.0]}}}, "looped"),
     "worth": ([{"label": "ours", "ours": True, "f": 0.6, "worth": 1.5},
                {"label": "paper", "ours": False, "f": 0.5, "worth": 1.48}], X / 8, {0.3: X}),
     "short": ([{"label": "looped", "color": "r", "passes": [4, 8], "flops": [1e12, 2e12],
@@ -48,7 +46,7 @@ PICTURES = {
 
 NAMED = {name: (guide, name) for name in ("one_dimension", "fixed_point")}
 NAMED |= {module.__name__.removeprefix("runs."): (module, "picture")
-          for module in (half, p_hop, paper, rates, short, stability, worth)}
+          for module in (half, p_hop, paper, short, stability, worth)}
 
 
 @pytest.mark.parametrize("name", PICTURES)
