@@ -22,7 +22,7 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         echo --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$seed
     done
-    for rate in 1e-2 4e-2; do
+    for rate in 5e-3 1e-2 4e-2; do
         echo --seed 0 --muon-lr $rate --adamw-lr $rate --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$rate-0
     done
