@@ -89,6 +89,14 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     assert again.stdout == first.stdout.rpartition("left out\n")[2] and png(tmp_path / "half-8.png")
 
 
+def test_the_seed_that_chose_the_rate_does_not_count_beside_three_others():
+    rows = [{"model": "plain", "rate": rate, "seed": seed, "val_loss": loss} for rate, seed, loss in
+            ((1e-2, 0, 2.0), (2e-2, 0, 2.1), (1e-2, 1, 2.2), (1e-2, 2, 2.2))]
+    assert [row["seed"] for row in half.at_best_rate(rows)["plain"]] == [0, 1, 2]
+    rows.append({"model": "plain", "rate": 1e-2, "seed": 3, "val_loss": 2.3})
+    assert [row["seed"] for row in half.at_best_rate(rows)["plain"]] == [1, 2, 3]
+
+
 def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
     loss = {"plain": {0: 2.0, 1: 3.0, 2: 2.0}, "looped": {0: 1.5, 1: 2.9, 2: 1.5},
             "deep": {0: 1.0, 2: 1.0}}
