@@ -4,8 +4,10 @@
 
 A gain is the loss of layers run once, minus the loss of the same layers looped (with the same seed,
 at their mean recurrence). Seed 0 chose shape and rates: with other seeds, it does not count.
+Variants of a run (fixed depth, another gradient) are compared with it, seed by seed.
 """
 
+import math
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,7 +27,10 @@ def row_of(path):
     config = read_json(path / "config.json")
     model, settings = config["model"], config["settings"]
     layers = "/".join(str(model[name]) for name in ("n_prelude", "n_recurrent", "n_coda"))
-    row = {"channels": model["n_embd"], "layers": layers,
+    variant = "fixed depth" if settings["depth_sampling"] == "fixed" else ""
+    if model["backprop_depth"] != math.ceil(model["mean_recurrence"] / 2):
+        variant = f"gradient through {model['backprop_depth']}"
+    row = {"channels": model["n_embd"], "layers": layers, "variant": variant,
            "mean_recurrence": model["mean_recurrence"], "rate": settings["muon_lr"],
            "seed": settings["seed"], "tokens": done["tokens"],
            "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"])}
@@ -35,6 +40,7 @@ def row_of(path):
 def gains(rows):
     """Yield ((channels, layers, rate), mean recurrence, what is equal, {seed: gain}) for each
     looped model."""
+    rows = [row for row in rows if not row["variant"]]
     model = itemgetter("channels", "layers", "rate")
     for key, loops in sorted({(model(row), row["mean_recurrence"])
                               for row in rows if row["mean_recurrence"] > 1}):
@@ -53,13 +59,26 @@ def gains(rows):
                 yield key, loops, equal, by_seed
 
 
+def variants(rows):
+    """Yield (variant, T, its mean loss, {seed: minus the loss of the run that it varies})."""
+    run = itemgetter("channels", "layers", "mean_recurrence", "rate", "seed")
+    plain = {run(row): row for row in rows if not row["variant"]}
+    for variant in sorted({row["variant"] for row in rows} - {""}):
+        mine = [row for row in rows if row["variant"] == variant and run(row) in plain]
+        for T in ("1", "4", "16"):
+            loss = f"val_loss_{T}"
+            minus = {row["seed"]: row[loss] - plain[run(row)][loss] for row in mine}
+            if minus:
+                yield variant, T, np.mean([row[loss] for row in mine]), minus
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the table")
     args = parser.parse_args()
     rows = finished_rows(args.folder, row_of)
-    order = ("channels", "layers", "mean_recurrence", "rate", "seed", "tokens")
+    order = ("channels", "layers", "variant", "mean_recurrence", "rate", "seed", "tokens")
     rows.sort(key=lambda row: [row[name] for name in order])
     write_csv(args.out / "first.csv", rows, rows[0])
     print("| channels | layers | mean recurrence | rates | equal | gain, mean | standard error "
@@ -72,6 +91,10 @@ def main():
         cells = [channels, layers, loops, f"{rate:g}", equal, f"{np.mean(counted):.4f}",
                  error_text(counted), each]
         print("| " + " | ".join(map(str, cells)) + " |")
+    for variant, T, mean, minus in variants(rows):
+        values = [*minus.values()]
+        print(f"{variant}, T = {T}: {mean:.3f}, minus the run itself {np.mean(values):+.4f} "
+              f"({error_text(values)})")
 
 
 if __name__ == "__main__":

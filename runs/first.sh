@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 run() {  # seed, rate, mean recurrence, flags of the shape
     echo --seed "$1" --muon-lr "$2" --adamw-lr "$2" --mean-recurrence "$3" "${@:4}" \
-        --out "out/first/$(echo "${*:4}" | tr -cd '0-9')-$3-$2-$1"
+        --out "out/first/$(echo "${*:4}" | tr -cd '0-9f')-$3-$2-$1"
 }
 one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
 {
@@ -30,6 +30,10 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         for rate in 8e-3 1.6e-2 3.2e-2 6.4e-2; do
             run 0 $rate $loops $one --n-embd 128 --n-head 4
         done
+    done
+    for seed in 0 1 2; do  # variants of the default
+        run $seed 2e-2 4 $one --depth-sampling fixed
+        for gradient in 1 64; do run $seed 2e-2 4 $one --backprop-depth $gradient; done
     done
     run 0 8e-3 8 $one
     run 0 1.28e-1 4 $one

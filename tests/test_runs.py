@@ -19,7 +19,7 @@ from model import PRESETS, Parcae, ParcaeConfig
 from parts.cli import UserError
 from parts.loader import open_shard
 from parts.tokenizer import load_tokenizer, save_tokenizer
-from runs import gpu, guide, half, p_hop, short, worth
+from runs import first, gpu, guide, half, p_hop, short, worth
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
 
@@ -87,6 +87,18 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     (tmp_path / "half-8.png").unlink()
     again = script("runs/half.py", tmp_path / "half-8.csv", tmp_path)
     assert again.stdout == first.stdout.rpartition("left out\n")[2] and png(tmp_path / "half-8.png")
+
+
+def test_first_pairs_runs_of_equal_tokens_and_variants_with_what_they_vary():
+    rows = [{"channels": 64, "layers": "0/1/0", "variant": variant, "mean_recurrence": loops,
+             "rate": 0.02, "seed": seed, "tokens": 1000, "flops": "1e9" if loops == 1 else "2e9",
+             "val_loss_1": at_1, "val_loss_4": at_4, "val_loss_16": at_4}
+            for variant, loops, seed, at_1, at_4 in (
+                ("", 1, 0, 2.0, 2.1), ("", 4, 0, 2.2, 1.5), ("", 1, 1, 2.0, 2.1),
+                ("", 4, 1, 2.2, 1.75), ("fixed depth", 4, 1, 3.0, 1.25))]
+    assert list(first.gains(rows)) == [((64, "0/1/0", 0.02), 4, "tokens", {0: 0.5, 1: 0.25})]
+    assert [(T, mean, minus) for _, T, mean, minus in first.variants(rows)] == [
+        ("1", 3.0, {1: pytest.approx(0.8)}), ("4", 1.25, {1: -0.5}), ("16", 1.25, {1: -0.5})]
 
 
 def test_the_seed_that_chose_the_rate_does_not_count_beside_three_others():
