@@ -193,7 +193,7 @@ def print_comparison(runs):
         if {"plain", "looped", name} <= loss.keys():
             share, shares = closed(loss, name)
             by_seed = ", ".join(f"{one:.0%}" for one in shares)
-            bounds = fieller(pairs(loss["looped"], loss["plain"]), pairs(loss[name], loss["plain"]))
+            bounds = fieller(*gain_and_gap(loss, name))
             interval = "{:.0%} to {:.0%}".format(*bounds) if bounds else "unbounded"
             print(f"share of the gap to {NAMES[name]} that looping closes: {share:.0%} "
                   f"({by_seed} by seed; 95%: {interval})")
@@ -215,16 +215,22 @@ def fieller(parts, wholes):
     return (b - root ** 0.5) / a, (b + root ** 0.5) / a
 
 
-def closed(loss, name):
-    """Return the share of the gap between "plain" and a larger model that looping closes: a ratio
-    of mean differences, and the share of each seed, (seeds,). Uses the seeds that all three have;
-    raises UserError if there is none. loss: {model: {seed: loss}}."""
+def gain_and_gap(loss, name):
+    """Return how much better "looped" and a larger model are than "plain", (seeds,) each, for the
+    seeds that all three have. Raises UserError if there is none. loss: {model: {seed: loss}}."""
     seeds = sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys())
     if not seeds:
         raise UserError(f"plain, looped and {name} have no seed in common")
     plain, looped, larger = (np.array([loss[model][seed] for seed in seeds])
                              for model in ("plain", "looped", name))
-    return (plain - looped).mean() / (plain - larger).mean(), (plain - looped) / (plain - larger)
+    return plain - looped, plain - larger
+
+
+def closed(loss, name):
+    """Return the share of the gap between "plain" and a larger model that looping closes: a ratio
+    of mean differences, and the share of each seed, (seeds,). Arguments are as in gain_and_gap."""
+    gain, gap = gain_and_gap(loss, name)
+    return gain.mean() / gap.mean(), gain / gap
 
 
 def picture(path, models):

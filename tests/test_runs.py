@@ -118,6 +118,13 @@ def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
         half.closed(loss | {"deep": {7: 1.0}}, "deep")
 
 
+def test_models_with_other_seeds_are_compared_by_those_that_all_have(capsys):
+    losses = {"looped": [1.5, 1.4, 1.6], "plain": [2.0, 1.9, 2.2, 2.1], "deep": [1.0, 0.9]}
+    half.print_comparison({name: [{"seed": s, "val_loss": loss} for s, loss in enumerate(some)]
+                           for name, some in losses.items()})
+    assert "closes: 50% (50%, 50% by seed; 95%: 50% to 50%)" in capsys.readouterr().out
+
+
 def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
     random = np.random.default_rng(0)
     held = 0
