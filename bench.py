@@ -302,8 +302,6 @@ def main():
     machine.use_threads(config.n_embd)
     if args.eager and device.type != "cuda":
         raise UserError(f"--eager is for a GPU: there are no CUDA graphs on {device}")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # measure memory and time on this GPU
     print(f"{args.preset} at context {context}, batch {args.batch}, {args.rounds} rounds, on "
           f"{machine.machine_name(device)}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}")

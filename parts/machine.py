@@ -23,8 +23,9 @@ CXX = {"darwin": "clang++", "win32": "cl"}  # C++ compilers; elsewhere g++
 
 
 def pick_device(device="auto", compiled=False):
-    """Return a torch.device; "auto" is the first available of cuda, mps and cpu. Raises UserError,
-    also if `compiled` and a tool that compiling needs is missing."""
+    """Return a torch.device; "auto" is the first available of cuda, mps and cpu. A numbered GPU
+    becomes the current one, whose memory is counted and whose graphs are recorded. Raises
+    UserError, also if `compiled` and a tool that compiling needs is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     available = [name for name in there if there[name]]
@@ -36,6 +37,8 @@ def pick_device(device="auto", compiled=False):
         raise UserError(f"--device is {device}, there are {torch.cuda.device_count()} CUDA devices")
     if compiled:
         check_compiler(name)
+    if name == "cuda" and index:
+        torch.cuda.set_device(int(index))
     return torch.device(device)
 
 

@@ -51,7 +51,6 @@ def setup_device(args):
     if on_gpu:
         own = os.environ.get("LOCAL_RANK") if world() > 1 else None
         device = pick_device(f"cuda:{own or device.index or 0}")
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     if world() > 1:

@@ -47,7 +47,6 @@ class Recording:
 
     def record(self):
         """Record the call. Warming up is safe: it writes the same keys and values to the places."""
-        torch.cuda.set_device(self.places.device)  # a graph records the current device
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
