@@ -65,11 +65,10 @@ def variants(rows):
     plain = {run(row): row for row in rows if not row["variant"]}
     for variant in sorted({row["variant"] for row in rows} - {""}):
         mine = [row for row in rows if row["variant"] == variant and run(row) in plain]
-        for T in ("1", "4", "16"):
-            loss = f"val_loss_{T}"
+        for loss in [name for name in rows[0] if name.startswith("val_loss_") and mine]:
             minus = {row["seed"]: row[loss] - plain[run(row)][loss] for row in mine}
-            if minus:
-                yield variant, T, np.mean([row[loss] for row in mine]), minus
+            yield (variant, loss.removeprefix("val_loss_"), np.mean([row[loss] for row in mine]),
+                   minus)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""How fast are training and decoding on a GPU, and how much memory do they need? (8 minutes)
+"""How fast are training and decoding on a GPU, and how much memory do they need? (some ten minutes)
 
     python -m runs.gpu results                    run the GPU tests, then measure three tables
     python -m runs.gpu out --code . ../before     compare the training speed of two versions, too

@@ -108,25 +108,26 @@ def cache_grid(path, tokens=5, loops=4, kept=2):
     """Draw what the last token attends to in loop 3, with a cache for each loop and with a shared
     cache; and in which step drafting computes each loop of the tokens after the first."""
     figure, axes = figures.panels(3, 9, 3.4)
-    steps = kept * (tokens - 1) + loops - kept
-    titles = ("a cache for each loop: red reads green", "one shared cache: red reads green",
-              f"drafts: in which step each loop runs\n({steps} steps, not {loops * (tokens - 1)})")
-    for i, (ax, title) in enumerate(zip(axes, titles)):
-        for token in range(tokens):
-            for loop in range(loops):
-                last = token == tokens - 1
-                green = loop == (loops - 1 if i == 1 and not last else 2)
-                text = ""
-                if i == 2 and token:
-                    green = loop < kept  # a draft
-                    text = 1 + (kept * (token - 1) + loop if green
-                                else kept * (tokens - 2) + loop)
-                color = "0.85" if i == 2 and not token else figures.shade(1, 2) if green else "w"
-                red = i < 2 and last and loop == 2
-                ax.add_patch(figures.pyplot().Rectangle(
-                    (token, loop), 0.9, 0.9, fc=color, ec=figures.RED if red else "k",
-                    lw=2.5 if red else 0.7, zorder=1 + red))
-                ax.text(token + 0.45, loop + 0.45, text, ha="center", va="center", zorder=3)
+    last, others = tokens - 1, range(1, tokens)
+    drafted = [(token, loop) for token in others for loop in range(kept)]
+    step = {cell: n for n, cell in enumerate(drafted, start=1)}
+    step |= {(token, loop): len(drafted) + loop - kept + 1
+             for token in others for loop in range(kept, loops)}
+    panels = {  # title: (green cells, {cell: its text}, the column that is known, the red cell)
+        "a cache for each loop: red reads green":
+            ([(token, 2) for token in range(tokens)], {}, None, (last, 2)),
+        "one shared cache: red reads green":
+            ([*((token, loops - 1) for token in range(last)), (last, 2)], {}, None, (last, 2)),
+        "drafts: in which step each loop runs\n"
+        f"({max(step.values())} steps, not {len(step)})": (drafted, step, 0, None),
+    }
+    for ax, (title, (green, texts, known, red)) in zip(axes, panels.items()):
+        for cell in np.ndindex(tokens, loops):
+            color = figures.shade(1, 2) if cell in green else "0.85" if cell[0] == known else "w"
+            edge = {"ec": figures.RED, "lw": 2.5, "zorder": 2} if cell == red else {
+                "ec": "k", "lw": 0.7}
+            ax.add_patch(figures.pyplot().Rectangle(cell, 0.9, 0.9, fc=color, **edge))
+            ax.text(cell[0] + 0.45, cell[1] + 0.45, texts.get(cell, ""), ha="center", va="center")
         ax.set(xlim=(-0.2, tokens + 0.1), ylim=(-0.2, loops + 0.1), title=title, xlabel="token",
                xticks=np.arange(tokens) + 0.45, yticks=np.arange(loops) + 0.45)
         ax.set_xticklabels(range(1, tokens + 1))
