@@ -5,7 +5,7 @@
 
 It compares the looped model, at several numbers of loops T, with three plain transformers of the
 same width: with equally many parameters, with about twice as many (looping is said to match its
-quality), and with the same unrolled depth. Memory for inference is in bfloat16.
+quality), and with the same unrolled depth. Counting the memory of a GPU needs no GPU.
 """
 
 import statistics
@@ -18,6 +18,7 @@ import torch
 from model import PRESETS, Parcae, ParcaeConfig, UserError, count_parameters
 from parts import machine
 from parts.cli import COUNT, LOOPS, Parser, check_idle, progress_bar, run_script
+from parts.footprint import counting
 from parts.muon import Muon
 from parts.quantize import activations, prepare_weights
 from parts.recording import speed_up
@@ -33,8 +34,7 @@ TWICE = "plain, twice the parameters"
 
 def parameters(config):
     """Return the number of parameters of a model without allocating it."""
-    with torch.device("meta"):
-        return count_parameters(Parcae(config))
+    return count_parameters(build(config, torch.device("meta")))
 
 
 def layers_run(config, loops):
@@ -60,7 +60,7 @@ def cases_of(config, recurrence):
 def build(config, device, dtype=None):
     """Return a model with random weights. dtype: of the activations, see Parcae."""
     torch.manual_seed(0)
-    with torch.device("cuda" if device.type == "cuda" else "cpu"):  # mps has no orthogonal_
+    with torch.device("cpu" if device.type == "mps" else device):  # mps has no orthogonal_
         model = Parcae(config)
     model.compute_dtype = dtype
     return model.to(device)
@@ -73,65 +73,41 @@ def kv_bytes(config, context, loops, itemsize=2):
     return 2 * layers_run(config, loops) * config.n_embd * context * itemsize
 
 
-def optimizer_bytes(model):
-    """Return the bytes of state that Muon and AdamW hold after a step."""
+def two_steps(case, args, device, now):
+    """Train a model for two steps. Return the bytes of activations that the second keeps for its
+    backward pass. now() returns the bytes in use."""
+    model = build(case.config, device, args.dtype).train()
+    idx = torch.zeros(args.batch, args.context, dtype=torch.int64, device=device)
     muon = set(model.matrices())
-    held = []
-    for optimizer in (Muon(muon), torch.optim.AdamW(set(model.parameters()) - muon, fused=True)):
-        optimizer.step()
-        for state in optimizer.state.values():
-            held += [t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim]
-    return sum(held)
-
-
-def saved_for_backward(model, forward):
-    """Return the bytes that forward() saves for backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    sizes = {}  # of storages: several saved tensors may be views of one
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a saved output that holds its own graph would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()  # its output lives on until here, so that no storage is reused and counted once
-    return sum(sizes.values())
+    others = set(model.parameters()) - muon
+    optimizers = [Muon(muon, products=torch.bfloat16),
+                  torch.optim.AdamW(others, fused=device.type != "meta")]
+    for _ in range(2):  # in the second, gradients and the optimisers' state are there
+        before = now()
+        loss = model(idx, idx, recurrence=case.loops)[1]
+        activations = now() - before
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return activations
 
 
 def memory_of(case, args):
-    """Return a row of the memory table, in MB: for training, and for inference in bfloat16."""
-    config, loops = case.config, case.loops
-    model = build(config, args.device, args.dtype).train()
-    idx = torch.randint(config.vocab_size, (args.batch, args.context), device=args.device)
-
-    def loss():
-        return model(idx, idx, recurrence=loops)[1]
-    loss().backward()  # now gradients are allocated
-    row = {"model": case.name, "T": loops, "parameters": count_parameters(model),
-           "activations": saved_for_backward(model, loss) / 1e6,
-           "optimiser": optimizer_bytes(model) / 1e6}
+    """Return a row of the memory table, in MB: of training on a GPU, counted from the shapes and,
+    if there is a GPU, measured; of inference in bfloat16."""
+    config = case.config
+    with counting() as held:
+        activations = two_steps(case, args, torch.device("meta"), lambda: held.now)
+    row = {"model": case.name, "T": case.loops, "parameters": parameters(config),
+           "activations": activations / 1e6, "most held": held.most / 1e6}
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss().backward()
-        row["peak of a step"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    model = model.to(torch.bfloat16)
-    model.compute_dtype = None
-    row["weights"] = sum(p.nbytes for p in model.parameters()) / 1e6
-    row["cache"] = model.new_cache(1, args.context, loops).nbytes / 1e6
-    row["shared cache"] = model.new_cache(1, args.context, loops, "shared").nbytes / 1e6
-    return row
-
-
-def break_even(config, double):
-    """Return how many tokens (batch x context) the KV caches hold when the looped model takes as
-    much inference memory as `double`, with twice the parameters; None if its cache is smaller."""
-    saved = 2 * (parameters(double) - parameters(config))
-    cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
-    return saved / cost if cost > 0 else None
+        two_steps(case, args, args.device, torch.cuda.memory_allocated)
+        row["measured"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return row | {"weights": 2 * parameters(config) / 1e6,
+                  "cache": kv_bytes(config, args.context, case.loops) / 1e6,
+                  "shared cache": kv_bytes(config, args.context, 1) / 1e6}
 
 # ------------------------------------------------------------------------------- speed
 
@@ -282,15 +258,12 @@ def parse_args():
 
 
 def bench_memory(cases, config, args):
-    """Measure and print memory."""
-    # One more case: 64 loops, with a gradient through only as many as in the preset.
+    """Count the memory, measure it on a GPU, and print both; with a case of 64 loops of which only
+    as many as in the preset have a gradient."""
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
     rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
-    show(f"Memory in MB; activations: saved for the backward pass of {args.batch} x {args.context} "
-         f"tokens, {args.dtype}; weights and caches (one sequence): inference, bfloat16", rows)
-    even = break_even(config, next(case.config for case in cases if case.name == TWICE))
-    tokens = f"{even:,.0f} tokens (batch x context)" if even else "none, its cache is smaller"
-    print(f"break-even in memory with {TWICE}, at T = {config.mean_recurrence}: {tokens}")
+    show(f"Memory in MB. Training, {args.batch} x {args.context} tokens, {args.dtype}: activations "
+         "and the most\nthat a GPU holds. One sequence, bfloat16: weights and caches", rows)
 
 
 def main():
@@ -306,17 +279,18 @@ def main():
           f"{machine.machine_name(device)}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}")
 
-    # CPUs multiply bfloat16 vectors slowly, so decoding takes float32 by default there
-    slow = device.type == "cpu" and args.dtype == "auto"
-    args.dtype = machine.pick_dtype(device, args.dtype)
-    machine.keep_freed_memory()
+    asked = args.dtype
     cases = cases_of(config, args.recurrence)
     if args.only in (None, "memory"):
+        args.dtype = torch.bfloat16 if asked == "auto" else machine.pick_dtype(device, asked)
         bench_memory(cases, config, args)
+    args.dtype = machine.pick_dtype(device, asked)
+    machine.keep_freed_memory()
     if args.only in (None, "train"):
         train_speed(cases, args)
     if args.only in (None, "decode"):
-        args.dtype = torch.float32 if slow else args.dtype
+        if device.type == "cpu" and asked == "auto":
+            args.dtype = torch.float32  # CPUs multiply bfloat16 vectors slowly
         decode_speed(cases, args)
 
 

@@ -2,19 +2,27 @@
 
     python -m runs.memory results    prints a table and writes results/memory-parcae-140m.png
 
-Computes memory in inference from the shapes, for bfloat16 weights and caches; bench.py measures it.
+Computes memory in inference from the shapes, for bfloat16 weights and caches.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from bench import TWICE, break_even, cases_of, kv_bytes, parameters
+from bench import TWICE, cases_of, kv_bytes, parameters
 from model import PRESETS, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, run_script
 
 DRAWN = "parcae-140m"
+
+
+def break_even(config, double):
+    """Return how many tokens (batch x context) the KV caches hold when the looped model takes as
+    much inference memory as `double`, with twice the parameters; None if its cache is smaller."""
+    saved = 2 * (parameters(double) - parameters(config))
+    cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
+    return saved / cost if cost > 0 else None
 
 
 def picture(path, config, double):

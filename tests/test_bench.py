@@ -1,14 +1,16 @@
 import re
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import script
 
 import bench
 from model import PRESETS, KVCache, Parcae, ParcaeConfig
+from parts.footprint import counting
+from runs.memory import break_even
 
 SMALL = ParcaeConfig(
     vocab_size=256,
@@ -92,41 +94,62 @@ def test_speeds_are_of_their_tokens_and_limits_of_all_that_is_read(clock):
     assert rows[1]["share of peak"] == pytest.approx(share)
 
 
-def test_saved_bytes_are_those_that_the_backward_pass_needs():
-    linear, x = torch.nn.Linear(30, 20), torch.randn(7, 30, requires_grad=True)
-    assert bench.saved_for_backward(linear, lambda: linear(x)) == x.nbytes
-    assert bench.saved_for_backward(linear, lambda: linear(x).exp()) == x.nbytes + 7 * 20 * 4
+def test_bytes_are_counted_while_they_exist():
+    with counting() as held:
+        x = torch.empty(7, 30)
+        assert held.now == x.nbytes == held.most
+        y = x.view(30, 7).t() + 1  # a view takes nothing
+        z = y.exp()
+        del y
+    assert held.now == 2 * z.nbytes and held.most == 3 * z.nbytes
+    del x, z
+    assert held.now == 0
 
-    def saved(loops, depth):
+
+def test_fused_kernels_keep_their_inputs_and_a_number_for_each_row():
+    with counting() as held:
+        x = torch.empty(2, 3, 64, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(16, dtype=torch.bfloat16)
+        before = held.now
+        y = F.rms_norm(x, (16,), weight)
+        assert held.now - before == pytest.approx(y.nbytes, rel=0.26)
+        before = held.now
+        attended = F.scaled_dot_product_attention(y, y, y, is_causal=True)
+        assert held.now - before == pytest.approx(attended.nbytes + 2 * 3 * 64 * 4, abs=32)
+        attended.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_activations_depend_on_the_loops_with_a_gradient():
+    def kept(loops, depth):
         config = replace(SMALL, mean_recurrence=loops, backprop_depth=depth)
-        model = bench.build(config, CPU, torch.float32).train()
-        idx = torch.randint(256, (8, 64))
-        return bench.saved_for_backward(model, lambda: model(idx, idx, recurrence=loops)[1])
+        return bench.memory_of(bench.Case("looped", config, loops), replace_flags(context=64))
 
-    assert saved(9, 4) - saved(9, 3) == saved(9, 3) - saved(9, 2) > 0
-    assert saved(64, 3) == pytest.approx(saved(9, 3), rel=0.01)
+    three, more, deep = kept(9, 3), kept(64, 3), kept(9, 5)
+    assert more["activations"] == pytest.approx(three["activations"], rel=0.01)
+    layer = (deep["activations"] - three["activations"]) / 2 / SMALL.n_recurrent
+    # a layer keeps two inputs and two outputs of norms, q and k twice, v, what attention returns,
+    # and two activations of the MLP, four times as wide; each second layer the injection's state
+    assert layer * 1e6 == pytest.approx((10 + 2 * 4 + 0.5) * 64 * 64 * 4, rel=0.02)
+    assert three["most held"] > three["activations"] + 12 * three["parameters"] / 1e6
 
 
-def test_measuring_what_is_saved_keeps_nothing():
-    made = []
-
-    def forward():
-        y = torch.randn(7, requires_grad=True).exp()  # keeps its own output
-        made.append(weakref.ref(y))
-        return y
-
-    bench.saved_for_backward(torch.nn.Identity(), forward)
-    assert made[0]() is None
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_holds_what_was_counted():
+    config = ParcaeConfig(**PRESETS["parcae-micro"])
+    row = bench.memory_of(bench.Case("looped", config, 8), replace_flags(
+        context=256, batch=16, device=torch.device("cuda"), dtype=torch.bfloat16))
+    assert row["most held"] == pytest.approx(row["measured"], rel=0.05)
 
 
 def test_break_even_is_where_both_take_the_same(cases):
     config, double = cases["looped"], cases["plain, twice the parameters"]
-    tokens = bench.break_even(config, double)
+    tokens = break_even(config, double)
     looped = 2 * bench.parameters(config) + tokens * bench.kv_bytes(config, 1, 8)
     assert looped == pytest.approx(
         2 * bench.parameters(double) + tokens * bench.kv_bytes(double, 1, 1)
     )
-    assert bench.break_even(replace(config, mean_recurrence=1), double) is None
+    assert break_even(replace(config, mean_recurrence=1), double) is None
 
 
 def test_runs_alternate_after_a_warm_up():
@@ -164,7 +187,6 @@ def test_every_table_is_printed(tiny_preset):
         "Memory in MB",
         "Training",
         "Generation",
-        "break-even",
         "plain, twice the parameters",
     ):
         assert words in run.stdout

@@ -32,8 +32,7 @@ DOCUMENTS = "README.md docs/*.md results/README.md results/others/README.md runs
 SKIP = {  # pattern of commands that --full does not run: the reason
     r"out/parcae|SandyResearch|SOURCE|theirs": "needs another project's weights or tokenizer",
     r"torchrun|parcae-140m|--jobs 8|commands\.txt": "needs GPUs",
-    r"fineweb|urllib|chinchilla": "needs the network",
-    r"pip download|--find-links|index-url": "needs the network, or wheels fetched before",
+    r"fineweb|urllib|chinchilla|pip download|--find-links|index-url": "needs the network",
     r"book\.txt|my-notes\.txt|data/mine|eval_data": "needs a file of the reader's own"}
 PASSES_ON = {"tools/sweep.py": "train.py", "runs/arena.py": "train.py",
              "runs/recipe.py": "train.py"}  # script: the one that gets the flags it does not know
@@ -62,8 +61,7 @@ xargs() {
 cd() { :; }
 """
 
-# block: True in a code block, where a command is complete; False between backticks, where it may be
-# shortened. setup: the assignments that the command may use
+# block: in a code block, not between backticks. setup: the assignments that it may use
 Command = namedtuple("Command", "line text block setup")
 
 # ------------------------------------------------------------------------------- reading
@@ -130,19 +128,10 @@ def parser_of(script):
     return parsers[0]
 
 
-def known_flags(parser):
-    """Return all flags of a parser and of its sub-commands."""
-    flags = set(parser._option_string_actions)
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            flags.update(*map(known_flags, action.choices.values()))
-    return flags
-
-
-def check_arguments(script, words, exact):
-    """Return the faults in a script's arguments; exact: parse all, not only look up the flags."""
+def check_arguments(script, words):
+    """Return the faults in a script's arguments."""
     parser, rest = parser_of(script), words
-    if parser and exact:
+    if parser:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 rest = parser.parse_known_args(words)[1]
@@ -150,11 +139,8 @@ def check_arguments(script, words, exact):
             return [f"{script}: {error}"]
         except SystemExit:  # --help
             return []
-    elif parser:
-        flags = [word for word in words if re.match("--[a-z]", word)]
-        rest = [flag for flag in flags if flag.split("=")[0] not in known_flags(parser)]
     if rest and script in PASSES_ON:
-        return check_arguments(PASSES_ON[script], rest, exact)
+        return check_arguments(PASSES_ON[script], rest)
     flags = [word for word in rest if word.startswith("--")]
     return [f"{script} has no {' '.join(flags or rest)}"] if rest else []
 
@@ -171,22 +157,18 @@ def check_snippet(code):
         for name in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
             try:
                 exec(f"{start} {name.name}", {})
-            except ModuleNotFoundError as error:
-                faults.append(f"there is no module {error.name}")
-            except ImportError:
-                faults.append(f"{node.module.replace('.', '/')}.py has no {name.name}")
+            except ImportError as error:
+                faults.append(str(error))
     return faults
 
 
-def check_words(name, rest, exact):
-    """Return the faults in one command, given as its name and the list of its other words."""
+def check_words(name, *rest):
+    """Return the faults in one command, given as its name and its other words."""
     if name == "pip":
         files = re.findall(r"-r (\S+)", " ".join(rest))
         return [f"{file} does not exist" for file in files if not (ROOT / file).exists()]
     while name == "torchrun" and not rest[0].endswith(".py"):
         rest = rest[1:]
-    if rest[0] == "--version":
-        return []
     if rest[0] == "-c":
         return check_snippet(rest[1])
     if rest[0] == "-m":
@@ -195,26 +177,22 @@ def check_words(name, rest, exact):
         rest = [rest[1].replace(".", "/") + ".py", *rest[2:]]
     if not (ROOT / rest[0]).exists():
         return [f"{rest[0]} does not exist"]
-    return [] if name == "bash" else check_arguments(rest[0], rest[1:], exact)
+    return [] if name == "bash" else check_arguments(rest[0], rest[1:])
 
 
 def check_command(command):
     """Return the faults in a Command, a list of texts."""
-    text = command.text
-    if not command.block:
-        text = re.sub(r"[\[\]]", " ", text)  # brackets mark what is optional
-        if re.search("NAME|<", text):
-            return []
-    if bash_says(text):
+    if not command.block and re.search(r"NAME|SOURCE|[<\[]|\.\.\.", command.text):
+        return []  # not complete
+    if bash_says(command.text):
         return ["bash cannot read this to its end"]
-    strict = "set -u" if command.block else ""
+    texts = [NOTE_WORDS, "set -u" * command.block, *command.setup, command.text]
     with tempfile.TemporaryDirectory() as folder:  # for the files that > writes
-        done = run_bash([NOTE_WORDS, strict, *command.setup, text], folder, stderr=subprocess.PIPE)
+        done = run_bash(texts, folder, stderr=subprocess.PIPE)
     faults = [f"${name} is not set before"
               for name in re.findall(r"(\w+): unbound variable", done.stderr)]
     for line in done.stdout.split("\x1e")[:-1]:
-        name, *rest = line.split("\x1f")
-        faults += check_words(name, rest, command.block and "..." not in rest)
+        faults += check_words(*line.split("\x1f"))
     return list(dict.fromkeys(faults))  # a loop repeats its faults
 
 
