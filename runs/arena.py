@@ -1,6 +1,6 @@
 """Which published rule makes the best loop? Train each on the same text, with several seeds.
 
-    python -m runs.arena --rule zero-order-hold --seed 1 --out out/arena/zero-order-hold-8e-3-1
+    python -m runs.arena --rule zero-order-hold --seed 1 --out out/arena/zero-order-hold-2e-2-1
     python -m runs.arena --table out/arena results    write arena.csv and arena.png in results
     python -m runs.arena --table results/arena.csv results    print and draw again, from the table
 
@@ -260,35 +260,37 @@ def split_name(name):
 
 
 def print_table(rows):
-    """Print for each rule the means over its seeds above 0, at the rate that is best for seed 0.
-    Return {rule: {seed: row}} of these runs."""
-    by_rule = defaultdict(list)
-    for row in rows:
-        by_rule[row["rule"]].append(row)
+    """Print the losses of seed 0 at each rate, and a table: for each rule, the means over the seeds
+    at the rate that most of its runs have. Return {rule: {seed: row}} of these, the best first."""
+    at_own = f"val_loss_{TRAINED}"
     chosen = {}
-    for rule, mine in by_rule.items():
-        first = [row for row in mine if row["seed"] == 0]
-        if not first:
-            raise UserError(f"the rule {rule} has no run of seed 0, which chooses its rate")
-        best = min(first, key=lambda row: row[f"val_loss_{TRAINED}"])["rate"]
-        tried = ", ".join(f"{row['rate']:g}: {row[f'val_loss_{TRAINED}']:.4f}"
-                          for row in sorted(first, key=lambda row: row["rate"]))
-        print(f"{rule}: seed 0 by rate {tried}")
-        chosen[rule] = {row["seed"]: row for row in mine if row["rate"] == best and row["seed"]}
-    ours = chosen.get("diagonal", {})
-    print("| rule | rate | " + " | ".join(f"T = {T}" for T in LOOPS)
-          + " | less than diagonal (standard error) | FLOPs | spectral radius |")
-    print("|" + "---|" * (len(LOOPS) + 5))
-    for rule in filter(chosen.get, RULES):
-        cells = [ABOUT[rule], f"{next(iter(chosen[rule].values()))['rate']:g}"]
-        cells += [f"{np.mean([row[f'val_loss_{T}'] for row in chosen[rule].values()]):.4f}"
-                  for T in LOOPS]
-        gains = pairs(*({seed: row[f"val_loss_{TRAINED}"] for seed, row in some.items()}
-                        for some in (chosen[rule], ours)))
-        compared = rule != "diagonal" and len(gains)
-        cells.append(f"{gains.mean():+.4f} ({error_text(gains)})" if compared else "")
-        cells.append(f"{np.mean([row['flops'] for row in chosen[rule].values()]):.3g}")
-        cells.append(f"{max(row['spectral_radius'] for row in chosen[rule].values()):.2f}")
+    for rule in RULES:
+        runs = defaultdict(dict)  # {rate: {seed: row}}
+        for row in rows:
+            if row["rule"] == rule:
+                runs[row["rate"]][row["seed"]] = row
+        tried = [f"{rate:g}: {seeds[0][at_own]:.4f}" for rate, seeds in sorted(runs.items())
+                 if 0 in seeds]
+        if runs:
+            print(f"{rule}: seed 0 by rate {', '.join(tried)}")
+            chosen[rule] = max(runs.values(), key=lambda seeds: (
+                len(seeds), -np.mean([row[at_own] for row in seeds.values()])))
+
+    def mean(rule, column):
+        return np.mean([row[column] for row in chosen[rule].values()])
+
+    chosen = {rule: chosen[rule] for rule in sorted(chosen, key=lambda rule: mean(rule, at_own))}
+    ours = {seed: row[at_own] for seed, row in chosen.get("diagonal", {}).items()}
+    print("| rule | " + " | ".join(f"T = {T}" for T in LOOPS)
+          + " | minus diagonal (standard error) | FLOPs | spectral radius |")
+    print("|" + "---|" * (len(LOOPS) + 4))
+    for rule, seeds in chosen.items():
+        cells = [ABOUT[rule], *(f"{mean(rule, f'val_loss_{T}'):.4f}" for T in LOOPS)]
+        lost = pairs(ours, {seed: row[at_own] for seed, row in seeds.items()})
+        compared = rule != "diagonal" and len(lost)
+        cells.append(f"{lost.mean():+.4f} ({error_text(lost)})" if compared else "")
+        cells += [f"{mean(rule, 'flops'):.3g}",
+                  f"{max(row['spectral_radius'] for row in seeds.values()):.2f}"]
         print("| " + " | ".join(cells) + " |")
     return chosen
 
@@ -297,7 +299,7 @@ def draw(chosen, path):
     """Draw val loss against loops at test time. chosen: {rule: {seed: row}}, see print_table."""
     figure, [axes] = figures.panels(1, 8.5, 4.5)
     T = [int(loops) for loops in LOOPS]
-    for i, (rule, rows) in enumerate(filter(lambda item: item[1], chosen.items())):
+    for i, (rule, rows) in enumerate(chosen.items()):
         losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows.values()])
         style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {"lw": 1}
         axes.plot(T, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=ABOUT[rule], **style)

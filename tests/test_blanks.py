@@ -40,11 +40,17 @@ def done_rows_again(one_loop, h, depths, with_gradient):
     return right(one_loop, h, depths, with_gradient)
 
 
+def one_by_one(one_loop, h, depths, with_gradient):
+    return torch.cat([right(lambda state, _, i=i: one_loop(state, torch.tensor([i])), h[i:i + 1],
+                            depths[i:i + 1], with_gradient) for i in range(len(h))])
+
+
 def test_a_right_loop_passes_and_each_mistake_is_told():
     assert blank.faults(right) == []
     assert "rows [0, 1, 3] is wrong" in blank.faults(all_rows_equally)[0]
     assert "last 2 loops" in blank.faults(every_gradient)[0]
     assert blank.faults(done_rows_again) == ["16 loops of a row were computed, 12 are needed"]
+    assert blank.faults(one_by_one) == ["rows loop one by one, not together"]
     assert "has shape" in blank.faults(lambda one_loop, h, *rest: h[:2])[0]
 
 

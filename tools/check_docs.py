@@ -37,7 +37,7 @@ SKIP = {  # pattern of commands that --full does not run: the reason
 PASSES_ON = {"tools/sweep.py": "train.py", "runs/arena.py": "train.py",
              "runs/recipe.py": "train.py"}  # script: the one that gets the flags it does not know
 
-RUNS = re.compile(r"(\w+=\S* +)*(python|bash|pip|torchrun) ")
+RUNS = re.compile(r"(\w+=\S* +)*(python3?|bash|pip|torchrun) ")
 SETS = re.compile(r"\w+=(\"[^\"]*\"|'[^']*')\s*(#.*)?$")
 BEGINS = re.compile(f"{RUNS.pattern}|{SETS.pattern}|for .*; do")
 CODE = re.compile(r"^ *```[^\n]*\n(?P<fenced>.*?)^ *```"  # or four spaces after a blank line
@@ -48,7 +48,7 @@ NOTE_WORDS = r"""
 exec 3>&1 >/dev/null
 PATH=/nowhere
 note() { local IFS=$'\x1f'; printf '%s\x1e' "$*" >&3; }
-for name in bash pip torchrun; do eval "$name() { note $name \"\$@\"; }"; done
+for name in python3 bash pip torchrun; do eval "$name() { note $name \"\$@\"; }"; done
 python() {
     local code
     if [ "${1-}" = - ]; then read -rd '' code; set -- -c "$code"; fi

@@ -2,7 +2,7 @@
 
     python docs/blanks/loop.py    says what is still wrong, or that nothing is
 
-Replace the last line of run_loop. `Parcae.loop` in model.py is one answer: look at it afterwards.
+Replace the last line of run_loop. `Parcae.forward` in model.py is one answer: look at it afterwards.
 """
 
 import sys
@@ -17,11 +17,11 @@ from model import Parcae, ParcaeConfig
 def run_loop(one_loop, h, depths, with_gradient):
     """Return the state (B, T, C) after depths[i] loops of row i, from h (B, T, C).
 
-    one_loop(h, rows): the state (n, T, C) of some rows after one more loop of them; h (n, T, C) is
-        their state before, rows (n,) are their numbers in the batch.
+    one_loop(h, rows): the state (n, T, C) of n > 0 rows after one more loop of them; h (n, T, C) is
+        their state before, rows (n,) int64 are their numbers in the batch.
     depths: (B,) int64, at least 1.
     with_gradient: of each row only so many of its last loops get a gradient (torch.no_grad).
-    A row that is done must not be computed again."""
+    Loop rows together, and do not compute a row again that is done."""
     raise NotImplementedError("run_loop is still blank")
 
 
@@ -60,7 +60,7 @@ def faults(run_loop):
         alone.append(state)
     expected = torch.cat(alone)
 
-    found = run_loop(one_loop, h, depths, with_gradient)
+    found = run_loop(one_loop, h.clone(), depths, with_gradient)
     if found.shape != expected.shape:
         return [f"the state has shape {tuple(found.shape)}, must be {tuple(expected.shape)}"]
     if not torch.allclose(found, expected):
@@ -71,6 +71,8 @@ def faults(run_loop):
         problems.append(f"the gradient is not that of each row's last {with_gradient} loops")
     if sum(looped) != depths.sum():
         problems.append(f"{sum(looped)} loops of a row were computed, {depths.sum()} are needed")
+    if len(looped) >= depths.sum():
+        problems.append("rows loop one by one, not together")
     return problems
 
 
