@@ -4,7 +4,8 @@
 
 A gain is the loss of layers run once, minus the loss of the same layers looped (with the same seed,
 at their mean recurrence). Seed 0 chose shape and rates: with other seeds, it does not count.
-Variants of a run (fixed depth, another gradient) are compared with it, seed by seed.
+Variants of a run (fixed depth, another gradient) are compared with it, seed by seed, and models
+without a loop with the looped default.
 """
 
 import math
@@ -17,6 +18,8 @@ from parts.cli import Parser, run_script
 from parts.reading import read_json
 from parts.tables import write_csv
 from runs.half import error_text, finished, finished_rows
+
+DEFAULT = {"channels": 64, "layers": "0/1/0", "variant": "", "mean_recurrence": 4, "rate": 0.02}
 
 
 def row_of(path):
@@ -31,7 +34,8 @@ def row_of(path):
     if model["backprop_depth"] != math.ceil(model["mean_recurrence"] / 2):
         variant = f"gradient through {model['backprop_depth']}"
     row = {"channels": model["n_embd"], "layers": layers, "variant": variant,
-           "mean_recurrence": model["mean_recurrence"], "rate": settings["muon_lr"],
+           "mean_recurrence": model["mean_recurrence"] if model["n_recurrent"] else 1,
+           "rate": settings["muon_lr"],
            "seed": settings["seed"], "tokens": done["tokens"],
            "flops": f"{done['flops']:.4g}", "seconds": round(done["seconds"])}
     return row | {f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
@@ -71,6 +75,18 @@ def variants(rows):
                    minus)
 
 
+def rivals(rows):
+    """Yield (channels, layers, tokens, {seed: loss minus that of the looped default}) for models
+    without a loop at the default's rate."""
+    size = itemgetter("channels", "layers", "tokens")
+    default = {row["seed"]: row["val_loss_4"] for row in rows if DEFAULT.items() <= row.items()}
+    plain = [row for row in rows if row["layers"].endswith("/0/0") and row["rate"] == 0.02]
+    for channels, layers, tokens in sorted(set(map(size, plain))):
+        yield channels, layers, tokens, {
+            row["seed"]: row["val_loss_1"] - default[row["seed"]] for row in plain
+            if size(row) == (channels, layers, tokens) and row["seed"] in default}
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a directory of runs")
@@ -94,6 +110,10 @@ def main():
         values = [*minus.values()]
         print(f"{variant}, T = {T}: {mean:.3f}, minus the run itself {np.mean(values):+.4f} "
               f"({error_text(values)})")
+    for channels, layers, tokens, minus in rivals(rows):
+        values = [minus[seed] for seed in sorted(minus)]
+        print(f"{layers} layers of {channels} channels, {tokens:,} tokens: minus the default "
+              f"{', '.join(f'{value:+.4f}' for value in values)} ({error_text(values[1:])})")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         echo --seed 0 --muon-lr $rate --adamw-lr $rate --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$rate-0
     done
+    rival="--preset gpt-one --n-prelude 2 --n-embd 52"  # two layers: equal parameters and FLOPs
+    for seed in 0 1 2 3; do
+        echo $rival --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --max-flops 7.2e12 \
+            --out out/first/two-$seed
+    done
+    echo $rival --seed 0 --muon-lr 4e-2 --adamw-lr 4e-2 --max-flops 7.2e12 --out out/first/two-4e-2
     for loops in 1 4; do  # rates at twice the width
         for rate in 8e-3 1.6e-2 3.2e-2 6.4e-2; do
             run 0 $rate $loops $one --n-embd 128 --n-head 4

@@ -1,6 +1,6 @@
 """How many lookups can a model do with T loops? Make the table and the picture of runs/p_hop.sh.
 
-    python -m runs.p_hop --quick                      train and measure small models: three minutes
+    python -m runs.p_hop --quick                      train and measure small models: five minutes
     python -m runs.p_hop text data/p-hop              make the text
     python -m runs.p_hop out/p-hop results            measure runs; write p-hop.csv and p-hop.png
     python -m runs.p_hop results/p-hop.csv results    print and draw again, from the table
@@ -20,7 +20,7 @@ import torch
 from data import prepare
 from model import Parcae
 from parts import figures
-from parts.cli import Parser, UserError, progress_bar, run_script
+from parts.cli import SEED, Parser, UserError, progress_bar, run_script
 from parts.comparable import changed_text, say_differences
 from parts.generation import check_predicts
 from parts.loader import open_shard
@@ -32,11 +32,14 @@ DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
 HOPS = range(9)
 TRAINED = 8  # mean recurrence in runs/p_hop.sh, which is not in the table
-# for --quick: fewer lookups, and a layer that reads less text
+# for --quick: fewer lookups and less text. Three models of about equal size, for equal FLOPs
 QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
-QUICK = """--preset parcae-nano --n-embd 64 --n-head 4 --no-value-embeds
-    --n-prelude 0 --n-recurrent 1 --n-coda 0 --block-size 96 --batch-size 16 --max-steps 800
-    --muon-lr 4e-2 --adamw-lr 1e-2 --eval-sequences 16 --eval-every 1000 --overwrite""".split()
+QUICK = """--preset parcae-nano --no-value-embeds --n-prelude 0 --n-coda 0 --block-size 96
+    --batch-size 16 --max-flops 1.42e12 --eval-sequences 16 --eval-every 10000 --overwrite"""
+QUICK_MODELS = {
+    "once": "--n-recurrent 1 --mean-recurrence 1 --n-embd 64 --n-head 4 --muon-lr 2e-2",
+    "looped": "--n-recurrent 1 --mean-recurrence 4 --n-embd 64 --n-head 4 --muon-lr 4e-2",
+    "two": "--n-recurrent 0 --n-prelude 2 --n-embd 52 --n-head 2 --muon-lr 2e-2"}
 # Shares of right answers of a guess that knows only p and the symbol. No symbol follows itself, so
 # two lookups often lead back to the same one.
 GUESSES = {0: 1, 1: 0.33, 2: 0.51, 3: 0.29, 4: 0.35, 5: 0.27, 6: 0.29, 7: 0.26, 8: 0.27}
@@ -144,21 +147,21 @@ def rows_of(name, seed, found):
             for T, shares in found.items() for p, share in enumerate(shares)]
 
 
-def quick():
-    """Make a text with fewer lookups, train a layer run once and a looped one, and print their
-    accuracies."""
+def quick(seed):
+    """Make a text with fewer lookups, train a layer run once, a looped one and two narrower layers,
+    and print their accuracies."""
     data, root, rows = Path("data/p-hop-quick"), Path(__file__).parent.parent, []
     if not data.exists():
         SOURCES["p-hop"] = partial(p_hop_docs, **QUICK_TEXT)
         prepare("p-hop", data)
-    for name, loops in (("once", 1), ("looped", 4)):
-        out = Path("out/p-hop-quick", name)
-        done = subprocess.run([sys.executable, root / "train.py", *QUICK, "--data", data,
-                               "--mean-recurrence", str(loops), "--out", out])
+    for name, flags in QUICK_MODELS.items():
+        out = Path("out/p-hop-quick", f"{name}-{seed}")
+        done = subprocess.run([sys.executable, root / "train.py", *QUICK.split(), *flags.split(),
+                               "--seed", str(seed), "--data", data, "--out", out])
         if done.returncode:
             sys.exit(done.returncode)
         docs = read_docs(data / DATA.name)
-        rows += rows_of(name, 0, accuracies(Parcae.from_pretrained(out), docs))
+        rows += rows_of(name, seed, accuracies(Parcae.from_pretrained(out), docs))
     print()
     print_table(rows)
 
@@ -258,7 +261,8 @@ def parse_args():
     add("source", type=Path, nargs="?", metavar="text|DIR|CSV",
         help="the word text, a directory of runs, or a table made before")
     add("out", type=Path, nargs="?", metavar="OUT", help="directory for the result")
-    add("--quick", action="store_true", help="train and measure two small models")
+    add("--quick", action="store_true", help="train and measure three small models")
+    add("--seed", type=SEED, default=0, metavar="N", help="of --quick (default: 0)")
     args = parser.parse_args()
     if args.quick == (args.out is not None):
         parser.error("give a source and OUT, or --quick alone")
@@ -270,7 +274,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.quick:
-        quick()
+        quick(args.seed)
         return
     if str(args.source) == "text":
         SOURCES["p-hop"] = p_hop_docs

@@ -262,15 +262,17 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
     assert len(rows) == 27 and png(tmp_path / "p-hop.png")
 
 
-def test_a_quick_p_hop_trains_both_models_and_prints_their_answers(tmp_path, monkeypatch, capfd):
+def test_a_quick_p_hop_trains_three_models_and_prints_their_answers(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(p_hop, "QUICK_TEXT", p_hop.QUICK_TEXT | {"n_train": 40, "n_val": 20})
-    tiny = ["--max-steps", "1", "--n-embd", "16", "--n-head", "1"]
-    monkeypatch.setattr(p_hop, "QUICK", [*p_hop.QUICK, *tiny])
+    monkeypatch.setattr(p_hop, "QUICK", p_hop.QUICK.replace("--max-flops 1.42e12", "--max-steps 1"))
+    monkeypatch.setattr(p_hop, "QUICK_MODELS", {
+        name: f"{flags} --n-embd 16 --n-head 1" for name, flags in p_hop.QUICK_MODELS.items()})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["p_hop.py", "--quick"])
     p_hop.main()
-    *_, head, once = [line for line in capfd.readouterr().out.splitlines() if "T = " in line][-13:]
+    *_, head, once, two = [line for line in capfd.readouterr().out.splitlines() if "T = " in line]
     assert head.startswith("looped   T = 32") and once.startswith("once     T = 1 ")
+    assert two.startswith("two      T = 1 ")
     assert len(once.split()) == 4 + 4  # of 0 to 3 lookups
 
 

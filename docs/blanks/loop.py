@@ -2,7 +2,7 @@
 
     python docs/blanks/loop.py    says what is still wrong, or that nothing is
 
-Replace the last line of run_loop. `Parcae.forward` in model.py is one answer: look at it afterwards.
+Replace the last line of run_loop. `Parcae.forward` in model.py is one answer: look afterwards.
 """
 
 import sys
@@ -66,14 +66,13 @@ def faults(run_loop):
     if not torch.allclose(found, expected):
         wrong = [i for i in range(4) if not torch.allclose(found[i], expected[i])]
         return [f"the state of rows {wrong} is wrong; depths are {depths.tolist()}"]
-    problems = []
-    if not found.requires_grad or not torch.allclose(gradients(found), gradients(expected)):
-        problems.append(f"the gradient is not that of each row's last {with_gradient} loops")
-    if sum(looped) != depths.sum():
-        problems.append(f"{sum(looped)} loops of a row were computed, {depths.sum()} are needed")
-    if len(looped) >= depths.sum():
-        problems.append("rows loop one by one, not together")
-    return problems
+    must_hold = {
+        f"the gradient is not that of each row's last {with_gradient} loops":
+            found.requires_grad and torch.allclose(gradients(found), gradients(expected)),
+        f"{sum(looped)} loops of a row were computed, {depths.sum()} are needed":
+            sum(looped) == depths.sum(),
+        "rows loop one by one, not together": len(looped) < depths.sum()}
+    return [problem for problem, holds in must_hold.items() if not holds]
 
 
 if __name__ == "__main__":
