@@ -69,7 +69,7 @@ def variants(rows):
     plain = {run(row): row for row in rows if not row["variant"]}
     for variant in sorted({row["variant"] for row in rows} - {""}):
         mine = [row for row in rows if row["variant"] == variant and run(row) in plain]
-        for loss in [name for name in rows[0] if name.startswith("val_loss_") and mine]:
+        for loss in [name for name in mine[0] if name.startswith("val_loss_")] if mine else ():
             minus = {row["seed"]: row[loss] - plain[run(row)][loss] for row in mine}
             yield (variant, loss.removeprefix("val_loss_"), np.mean([row[loss] for row in mine]),
                    minus)
@@ -95,7 +95,7 @@ def main():
     rows = finished_rows(args.folder, row_of)
     order = ("channels", "layers", "variant", "mean_recurrence", "rate", "seed", "tokens")
     rows.sort(key=lambda row: [row[name] for name in order])
-    write_csv(args.out / "first.csv", rows, rows[0])
+    write_csv(args.out / "first.csv", rows, max(rows, key=len))  # a plain model has fewer columns
     print("| channels | layers | mean recurrence | rates | equal | gain, mean | standard error "
           "| by seed |")
     print("|" + "---|" * 8)
