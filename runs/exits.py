@@ -1,6 +1,6 @@
 """How much loss does it cost to let tokens leave the loop early? Compare the exit rules.
 
-    python -m runs.exits --run out/default --most 8      minutes; writes out/exits.csv, exits.png
+    python -m runs.exits --run out/default --most 8      40 minutes; writes out/exits.csv, exits.png
 
 A token leaves the loop when a number falls below a threshold; the rules (EXIT_RULES in
 parts/generation.py) compute it. The baseline gives every token the same number of loops. All read
@@ -104,14 +104,15 @@ def picture(path, rows):
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
         x, y, error = ([row[key] for row in mine] for key in ("loops", "above", "above_error"))
-        label, color = ("all tokens alike", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
+        label, color = ("the same for all tokens", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
         axes.errorbar(x, y, error, marker=figures.marker(i), ms=5, lw=1, capsize=2, label=label,
                       color=color)
     # the losses after one loop may be far higher and would hide the rest
-    high = max(row["above"] for row in rows if row["loops"] >= 2)
+    above = [row["above"] for row in rows if row["loops"] >= 2]
+    low, high = min(above), max(above)
     axes.axhline(0, color="0.8", zorder=0)
-    axes.set(xlabel="loops a token, mean", ylabel="loss above all loops (nats)",
-             ylim=(-0.1 * high, 1.2 * high), title="What does stopping early cost?")
+    axes.set(xlabel="mean loops per token", ylabel="loss minus that of all loops (nats)",
+             ylim=(low - 0.1 * high, 1.2 * high), title="What does stopping early cost?")
     axes.legend(fontsize=8)
     figures.save(figure, path)
 
