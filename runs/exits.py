@@ -104,7 +104,7 @@ def picture(path, rows):
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["loops"])
         x, y, error = ([row[key] for row in mine] for key in ("loops", "above", "above_error"))
-        label, color = ("the same for all tokens", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
+        label, color = ("the same for all", "0.5") if rule == "fixed" else (f"rule: {rule}", None)
         axes.errorbar(x, y, error, marker=figures.marker(i), ms=5, lw=1, capsize=2, label=label,
                       color=color)
     # the losses after one loop may be far higher and would hide the rest
