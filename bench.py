@@ -74,8 +74,8 @@ def kv_bytes(config, context, loops, itemsize=2):
 
 
 def two_steps(case, args, device, now):
-    """Train a model for two steps. Return the bytes of activations that the second keeps for its
-    backward pass. now() returns the bytes in use."""
+    """Train a model for two steps. Return the bytes that the second keeps for its backward pass.
+    now() returns the bytes in use."""
     model = build(case.config, device, args.dtype).train()
     idx = torch.zeros(args.batch, args.context, dtype=torch.int64, device=device)
     muon = set(model.matrices())
@@ -85,27 +85,26 @@ def two_steps(case, args, device, now):
     for _ in range(2):  # in the second, gradients and the optimisers' state are there
         before = now()
         loss = model(idx, idx, recurrence=case.loops)[1]
-        activations = now() - before
+        kept = now() - before
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    return activations
+    return kept
 
 
 def memory_of(case, args):
-    """Return a row of the memory table, in MB: of training on a GPU, counted from the shapes and,
-    if there is a GPU, measured; of inference in bfloat16."""
+    """Return a row of the memory table, in MB. Training is counted and, if on a GPU, measured."""
     config = case.config
     with counting() as held:
-        activations = two_steps(case, args, torch.device("meta"), lambda: held.now)
+        kept = two_steps(case, args, torch.device("meta"), lambda: held.now)
     row = {"model": case.name, "T": case.loops, "parameters": parameters(config),
-           "activations": activations / 1e6, "most held": held.most / 1e6}
+           "activations": kept / 1e6, "most held": held.most / 1e6}
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         two_steps(case, args, args.device, torch.cuda.memory_allocated)
         row["measured"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return row | {"weights": 2 * parameters(config) / 1e6,
+    return row | {"weights": 2 * row["parameters"] / 1e6,
                   "cache": kv_bytes(config, args.context, case.loops) / 1e6,
                   "shared cache": kv_bytes(config, args.context, 1) / 1e6}
 
@@ -258,8 +257,7 @@ def parse_args():
 
 
 def bench_memory(cases, config, args):
-    """Count the memory, measure it on a GPU, and print both; with a case of 64 loops of which only
-    as many as in the preset have a gradient."""
+    """Print the memory of the cases, and of 64 loops with as few gradients as in the preset."""
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
     rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
     show(f"Memory in MB. Training, {args.batch} x {args.context} tokens, {args.dtype}: activations "

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Which rule makes the best loop? Train the default model with each rule in runs/arena.py. Seed 0
-# only chooses the rate; the table averages seeds 1 to 3.
+# Which rule makes the best loop? Train the default model with each rule in runs/arena.py. The table
+# averages seeds 1 to 3; seed 0 is trained at other rates, too.
 #
 #   bash runs/arena.sh                                  rate 2e-2; seed 0 also at 1e-2 and 4e-2
 #   RULES="add concat" RATE=1e-2 OTHER= bash runs/arena.sh     rules that seed 0 trains best there
-# A run takes six minutes on one core, all of them four hours on two. Writes table and picture to out/; RESULTS=results replaces
-# the published ones.
+# A run takes six minutes on one core, all of them four hours on two. Writes table and picture to
+# out/; RESULTS=results replaces the published ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -80,10 +80,11 @@ def rivals(rows):
     without a loop at the default's rate."""
     size = itemgetter("channels", "layers", "tokens")
     default = {row["seed"]: row["val_loss_4"] for row in rows if DEFAULT.items() <= row.items()}
-    plain = [row for row in rows if row["layers"].endswith("/0/0") and row["rate"] == 0.02]
+    plain = [row for row in rows
+             if row["layers"].endswith("/0/0") and row["rate"] == DEFAULT["rate"]]
     for channels, layers, tokens in sorted(set(map(size, plain))):
         yield channels, layers, tokens, {
-            row["seed"]: row["val_loss_1"] - default[row["seed"]] for row in plain
+            row["seed"]: round(row["val_loss_1"] - default[row["seed"]], 4) for row in plain
             if size(row) == (channels, layers, tokens) and row["seed"] in default}
 
 
@@ -111,9 +112,9 @@ def main():
         print(f"{variant}, T = {T}: {mean:.3f}, minus the run itself {np.mean(values):+.4f} "
               f"({error_text(values)})")
     for channels, layers, tokens, minus in rivals(rows):
-        values = [minus[seed] for seed in sorted(minus)]
+        counted = [minus[seed] for seed in minus if seed] or [*minus.values()]
         print(f"{layers} layers of {channels} channels, {tokens:,} tokens: minus the default "
-              f"{', '.join(f'{value:+.4f}' for value in values)} ({error_text(values[1:])})")
+              f"{np.mean(counted):+.4f} ({error_text(counted)}), by seed {minus}")
 
 
 if __name__ == "__main__":

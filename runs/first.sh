@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which first run shows a newcomer that looping gains? Try shapes and learning rates for the default
-# model, each looped and with the same layers run once. Five hours on two cores, two runs at a time.
+# model, each looped and with the same layers run once. Six hours on two cores, two runs at a time.
 # Writes the table to out/; RESULTS=results replaces the published one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ one="--n-prelude 0 --n-recurrent 1 --n-coda 0"
         echo --seed 0 --muon-lr $rate --adamw-lr $rate --mean-recurrence 1 $one \
             --max-flops 7.2e12 --out out/first/flops-$rate-0
     done
-    rival="--preset gpt-one --n-prelude 2 --n-embd 52"  # two layers: equal parameters and FLOPs
+    rival="--n-prelude 2 --n-recurrent 0 --n-embd 52"  # two layers: equal parameters and FLOPs
     for seed in 0 1 2 3; do
         echo $rival --seed $seed --muon-lr 2e-2 --adamw-lr 2e-2 --max-flops 7.2e12 \
             --out out/first/two-$seed
