@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import Parcae, ParcaeConfig, UserError
 from parts import muon
-from runs import arena, recipe
+from runs import arena, first, recipe
 
 CONFIG = ParcaeConfig(vocab_size=64, block_size=8, n_embd=32, n_head=2, n_prelude=1, n_recurrent=2,
                       n_coda=1, mean_recurrence=4)
@@ -115,3 +115,33 @@ def test_each_part_of_the_recipe_is_undone_alone(undone):
     assert len(muon.POLAR_EXPRESS) == 5 and len(set(muon.POLAR_EXPRESS)) == 1
     undone("decay")
     assert muon.decays(X, -X)
+
+
+def arena_row(rule, rate, seed, loss):
+    return {"rule": rule, "rate": rate, "seed": seed, "flops": 1e12, "spectral_radius": 0.5} | {
+        f"val_loss_{T}": loss for T in arena.LOOPS}
+
+
+def test_the_table_of_the_arena_compares_seed_by_seed_at_the_rate_of_most_runs(capsys):
+    rows = [arena_row("diagonal", 0.02, seed, 1 + seed / 10) for seed in range(4)]
+    rows += [arena_row("add", 0.02, seed, 1.2 + seed / 10) for seed in range(3)]
+    rows += [arena_row("add", 0.04, 0, 0.5), arena_row("euler", 0.01, 0, 1.5),
+             arena_row("euler", 0.02, 0, 1.4)]
+    chosen = arena.print_table(rows)
+    assert {rule: sorted(seeds) for rule, seeds in chosen.items()} == {
+        "diagonal": [1, 2, 3],  # with three others, seed 0 does not count
+        "add": [0, 1, 2], "euler": [0]}
+    assert [*chosen] == ["diagonal", "add", "euler"]  # the best first
+    said = capsys.readouterr().out
+    assert "add: seed 0 by rate 0.02: 1.2000, 0.04: 0.5000" in said
+    assert "| h + e | " + "1.3000 | " * 5 + "+0.2000 (0.0000) |" in said
+    assert "| Euler's step for A | " + "1.4000 | " * 5 + " |" in said  # no seed in common
+
+
+def test_a_plain_model_is_compared_with_the_looped_default_of_its_seed():
+    looped = [first.DEFAULT | {"seed": seed, "tokens": 10, "val_loss_1": 9, "val_loss_4": 1 + seed}
+              for seed in range(3)]
+    others = [{"channels": 52, "layers": "2/0/0", "variant": "", "mean_recurrence": 1, "rate": rate,
+               "seed": seed, "tokens": 20, "val_loss_1": 0.5 + seed}
+              for rate, seed in ((0.02, 1), (0.02, 2), (0.02, 7), (0.04, 0))]
+    assert list(first.rivals(looped + others)) == [(52, "2/0/0", 20, {1: -0.5, 2: -0.5})]
