@@ -414,7 +414,7 @@ def report(s):
           f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:
         print("  " + run_once(sys.argv, args.out) + "\n"
-              "                train the fair rival, which runs once: is the loop worth its FLOPs?")
+              "                train the same layers to run once: is the loop worth its FLOPs?")
 
 
 def run_once(words, out):
