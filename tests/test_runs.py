@@ -276,6 +276,11 @@ def test_a_quick_p_hop_trains_three_models_and_prints_their_answers(tmp_path, mo
     assert len(once.split()) == 4 + 4  # of 0 to 3 lookups
 
 
+def test_a_seed_is_for_a_quick_p_hop(tmp_path):
+    run = script("runs/p_hop.py", ROOT / "results/p-hop.csv", tmp_path, "--seed", 1)
+    assert run.returncode == 2 and "only --quick trains: leave out --seed" in run.stderr
+
+
 def test_a_gpus_training_is_measured_by_the_code_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STEPS", 4)
     args = SimpleNamespace(context=32, batch=4, micro=2, device=torch.device("cpu"))
