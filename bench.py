@@ -277,18 +277,21 @@ def main():
           f"{machine.machine_name(device)}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}")
 
-    asked = args.dtype
-    cases = cases_of(config, args.recurrence)
-    if args.only in (None, "memory"):
-        args.dtype = torch.bfloat16 if asked == "auto" else machine.pick_dtype(device, asked)
-        bench_memory(cases, config, args)
-    args.dtype = machine.pick_dtype(device, asked)
+    cases, asked = cases_of(config, args.recurrence), args.dtype
+
+    def dtype(automatic):
+        return machine.pick_dtype(device, automatic if asked == "auto" else asked)
+
     machine.keep_freed_memory()
+    if args.only in (None, "memory"):
+        args.dtype = dtype("bfloat16")
+        bench_memory(cases, config, args)
     if args.only in (None, "train"):
+        args.dtype = dtype("auto")
         train_speed(cases, args)
     if args.only in (None, "decode"):
-        if device.type == "cpu" and asked == "auto":
-            args.dtype = torch.float32  # CPUs multiply bfloat16 vectors slowly
+        # CPUs multiply bfloat16 vectors slowly
+        args.dtype = dtype("float32" if device.type == "cpu" else "auto")
         decode_speed(cases, args)
 
 

@@ -44,10 +44,6 @@ class KVCache:
         """Return a layer's keys and values in loop t, each (B, n_head, capacity, head_dim)."""
         return self.pairs[layer][t if self.own[layer] else 0]
 
-    @property
-    def nbytes(self):
-        return sum(t.nbytes for pairs in self.pairs for pair in pairs for t in pair)
-
     def rows(self, index):
         """Return a copy with the sequences in index (N,); it may name a sequence several times."""
         other = copy.copy(self)

@@ -149,7 +149,7 @@ class HeadLoss(torch.autograd.Function):
         counts = targets != IGNORED                                                         # (N,)
         x = x * counts.unsqueeze(-1)  # ignored rows add nothing to d_weight
         d_x, d_weight, loss = torch.empty_like(x), torch.zeros_like(weight), 0.0
-        chunk = GPU_CHUNK if x.device.type in ("cuda", "meta") else CHUNK
+        chunk = GPU_CHUNK if x.device.type in ("cuda", "meta") else CHUNK  # meta: footprint.py
         for x_, target, d_x_ in zip(*(tensor.split(chunk) for tensor in (x, targets, d_x))):
             loss_, d_logits = loss_and_gradient(F.linear(x_, w), target)       # (chunk, vocab_size)
             loss = loss + loss_

@@ -121,6 +121,11 @@ def build(pytestconfig):
     return build
 
 
+def cache_bytes(cache):
+    """Return the bytes of all keys and values that a cache has place for."""
+    return sum(t.nbytes for pairs in cache.pairs for pair in pairs for t in pair)
+
+
 @pytest.fixture
 def tokens():
     import torch

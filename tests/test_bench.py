@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import script
+from conftest import cache_bytes, script
 
 import bench
 from model import PRESETS, KVCache, Parcae, ParcaeConfig
@@ -52,9 +52,9 @@ def test_cases_are_what_they_are_called(cases):
 @pytest.mark.parametrize("recurrence", [1, 5])
 def test_caches_take_the_predicted_memory(recurrence):
     cache = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16)
-    assert cache.nbytes == 3 * bench.kv_bytes(SMALL, 64, recurrence)
+    assert cache_bytes(cache) == 3 * bench.kv_bytes(SMALL, 64, recurrence)
     shared = KVCache(SMALL, 3, 64, recurrence, "cpu", torch.bfloat16, "shared")
-    assert shared.nbytes == 3 * bench.kv_bytes(SMALL, 64, 1)
+    assert cache_bytes(shared) == 3 * bench.kv_bytes(SMALL, 64, 1)
 
 
 def replace_flags(**flags):
