@@ -77,7 +77,7 @@ def make_parser(about):
         help=f"peak learning rate of Muon (default: the paper's {PAPER_RATE}; {DEFAULT_RATE} for "
         f"{DEFAULT_PRESET}, for which it was measured)")
     add("--adamw-lr", type=POSITIVE, metavar="LR",
-        help="peak learning rate of AdamW (default: as for Muon)")
+        help="peak learning rate of AdamW (default: that of Muon)")
     add("--cooldown", type=number(float, 0, 1), default=0.5, metavar="F",
         help="last share of the budget, in which both rates fall to 0 (default: %(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.2, help="of Muon; it falls to 0 "
@@ -145,9 +145,8 @@ def parse_args(about, words=None):
     if not (args.max_steps or args.max_tokens or args.max_flops):
         args.max_steps = DEFAULT_STEPS
     small = args.preset == DEFAULT_PRESET and not args.init_from
-    for name in ("muon_lr", "adamw_lr"):
-        if getattr(args, name) is None:
-            setattr(args, name, DEFAULT_RATE if small else PAPER_RATE)
+    args.muon_lr = args.muon_lr or (DEFAULT_RATE if small else PAPER_RATE)
+    args.adamw_lr = args.adamw_lr or args.muon_lr
     return args
 
 

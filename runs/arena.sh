@@ -13,7 +13,7 @@ rules=${RULES:-diagonal add concat zero-order-hold euler first-loop loop-vector 
     streams every-loop growing}
 rate=${RATE:-2e-2}
 run() {  # rule rate seed
-    echo "--rule $1" --muon-lr "$2" --adamw-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
+    echo "--rule $1" --muon-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
 }
 {
     for other in ${OTHER-1e-2 4e-2}; do

@@ -51,7 +51,7 @@ run() {  # model rate seed
         deep) flags="--preset gpt-nano --n-prelude 12" ;;
         wide) flags="$six --n-embd $((channels * 23 / 64 * 4))" ;;
     esac
-    echo "--n-embd $channels $size $flags $budget --muon-lr $2 --adamw-lr $2 --seed $3" \
+    echo "--n-embd $channels $size $flags $budget --muon-lr $2 --seed $3" \
         "--out $out/$1-$2-$3"
 }
 {

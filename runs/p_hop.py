@@ -39,11 +39,11 @@ QUICK = """--preset parcae-nano --no-value-embeds --n-prelude 0 --n-coda 0 --blo
     --batch-size 16 --max-flops 1.42e12 --eval-sequences 16 --eval-every 10000 --overwrite"""
 QUICK_MODELS = {
     "once": "--n-recurrent 1 --mean-recurrence 1 --n-embd 64 --n-head 4 "
-            "--muon-lr 2e-2 --adamw-lr 2e-2",
+            "--muon-lr 2e-2",
     "looped": "--n-recurrent 1 --mean-recurrence 4 --n-embd 64 --n-head 4 "
               "--muon-lr 4e-2 --adamw-lr 1e-2",
     "two": "--n-recurrent 0 --n-prelude 2 --n-embd 52 --n-head 2 "
-           "--muon-lr 2e-2 --adamw-lr 2e-2"}
+           "--muon-lr 2e-2"}
 # Shares of right answers of a guess that knows only p and the symbol. No symbol follows itself, so
 # two lookups often lead back to the same one.
 GUESSES = {0: 1, 1: 0.33, 2: 0.51, 3: 0.29, 4: 0.35, 5: 0.27, 6: 0.29, 7: 0.26, 8: 0.27}

@@ -11,7 +11,7 @@ python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 [ -d data/short ] || python -m runs.short text data/short
 
 run() {  # model passes rate seed flags; a pass has 64 steps
-    echo "${*:5} --max-steps $(($2 * 64)) --muon-lr $3 --adamw-lr $3 --seed $4 --out out/short/$1-$2-$3-$4"
+    echo "${*:5} --max-steps $(($2 * 64)) --muon-lr $3 --seed $4 --out out/short/$1-$2-$3-$4"
 }
 both() {  # rate seed passes ...
     for passes in "${@:3}"; do

@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=1
 python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 for rate in ${RATES:-1e-2 3e-2 1e-1 3e-1 1}; do
     for rule in add concat diagonal; do
-        echo --injection $rule --muon-lr $rate --adamw-lr $rate --out out/stability/$rule-$rate
+        echo --injection $rule --muon-lr $rate --out out/stability/$rule-$rate
     done
 done | xargs -P "${JOBS:-2}" -L 1 python train.py --preset parcae-nano --overwrite \
     --n-embd 32 --block-size 128 --batch-size 32 --mean-recurrence 8 \

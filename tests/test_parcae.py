@@ -154,4 +154,5 @@ def test_the_rate_of_the_default_run_is_not_that_of_other_models():
                         (["--init-from", "x"], 8e-3)):
         args = parse_args("", flags)
         assert args.muon_lr == args.adamw_lr == rate
-    assert parse_args("", ["--preset", "parcae-140m", "--muon-lr", "1e-2"]).muon_lr == 1e-2
+    args = parse_args("", ["--muon-lr", "1e-2"])
+    assert args.muon_lr == args.adamw_lr == 1e-2  # one flag sets both

@@ -31,7 +31,7 @@ from train import schedule
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = (
-    "--preset parcae-nano --muon-lr 3e-2 --adamw-lr 3e-2 --n-embd 32 --n-head 2 "
+    "--preset parcae-nano --muon-lr 3e-2 --n-embd 32 --n-head 2 "
     "--block-size 32 --batch-size 8 --eval-sequences 2 --device cpu "
     "--dtype float32"
 ).split()
@@ -365,8 +365,6 @@ def test_two_ranks_and_accumulation_repeat_one_process(train):
         3,
         "--muon-lr",
         3e-3,
-        "--adamw-lr",
-        3e-3,
     ]
     train("one", *flags)
     train("accumulated", *flags, "--micro-batch", 2)
@@ -421,7 +419,7 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path)
     assert "not finite 10 steps in a row, at step 12" in run.stderr
     assert "ckpt.pt is from step 2" in run.stderr
     assert log(train.out / "n")[-1]["skipped"] == 10 and losses(train.out / "n")[2:] == [None] * 10
-    run = train("n", "--max-steps", 3, "--adamw-lr", 1e30, "--muon-lr", 1e30, "--overwrite", code=2)
+    run = train("n", "--max-steps", 3, "--muon-lr", 1e30, "--overwrite", code=2)
     assert "not finite 2 steps in a row" in run.stderr and "no checkpoint was saved" in run.stderr
 
 
@@ -429,7 +427,7 @@ def test_weights_that_predict_nothing_replace_no_checkpoint(train):
     """The loss of a step is of the weights before its update."""
     train("b", "--max-steps", 2)
     good = weights(train.out / "b")
-    flags = ["--muon-lr", 1e30, "--adamw-lr", 1e30, "--cooldown", 0]
+    flags = ["--muon-lr", 1e30, "--cooldown", 0]
     for steps, every in ((3, 400), (9, 1)):  # the last step breaks them; one on the way
         run = train("b", "--resume", "--max-steps", steps, "--eval-every", every, *flags, code=2,
                     tiny=[])
