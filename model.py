@@ -1,10 +1,10 @@
 """The looped transformer: a decoder-only transformer that runs its middle layers several times.
 
-    e       = Norm(P(tokens))                       prelude, once
-    h_0     ~ N(0, sigma^2)                         start state
+    e       = Norm(prelude(tokens))                 once
+    h_0     ~ N(0, sigma^2)                         in training; zero otherwise
     x       = A_bar * h_t + B_bar e                 each loop shrinks the old state, adds e again
-    h_{t+1} = x + what the recurrent block adds     its layers are residual
-    logits  = Head(Norm(C(C_proj h)))               coda, once
+    h_{t+1} = x + what the recurrent block adds     its layers are residual; T loops
+    logits  = head(Norm(coda(C_proj h_T)))          once
 
 0 < A_bar < 1, and the layers read normalised input, so what they add is bounded. For given weights
 the state therefore cannot blow up, however many loops run ("Parcae: Scaling Laws For Stable Looped
@@ -21,12 +21,12 @@ Like the published model, this one differs from a textbook GPT:
 This code departs from the published code in four points:
 - it computes only the rows that still loop
 - it draws the depths of a batch together, so that their sum hardly varies (`sample_depths`)
-- all rows of a batch start from the same noise, however devices split it; in eval mode they start
-  from zero, the mean of the noise, which makes evaluation deterministic
+- all rows of a batch start from the same noise, so that a batch split over devices computes the
+  same; in eval mode they start from zero, its mean, which makes evaluation deterministic
 - float32 weights are cast to the dtype of the activations where they are used (`compute_dtype`)
 
-The shape (B, T, C) is B rows (sequences of a batch) of T tokens with C channels. `recurrence` is
-the number of loops for all rows, `depths` has one for each row, and t counts the loops so far.
+The shape (B, S, D) is B rows (sequences of a batch) of S tokens with D channels. `recurrence` is
+the number of loops T of all rows, `depths` has one for each row, and t counts the loops so far.
 """
 
 import math
@@ -56,8 +56,8 @@ class Diagonal(nn.Module):
 
     A = -exp(log_A) and dt = softplus(dt_bias), so 0 < A_bar = exp(dt * A) < 1 (zero-order hold)."""
 
-    products_once = 1  # B e
-    products_per_loop = 0
+    products_once = 1  # D x D matrices that multiply e: B
+    products_per_loop = 0  # D x D matrices that multiply the state: none, as A_bar is diagonal
 
     def __init__(self, d, a0=A0):
         super().__init__()
@@ -90,10 +90,7 @@ class Diagonal(nn.Module):
 
 
 class Add(nn.Module):
-    """Compute h + e (table 1). A_bar is the identity, so this is only marginally stable.
-
-    A new rule is a class like this one and an entry in INJECTIONS. For exact FLOPs, it counts
-    its products of d x d matrices with e, which run once, and with the state, in each loop."""
+    """Compute h + e (table 1). A_bar is the identity, so this is only marginally stable."""
 
     products_once = 0
     products_per_loop = 0
@@ -102,11 +99,11 @@ class Add(nn.Module):
         super().__init__()
 
     def input(self, e):
-        """Return u (B, T, C), what forward needs from e (B, T, C). All loops use the same u."""
+        """Return u (B, S, D), what forward needs from e (B, S, D). All loops use the same u."""
         return e
 
     def forward(self, h, u):
-        """Return the layers' input (B, T, C), made from the state h (B, T, C) and u (B, T, C)."""
+        """Return the layers' input (B, S, D), made from the state h (B, S, D) and u (B, S, D)."""
         return h + u
 
     def spectral_radius(self):
@@ -135,6 +132,7 @@ class Concat(nn.Module):
         return torch.linalg.eigvals(state_half).abs().max()
 
 
+# a new rule is a class like these and an entry here; its products count in flops_per_token
 INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 
 # ------------------------------------------------------------------------------- the model
@@ -144,10 +142,10 @@ INJECTIONS = {"diagonal": Diagonal, "add": Add, "concat": Concat}
 class Inputs:
     """Hold what the layers read for a batch of tokens, in addition to the state."""
 
-    rope: tuple  # cos and sin of the positions, each (T, 1, head_dim)
-    value_embeds: dict  # {number of the layer: (B, T, C)}
+    rope: tuple  # cos and sin of the positions, each (S, 1, head_dim)
+    value_embeds: dict  # {number of the layer: (B, S, D)}
     places: slice | torch.Tensor  # where a cache holds the tokens, see KVCache.reserve
-    mask: torch.Tensor | None  # which of the cache's places each token sees
+    mask: torch.Tensor | None  # which places each token sees; None: all up to its own
 
     def each(self, f):
         """Return the same Inputs, with f applied to each tensor that has a row per sequence."""
@@ -227,10 +225,10 @@ class Parcae(nn.Module):
     # ------------------------------------------------------------------------- one loop
 
     def begin(self, idx, cache=None):
-        """Return what the loops need from the tokens idx (B, T): their Inputs; u = B_bar e, the
-        same in all loops; h_0, noise in training, zero otherwise. u and h_0 are (B, T, C)."""
+        """Return what the loops need from the tokens idx (B, S): their Inputs; u = B_bar e, the
+        same in all loops; h_0, noise in training, zero otherwise. u and h_0 are (B, S, D)."""
         inputs = self.look_up(idx, cache)
-        x = self.wte(idx).to(self.dtype)                                                # (B, T, C)
+        x = self.wte(idx).to(self.dtype)                                                # (B, S, D)
         e = self.norm_prelude(self.run(self.prelude, 0, x, inputs, cache))
         h = torch.zeros_like(e[:1])
         if self.training and self.config.state_init == "normal":
@@ -238,34 +236,34 @@ class Parcae(nn.Module):
         return inputs, self.injection.input(e), h.expand_as(e)
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """Return the state (B, T, C) after one more loop (eq. 3). t counts the loops before it: an
-        int or, in training, a tensor (B, 1) with a number for each row. Code that uses t should
-        begin with t = torch.as_tensor(t, device=h.device)."""
+        """Return the state (B, S, D) after one more loop (eq. 3). t counts the loops before it and
+        only finds the place in the cache: an int or, in training, a tensor (B, 1). A rule of yours
+        that depends on t should begin with t = torch.as_tensor(t, device=h.device)."""
         if not self.recurrent:
             return u  # in a plain transformer, u is the prelude's output
         h = self.injection(h, u)
         return self.run(self.recurrent, self.config.n_prelude, h, inputs, cache, t)
 
     def readout(self, h, inputs, cache=None):
-        """Return the head's input (B, T, C), which the coda makes from a state h (B, T, C)."""
+        """Return the head's input (B, S, D), which the coda makes from a state h (B, S, D)."""
         first = self.config.n_prelude + self.config.n_recurrent
         return self.norm_f(self.run(self.coda, first, self.C_proj(h), inputs, cache))
 
     def head(self, x):
-        """Return the logits (B, T, vocab_size) float32 for the head's input x (B, T, C)."""
+        """Return the logits (B, S, vocab_size) float32 for the head's input x (B, S, D)."""
         return self.lm_head(x).float()
 
     def look_up(self, idx, cache=None):
-        """Return the Inputs of idx (B, T). A cache reserves its next T places for them."""
-        T = idx.shape[1]
-        self.config.check_length(T)
-        places, mask = (slice(T), None) if cache is None else cache.reserve(T)
+        """Return the Inputs of idx (B, S). A cache reserves its next S places for them."""
+        S = idx.shape[1]
+        self.config.check_length(S)
+        places, mask = (slice(S), None) if cache is None else cache.reserve(S)
         cos, sin = self.rope[:, places].to(self.dtype)
         value_embeds = {int(i): table(idx).to(self.dtype) for i, table in self.value_embeds.items()}
         return Inputs((cos, sin), value_embeds, places, mask)
 
     def run(self, layers, first, x, inputs, cache, t=0):
-        """Return x (B, T, C) after `layers`, whose numbers begin with `first`, in loop t."""
+        """Return x (B, S, D) after `layers`, whose numbers begin with `first`, in loop t."""
         for i, block in enumerate(layers, first):
             kv = None if cache is None else (*cache.pair_of(i, t), inputs.places, inputs.mask)
             x = block(x, inputs.rope, inputs.value_embeds.get(i), kv)
@@ -275,13 +273,13 @@ class Parcae(nn.Module):
 
     def forward(self, idx, targets=None, *, recurrence=None, depths=None):
         """Return (logits, None) or, with targets, (None, mean loss in nats per token). Logits are
-        (B, T, vocab_size) float32; in training they would be the largest tensor, so none are kept.
+        (B, S, vocab_size) float32; in training they would be the largest tensor, so none are kept.
 
-        idx, targets: (B, T) int64; targets of -100 are ignored.
+        idx, targets: (B, S) int64; targets of -100 are ignored.
         recurrence: loops of every row. depths: (B,) int64, loops of each row, which replace it.
             Without both, depths are drawn in train mode and are mean_recurrence in eval mode.
         In train mode the gradient flows through the last backprop_depth loops (§4, appendix E).
-        Raises UserError for a depth below 1, depths not one for each row, or T above block_size."""
+        Raises UserError for a depth below 1, depths not one for each row, or S above block_size."""
         # Rows are independent. Sort the deepest first, so that rows that still loop come first.
         depths = self.depths_of(len(idx), recurrence, depths)
         order = sorted(range(len(idx)), key=lambda row: -depths[row])
@@ -291,14 +289,15 @@ class Parcae(nn.Module):
         # the prelude, once
         inputs, u, h = self.begin(idx[order])
 
-        # the loop: first without gradient, then each row's last backprop_depth loops with it
+        # the loop: a row's last backprop_depth loops get a gradient, its early loops none; in eval
+        # mode there are no early loops. With depths [9, 5, 2] and a backprop_depth of 4:
         most = self.config.backprop_depth if self.training else max(depths)
-        with_gradient = [min(depth, most) for depth in depths]  # [9, 5, 2], most = 4: [4, 4, 2]
-        without = [depth - n for depth, n in zip(depths, with_gradient)]  # [5, 1, 0]
-        done = torch.tensor(without, device=idx.device)
+        last = [min(depth, most) for depth in depths]  # [4, 4, 2]
+        early = [depth - n for depth, n in zip(depths, last)]  # [5, 1, 0]
+        done = torch.tensor(early, device=idx.device)  # loops before the last ones
         with torch.no_grad():  # detached, because PyTorch's FLOP counter fails on views made here
-            h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), without)
-        h = self.loop(h, u, inputs, done, with_gradient)
+            h = self.loop(h, u.detach(), inputs.each(torch.detach), torch.zeros_like(done), early)
+        h = self.loop(h, u, inputs, done, last)
 
         # the coda, once; for a mean loss the sorted rows need not return to their original order
         x = self.readout(h, inputs)
@@ -314,20 +313,20 @@ class Parcae(nn.Module):
         return None, loss
 
     def loop(self, h, u, inputs, done, rounds):
-        """Return the state (B, T, C) after rounds[i] more loops of row i. Rows must be sorted, most
+        """Return the state (B, S, D) after rounds[i] more loops of row i. Rows must be sorted, most
         rounds first. done (B,): how many loops each row has already run."""
         for n in range(rounds[0]):
-            live = slice(sum(count > n for count in rounds))  # rows that still loop: the first ones
-            t = (done[live] + n)[:, None]
-            new = self.recurrent_pass(h[live], u[live], inputs.each(itemgetter(live)), t=t)
-            h = torch.cat([new, h[live.stop:]])
+            live = sum(count > n for count in rounds)  # so many rows, the first ones, still loop
+            some = inputs.each(itemgetter(slice(live)))  # [:live] of each tensor
+            new = self.recurrent_pass(h[:live], u[:live], some, t=done[:live, None] + n)
+            h = torch.cat([new, h[live:]])
         return h
 
     # ------------------------------------------------------------------------- loop by loop
 
     @torch.no_grad()
     def states(self, idx, most, cache=None):
-        """Yield (state (B, T, C), Inputs) of idx (B, T) int64 after each loop 1, ..., most.
+        """Yield (state (B, S, D), Inputs) of idx (B, S) int64 after each loop 1, ..., most.
 
             for h, inputs in model.states(idx, 8):
                 logits = model.head(model.readout(h, inputs))  # as if this loop were the last
@@ -339,17 +338,18 @@ class Parcae(nn.Module):
             yield h, inputs
 
     def hidden(self, idx, recurrence, cache=None):
-        """Return the head's input (B, T, C) after `recurrence` loops of every row."""
+        """Return the head's input (B, S, D) after `recurrence` loops of every row."""
         inputs, u, h = self.begin(idx, cache)
         for t in range(recurrence):
             h = self.recurrent_pass(h, u, inputs, cache, t)
         return self.readout(h, inputs, cache)
 
     def advance(self, idx, cache, start, stop, h=None, u=None):
-        """Run loops start, ..., stop - 1 for idx (B, T), the next tokens of a cache's sequences.
-        Return their logits (B, T, vocab_size) float32, the state h and u, both (B, T, C).
+        """Run loops start, ..., stop - 1 for idx (B, S), the next tokens of a cache's sequences.
+        Return their logits (B, S, vocab_size) float32, the state h and u, both (B, S, D).
 
-        To continue these tokens later, reset cache.pos, pass h and u, and start at `stop`."""
+        parts/draft.py runs the first loops of a few tokens, one after the other, then sets
+        cache.pos back and runs the other loops of all of them together, from h and u."""
         if start == 0:
             inputs, u, h = self.begin(idx, cache)
         else:
@@ -376,7 +376,7 @@ class Parcae(nn.Module):
 
     def sample_depths(self, batch_size, generator=None, mean=None):
         """Return depths for a training batch, (batch_size,) int64, drawn from Poisson(mean) but at
-        least 1 (§4), so that they average mean + exp(-mean). If mean is 1, all depths are 1. None
+        least 1 (§4), so that they average mean + exp(-mean); with a mean of 1, all are 1. None
         stands for mean_recurrence.
 
         The draws are stratified: one comes from each of batch_size equal slices of the
@@ -389,6 +389,7 @@ class Parcae(nn.Module):
         # the first k with P(Poisson <= k) >= quantile, up to 12 standard deviations above the mean
         end = mean + 12 * math.ceil(math.sqrt(mean)) + 12
         k = torch.arange(end, dtype=torch.float64)
+        # gammaincc(k + 1, mean) is P(Poisson <= k)
         cdf = torch.special.gammaincc(k + 1, torch.tensor(mean, dtype=torch.float64))
         depths = torch.searchsorted(cdf, quantile).clamp(1, end - 1)
         return depths[torch.randperm(batch_size, generator=generator)]
@@ -449,8 +450,8 @@ class Parcae(nn.Module):
         forward_loop = 2 * core + cfg.n_recurrent * attention
         if backprop_depth == 0:
             return float(forward_once + loops * forward_loop)
-        # a backward pass costs two forward passes; the first loop with gradient saves one product,
-        # because it passes no gradient on to an earlier state
+        # A backward pass costs two forward passes. A rule that multiplies the state (Concat) saves
+        # one product: its first loop with a gradient passes none on to the state before
         flops = 3 * forward_once + (loops + 2 * with_gradient) * forward_loop
         if accounting == "exact":
             flops -= 2 * self.injection.products_per_loop * cfg.n_embd ** 2

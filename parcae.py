@@ -3,13 +3,14 @@
     python parcae.py
 
 Its middle layers run several times with the same weights. This file needs only torch and trains
-the model of `python train.py`; model.py adds a KV cache and other rules for the loop. "§" and
-"eq." refer to "Parcae: Scaling Laws For Stable Looped Language Models", arXiv 2604.12946.
+the model of `python train.py`, on text cut a little differently. "§" and "eq." refer to "Parcae:
+Scaling Laws For Stable Looped Language Models", arXiv 2604.12946.
 
-    e       = Norm(prelude(tokens))              once
-    h_0     = noise                              in training; zero in evaluation and sampling
-    h_{t+1} = block(A_bar * h_t + dt * B e)      T times, 0 < A_bar = exp(dt * A) < 1 (eq. 3)
-    logits  = head(Norm(coda(C h_T)))            once
+    e       = Norm(prelude(tokens))           once
+    h_0     = noise                           in training; zero in evaluation and sampling
+    x       = A_bar * h_t + dt * B e          0 < A_bar = exp(dt * A) < 1 (eq. 3)
+    h_{t+1} = x + what the layers add         T loops
+    logits  = head(Norm(coda(C_proj h_T)))    once
 
 Shapes: (B, S, D) is B sequences of S tokens with D channels. H counts heads, V the vocabulary.
 """
@@ -24,17 +25,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-D, H, CONTEXT, VOCAB = 64, 2, 256, 320  # tokens: 0-255 are bytes, 256 begins a text
-PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # layers: before the loop, in it, after it, in all
+D, H, CONTEXT, VOCAB = 64, 2, 256, 320  # tokens 0-255 are bytes, 256 begins a text; no others
+PRELUDE, LOOP, CODA, LAYERS = 0, 1, 0, 1  # layers before, in, after the loop, in all: one, looped
 MEAN_LOOPS, GRADIENT_LOOPS = 4, 2  # mean T in training; how many of the last loops get a gradient
 BATCH, STEPS, RATE, DECAY = 16, 1200, 2e-2, 0.2  # learning rate (8e-3 in the paper), weight decay
 SIGMA, EPS, QK_EPS = math.sqrt(2 / (5 * D)), 1e-5, 2 ** -23  # SIGMA: std of h_0, initial weights
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ANGLE = torch.outer(torch.arange(CONTEXT), 50_000 ** -(torch.arange(0, D // H, 2) / (D // H)))
-ROPE = torch.complex(ANGLE.cos(), ANGLE.sin())[:, None].to(DEVICE)  # rotary: (S, 1, D/H/2)
+ROPE = torch.complex(ANGLE.cos(), ANGLE.sin())[:, None].to(DEVICE)  # (CONTEXT, 1, D/H/2)
 POLAR = ((8.1565545, -22.483293, 15.878770), (4.0429299, -2.8089175, 0.50001785),
          (3.8916678, -2.7724842, 0.50606482), (3.2857537, -2.3681295, 0.46449024),
-         (2.3465413, -1.7097828, 0.42323552))  # Muon: a, b and c in each of its five steps
+         (2.3465413, -1.7097828, 0.42323552))  # Muon's five steps (arXiv 2505.16932)
 
 # ------------------------------------------------------------ a layer: nothing here loops
 
@@ -72,15 +73,15 @@ class Parcae(nn.Module):
     def __init__(self):
         super().__init__()
         layers = [Layer(has_table=i % 2 == 1 or i == LAYERS - 1) for i in range(LAYERS)]
-        self.embedding = nn.Embedding(VOCAB, D)
+        self.wte = nn.Embedding(VOCAB, D)
         self.prelude = nn.ModuleList(layers[:PRELUDE])
-        self.block = nn.ModuleList(layers[PRELUDE:PRELUDE + LOOP])
+        self.recurrent = nn.ModuleList(layers[PRELUDE:PRELUDE + LOOP])
         self.coda = nn.ModuleList(layers[PRELUDE + LOOP:])
-        self.norm_prelude, self.norm_coda = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
-        self.log_A = nn.Parameter(torch.zeros(D))
-        self.dt_bias = nn.Parameter(torch.full((D,), math.log(5 ** 0.5 - 1)))  # A_bar = 5 ** -0.5
-        self.B, self.C = nn.Parameter(torch.eye(D)), nn.Linear(D, D, bias=False)
-        # initial weights: a layer adds nothing at first; most other matrices are orthogonal
+        self.norm_prelude, self.norm_f = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
+        self.log_A = nn.Parameter(torch.zeros(D))  # so A = -1; dt = ln(5) / 2 and A_bar = 5 ** -0.5
+        self.dt_bias = nn.Parameter(torch.full((D,), math.log(5 ** 0.5 - 1)))
+        self.B, self.C_proj = nn.Parameter(torch.eye(D)), nn.Linear(D, D, bias=False)
+        # a layer adds nothing at first; most matrices are orthogonal, with entries of std SIGMA
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(p)
@@ -96,26 +97,26 @@ class Parcae(nn.Module):
 
     def read(self, idx):
         """Return u = dt * B e (B, S, D) for tokens idx (B, S). Every loop adds u to the state."""
-        e = self.norm_prelude(self.run(self.prelude, self.embedding(idx), idx))
+        e = self.norm_prelude(self.run(self.prelude, self.wte(idx), idx))
         return F.linear(e, self.B) * F.softplus(self.dt_bias)
 
-    def loop(self, h, u, idx):
+    def recurrent_pass(self, h, u, idx):
         """Return the state (B, S, D) after one more loop, by eq. 3, the paper's contribution.
 
         Whatever is learned, A = -exp(log_A) < 0 < dt, so 0 < A_bar = exp(dt * A) < 1. The loop
         shrinks h, then adds u; what its layers add is bounded, because they read normed input."""
         A_bar = torch.exp(-F.softplus(self.dt_bias) * self.log_A.exp())
-        return self.run(self.block, A_bar * h + u, idx)
+        return self.run(self.recurrent, A_bar * h + u, idx)
 
     def predict(self, h, idx):
-        """Return the logits (B, S, V) for a state h (B, S, D). Head and embedding share weights."""
-        return F.linear(self.norm_coda(self.run(self.coda, self.C(h), idx)), self.embedding.weight)
+        """Return the logits (B, S, V) for a state h (B, S, D). The head has the weights of wte."""
+        return F.linear(self.norm_f(self.run(self.coda, self.C_proj(h), idx)), self.wte.weight)
 
-    def loop_rows(self, h, u, idx, depths):
+    def loop(self, h, u, idx, depths):
         """Return the state after depths[i] more loops of sequence i (depths: the largest first)."""
         for t in range(depths[0]):
             n = int((depths > t).sum())  # sequences that still loop
-            h = torch.cat([self.loop(h[:n], u[:n], idx[:n]), h[n:]])
+            h = torch.cat([self.recurrent_pass(h[:n], u[:n], idx[:n]), h[n:]])
         return h
 
     def forward(self, idx, targets, depths):
@@ -124,10 +125,10 @@ class Parcae(nn.Module):
         depths, order = depths.sort(descending=True)
         idx, targets = idx[order], targets[order]
         u = self.read(idx)
-        h = (torch.randn_like(u[:1]) * SIGMA).expand_as(u)  # equal noise for all sequences
-        with torch.no_grad():  # the early loops
-            h = self.loop_rows(h, u, idx, (depths - GRADIENT_LOOPS).clamp(min=0))
-        h = self.loop_rows(h, u, idx, depths.clamp(max=GRADIENT_LOOPS))
+        h = (torch.randn_like(u[:1]) * SIGMA).expand_as(u)  # one noise (1, S, D) for all sequences
+        with torch.no_grad():
+            h = self.loop(h, u, idx, (depths - GRADIENT_LOOPS).clamp(min=0))
+        h = self.loop(h, u, idx, depths.clamp(max=GRADIENT_LOOPS))
         return F.cross_entropy(self.predict(h, idx).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
@@ -136,28 +137,29 @@ class Parcae(nn.Module):
         u = self.read(idx)
         h = torch.zeros_like(u)
         for _ in range(most):
-            h = self.loop(h, u, idx)
+            h = self.recurrent_pass(h, u, idx)
             yield self.predict(h, idx)
 
     def flops_per_token(self, depths):
-        """Return training FLOPs per token. Backward costs two forwards; early loops have none."""
-        once, loop = (sum(2 * p.numel() for layer in layers for p in layer.matrices())
-                      + len(layers) * 4 * D * CONTEXT  # attention: scores and values, masked or not
-                      for layers in ((*self.prelude, *self.coda), self.block))
-        once += 2 * (2 * D * D + D * VOCAB)  # B, C, head
-        loops = depths.double().mean() + 2 * depths.clamp(max=GRADIENT_LOOPS).double().mean()
-        return 3 * once + loops.item() * loop
+        """Return training FLOPs per token. A backward pass costs two forward passes."""
+        def forward(layers):  # a multiply-add is two; attention: q k^T and its product with v
+            weights = sum(p.numel() for layer in layers for p in layer.matrices())
+            return 2 * weights + len(layers) * 4 * D * CONTEXT
+        once = forward([*self.prelude, *self.coda]) + 2 * (2 * D * D + D * VOCAB)  # B, C_proj, head
+        loops, with_gradient = depths.double(), depths.clamp(max=GRADIENT_LOOPS)
+        return 3 * once + (loops + 2 * with_gradient).mean().item() * forward(self.recurrent)
 
     def optimizers(self):
         """Return Muon for the layers' matrices and AdamW for all other weights (appendix E)."""
-        inner = [p for layer in (*self.prelude, *self.block, *self.coda) for p in layer.matrices()]
+        inner = [p for m in self.modules() if isinstance(m, Layer) for p in m.matrices()]
         others = [p for p in self.parameters() if not any(p is one for one in inner)]
-        return Muon(inner, dict(lr=RATE)), torch.optim.AdamW(others, RATE, (0.8, 0.95), 1e-10, 0)
+        adamw = torch.optim.AdamW(others, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
+        return Muon(inner, {}), adamw  # train_step sets all that changes
 
 # ------------------------------------------------------------ the optimiser: Muon
 
 class Muon(torch.optim.Optimizer):
-    """Move a matrix equally far in all directions: along U V^T if its gradient is U S V^T."""
+    """Move a matrix equally far in all directions: along U V^T for a gradient U diag(s) V^T."""
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
@@ -166,15 +168,13 @@ class Muon(torch.optim.Optimizer):
             axis = 1 if rows >= columns else 0
             if not state:
                 state["M"], state["v"] = torch.zeros_like(W), torch.zeros_like(W.sum(axis, True))
-            # Nesterov momentum
-            M = state["M"].lerp_(W.grad, 1 - group["momentum"])
+            M = state["M"].lerp_(W.grad, 1 - group["momentum"])  # Nesterov momentum
             X = W.grad.lerp(M, group["momentum"])
-            # five steps bring all singular values near to 1
-            X = X.T if rows > columns else X
-            X = X / (1.02 * X.norm() + 1e-6)
+            # five steps keep U and V, and bring the singular values s near to 1
+            X = (X.T if rows > columns else X) / (1.02 * X.norm() + 1e-6)
             for a, b, c in POLAR:
-                S = X @ X.T
-                X = a * X + (b * S + c * S @ S) @ X
+                XX = X @ X.T
+                X = a * X + (b * XX + c * XX @ XX) @ X
             X = X.T if rows > columns else X
             # make rows (or columns) about equally long, and keep the norm (arXiv 2510.05491)
             v = state["v"].lerp_((X * X).mean(axis, keepdim=True), 0.05)
@@ -190,11 +190,11 @@ def train_step(model, optimizers, idx, targets, depths, step, steps=STEPS):
     loss = model(idx, targets, depths)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    muon, adamw = (optimizer.param_groups[0] for optimizer in optimizers)
+    muon["lr"] = adamw["lr"] = RATE * min(1, 2 * (1 - step / steps))  # to 0 in the second half
+    muon["decay"] = DECAY * (1 - step / steps)
+    muon["momentum"] = 0.85 + 0.10 * min(1, step / 300)
     for optimizer in optimizers:
-        group = optimizer.param_groups[0]
-        group["lr"] = RATE * min(1, 2 * (1 - step / steps))  # linearly to 0 in the second half
-        group["decay"] = DECAY * (1 - step / steps)
-        group["momentum"] = 0.85 + 0.10 * min(1, step / 300)
         optimizer.step()
     model.zero_grad()
     return loss.item()
@@ -232,8 +232,8 @@ def main():
         if step % 50 == 0 or step == STEPS - 1:
             print(f"step {step}: loss {loss:.3f}, {flops:.2e} FLOPs, {time.time() - start:.0f} s")
     print("\nrecurrence T   val loss (nats per token)")
-    losses = torch.zeros(16)
-    for starts in torch.linspace(0, len(val) - CONTEXT - 1, 512).long().split(16):
+    losses = torch.zeros(16)  # after 1, ..., 16 loops: means over 32 batches
+    for starts in torch.linspace(0, len(val) - CONTEXT - 1, 32 * BATCH).long().split(BATCH):
         idx, targets = windows(val, starts)
         for t, logits in enumerate(model.every_loop(idx, 16)):
             losses[t] += F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item() / 32

@@ -73,7 +73,7 @@ def parse_args():
 
 
 def read_prompt(args, tokenizer):
-    """Return the prompt as text, and the tokens that the model reads, (1, T): one that begins a
+    """Return the prompt as text, and the tokens that the model reads, (1, S): one that begins a
     document, then the prompt's. Raises UserError."""
     if args.prompt == "":
         raise UserError("--prompt is empty: leave it out for a new document")
@@ -96,7 +96,7 @@ def recurrences_of(args, config):
 
 
 def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
-    """Print the prompt, the tokens after idx (1, T) as they are drawn, and their speed."""
+    """Print the prompt, the tokens after idx (1, S) as they are drawn, and their speed."""
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p, "generator": generator}
     loops_used, counts, made = [], {}, []

@@ -52,7 +52,7 @@ MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row
 
 @dataclass
 class Setup:
-    """Hold everything that training needs."""
+    """Hold what training needs."""
 
     args: argparse.Namespace
     model: Parcae
@@ -144,7 +144,7 @@ def draw_depths(model, args, progress, step_seed):
 
 
 def deal(rows, hands):
-    """Deal rows, sorted deepest first, back and forth to `hands`. Return (hands, rows of each)."""
+    """Deal rows, deepest first, back and forth: 6 rows to 2 hands are (0, 3, 4) and (1, 2, 5)."""
     rounds = rows.view(-1, hands).clone()
     rounds[1::2] = rounds[1::2].flip(1)  # so that each hand gets about equal work
     return rounds.T
@@ -156,14 +156,15 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
     # deal the rows to the ranks; in each step a different rank gets the deepest row
     rows = depths.argsort(descending=True, stable=True)
     mine = deal(rows, world())[(rank() + step_seed) % world()]
-    # a micro-batch loops as often as its deepest row, so its rows have similar depths
+    # a forward pass takes as many steps as its deepest row has loops: `mine` is sorted, so that
+    # the rows of a part have similar depths
     parts = mine.split(micro)
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for n, part in enumerate(parts, start=1):
         # on mps, wait for the copy: its source may be freed before the copy is done
         idx, targets = (t.to(device, non_blocking=device.type == "cuda")
-                        for t in loader.batch(first_sample + part))           # (micro, T) each
+                        for t in loader.batch(first_sample + part))           # (micro, S) each
         # every row, on every rank, starts its loop from the same noise; if you add dropout, its
         # draws repeat from part to part
         torch.manual_seed(step_seed)
@@ -238,7 +239,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
         for loops, (h, inputs) in enumerate(model.states(idx, max(recurrence)), start=1):
             if loops in recurrence:
                 # to add a metric, add a line that sums it over sequences
-                logits = model.head(model.readout(h, inputs))       # (B, T, vocab_size)
+                logits = model.head(model.readout(h, inputs))       # (B, S, vocab_size)
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                 sums["val_loss", loops] += loss * len(idx)  # nats per token
                 # the mean square: its root is taken after averaging over sequences

@@ -31,10 +31,10 @@ class KVCache:
         self.capacity = capacity
         self.pos = 0  # tokens held
 
-    def reserve(self, T):
-        """Reserve places for the next T tokens. Return (the places, a slice; the mask None,
+    def reserve(self, S):
+        """Reserve places for the next S tokens. Return (the places, a slice; the mask None,
         which means that each token sees all tokens so far). Raises UserError."""
-        start, stop = self.pos, self.pos + T
+        start, stop = self.pos, self.pos + S
         if stop > self.capacity:
             raise UserError(f"{stop} tokens do not fit a cache of {self.capacity}")
         self.pos = stop

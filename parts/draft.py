@@ -20,9 +20,9 @@ from parts.generation import check, check_predicts, probabilities, stream
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
     """Draft tokens after `last` (1, 1) with `recurrence` loops each. Return them, (1, ahead), the
     distributions they are drawn from, (ahead, vocab_size), and the states h and inputs u of `last`
-    and all drafts, both (1, ahead + 1, C). The cache moves on by ahead + 1.
+    and all drafts, both (1, ahead + 1, D). The cache moves on by ahead + 1.
 
-    distribution: a function, logits (T, vocab_size) -> probabilities (T, vocab_size)."""
+    distribution: a function, logits (S, vocab_size) -> probabilities (S, vocab_size)."""
     seen, given, states, inputs = [last], [], [], []
     for token in seen:  # `seen` grows in this loop
         logits, h, u = model.advance(token, cache, 0, recurrence)
@@ -57,7 +57,7 @@ def accept(tokens, given, wanted, generator):
 @torch.no_grad()
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
-    """Yield the n tokens (1, 1) after idx (1, T), distributed as by generation.stream. They are
+    """Yield the n tokens (1, 1) after idx (1, S), distributed as by generation.stream. They are
     drafted, `ahead` at a time with `draft` loops, until the window slides. Raises UserError.
     counts: a dict that gets "drafted" and "kept" tokens, and "loops" that ran one after another."""
     check(idx, temperature, top_k, top_p, None)

@@ -50,7 +50,7 @@ def check_predicts(values, loops="so many"):
 
 
 # A token has looped enough when its exit rule returns less than a threshold. The rule compares two
-# loops, this one and the last: their states h (B, T, C) and log-probabilities (B, T, vocab_size).
+# loops, this one and the last: their states h (B, S, D) and log-probabilities (B, S, vocab_size).
 Look = namedtuple("Look", "h log_probs")
 
 
@@ -68,7 +68,7 @@ EXIT_RULES = {"kl": kl, "state": state}
 
 
 def settle(model, idx, most, cache, threshold, rule="kl"):
-    """Return logits (B, T, vocab_size) for idx (B, T), and how many loops ran, at most `most`.
+    """Return logits (B, S, vocab_size) for idx (B, S), and how many loops ran, at most `most`.
 
     The loop ends once the rule is below `threshold`, after the second loop at the earliest. Tokens
     that stop early have no keys and values for later loops, so the cache must be a shared one."""
@@ -119,7 +119,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
 
 
 def generate(model, idx, n, **options):
-    """Return idx (B, T) int64 continued by n tokens: (B, T + n) int64.
+    """Return idx (B, S) int64 continued by n tokens: (B, S + n) int64.
 
     recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k: keep the k likeliest
     tokens; top_p: keep the fewest with total probability p; generator: on idx's device; kv_cache:

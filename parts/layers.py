@@ -1,7 +1,7 @@
 """The layers of a transformer, as in the published model.
 
 Nothing here loops; a plain transformer has the same layers. model.py builds the models from them
-and explains the shape (B, T, C).
+and explains the shape (B, S, D).
 """
 
 import torch
@@ -29,31 +29,31 @@ class Linear(nn.Linear):
 
 
 def rotate(x, rope):
-    """Return x (B, T, n_head, head_dim) with adjacent pairs (x0, x1), (x2, x3), ... rotated.
-
-    rope: cos and sin, each (T, 1, head_dim), each angle twice; sin is negated at even places."""
+    """Return x (B, S, n_head, head_dim) with adjacent pairs (x0, x1), (x2, x3), ... rotated:
+    (x0 cos - x1 sin, x1 cos + x0 sin). rope: cos and sin, each (S, 1, head_dim), so each angle
+    comes twice, and sin is negated at even places."""
     cos, sin = rope
     swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)  # (x1, x0), (x3, x2), ...
     return x * cos + swapped * sin
 
 
 def attend(q, k, v, mask=None):
-    """Return the attention of q (B, n_head, T, head_dim) over k and v (B, n_head, S, head_dim).
-    mask (T, S): true for what is seen. Without it, attention is causal; q has the last T places."""
-    T, S = q.shape[2], k.shape[2]
-    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
+    """Return the attention of q (B, n_head, S, head_dim) over k and v (B, n_head, K, head_dim).
+    mask (S, K): true for what is seen. Without it, attention is causal; q has the last S places."""
+    S, K = q.shape[2], k.shape[2]
+    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < S <= 1024:
         return attend_written_out(q, k, v)
-    if mask is None and 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    causal = mask is None and T > 1
+    if mask is None and 1 < S < K:
+        mask = torch.ones(S, K, dtype=torch.bool, device=q.device).tril(K - S)
+    causal = mask is None and S > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def attend_written_out(q, k, v):
     """Return causal attention for bfloat16 on CPUs, where PyTorch's own takes twice as long."""
-    T, S = q.shape[2], k.shape[2]
-    mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)
-    q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, T, head_dim)
+    S, K = q.shape[2], k.shape[2]
+    mask = torch.full((S, K), -torch.inf, dtype=q.dtype).triu(K - S + 1)
+    q_, k_, v_ = (z.flatten(0, 1) for z in (q, k, v))                   # (B * n_head, S, head_dim)
     scores = torch.baddbmm(mask, q_, k_.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return (scores.softmax(-1) @ v_).view_as(q)
 
@@ -71,26 +71,25 @@ class Attention(nn.Module):
         self.ve_gate = Linear(min(d, VE_GATE_CHANNELS), config.n_head) if has_ve else None
 
     def forward(self, x, rope, ve=None, kv=None):
-        """Return what each token of x (B, T, C) reads, (B, T, C). rope: see rotate; ve: value
-        embeddings (B, T, C); kv: (keys, values, places, mask), see KVCache.pair_of and reserve."""
-        B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, -1)                       # (B, T, n_head, head_dim)
-        k = self.c_k(x).view(B, T, self.n_head, -1)
-        v = self.c_v(x).view(B, T, self.n_head, -1)
+        """Return what each token of x (B, S, D) reads, (B, S, D). rope: see rotate; ve: value
+        embeddings (B, S, D); kv: (keys, values, places, mask), see KVCache.pair_of and reserve."""
+        B, S, D = x.shape
+        q = self.c_q(x).view(B, S, self.n_head, -1)                       # (B, S, n_head, head_dim)
+        k = self.c_k(x).view(B, S, self.n_head, -1)
+        v = self.c_v(x).view(B, S, self.n_head, -1)
 
         # value embeddings: each head adds its part of the token's, times a gate from 0 to 2
         if self.ve_gate is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # (B, T, n_head)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # (B, S, n_head)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
 
-        # rotate by position, then normalise
         q, k = rotate(q, rope), rotate(k, rope)
         if self.qk_norm:
             q = F.rms_norm(q, q.shape[-1:], eps=QK_NORM_EPS)
             k = F.rms_norm(k, k.shape[-1:], eps=QK_NORM_EPS)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, n_head, T, head_dim)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, n_head, S, head_dim)
 
-        # with a cache: store these keys and values; read those so far or, with a mask, all
+        # with a cache: store these keys and values, then read all so far (with a mask, all places)
         mask = None
         if kv is not None:
             keys, values, places, mask = kv
@@ -98,7 +97,7 @@ class Attention(nn.Module):
             held = places.stop if mask is None else None
             k, v = keys[:, :, :held], values[:, :, :held]
 
-        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, S, D))
 
 
 class MLP(nn.Module):
@@ -127,7 +126,7 @@ class Block(nn.Module):
 
 def loss_and_gradient(logits, targets):
     """Return the summed cross-entropy of logits (n, vocab_size), float32, and its gradient with
-    respect to the logits, in their dtype. Rows with ignored targets get a wrong one."""
+    respect to the logits, in their dtype. That of ignored rows is wrong; HeadLoss makes it 0."""
     log_probs = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
     # d loss / d logits = softmax - 1 at the target
@@ -137,7 +136,7 @@ def loss_and_gradient(logits, targets):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of x (N, C) @ weight.T against targets (N,) in little memory.
+    """Compute the mean cross-entropy of x (N, D) @ weight.T against targets (N,) in little memory.
     All logits, (N, vocab_size) in float32, would be the largest tensor of a training step, so they
     are made in chunks of rows. Forward computes the gradient, too, so that no chunk must be kept.
 
@@ -146,8 +145,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, loss_and_gradient):
         w = weight.to(x.dtype)
-        counts = targets != IGNORED                                                         # (N,)
-        x = x * counts.unsqueeze(-1)  # ignored rows add nothing to d_weight
+        valid = targets != IGNORED                                                          # (N,)
+        x = x * valid.unsqueeze(-1)  # so that ignored rows add nothing to d_weight
         d_x, d_weight, loss = torch.empty_like(x), torch.zeros_like(weight), 0.0
         chunk = GPU_CHUNK if x.device.type in ("cuda", "meta") else CHUNK  # meta: footprint.py
         for x_, target, d_x_ in zip(*(tensor.split(chunk) for tensor in (x, targets, d_x))):
@@ -155,12 +154,12 @@ class HeadLoss(torch.autograd.Function):
             loss = loss + loss_
             torch.matmul(d_logits, w, out=d_x_)
             d_weight += (d_logits.T @ x_).to(d_weight.dtype)
-        ctx.save_for_backward(d_x, d_weight, counts)
-        return loss / counts.sum()
+        ctx.save_for_backward(d_x, d_weight, valid)
+        return loss / valid.sum()
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_x, d_weight, counts = ctx.saved_tensors
-        scale = d_loss / counts.sum()
-        d_x = (d_x * (scale * counts).unsqueeze(-1)).to(d_x.dtype)
+        d_x, d_weight, valid = ctx.saved_tensors
+        scale = d_loss / valid.sum()
+        d_x = (d_x * (scale * valid).unsqueeze(-1)).to(d_x.dtype)
         return d_x, d_weight * scale, None, None

@@ -16,8 +16,8 @@ WARM_UP = 3  # calls before a recording, in which PyTorch chooses kernels and co
 
 
 class Recording:
-    """Hold one call of `advance`: loops start, ..., stop - 1 for idx (B, T). The call gets this
-    object as its KVCache, with places in a tensor (T,) that replay changes."""
+    """Hold one call of `advance`: loops start, ..., stop - 1 for idx (B, S). The call gets this
+    object as its KVCache, with places in a tensor (S,) that replay changes."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
         self.buffers = [None if x is None else x.clone() for x in (idx, h, u)]
@@ -28,8 +28,8 @@ class Recording:
         self.call = partial(advance, idx, self, start, stop, h, u)
         self.graph = None
 
-    def reserve(self, T):
-        """Return the places (T,) and a mask (T, capacity), true at and before each place."""
+    def reserve(self, S):
+        """Return the places (S,) and a mask (S, capacity), true at and before each place."""
         return self.places, self.everywhere <= self.places[:, None]
 
     def replay(self, position, *inputs):

@@ -122,7 +122,7 @@ class DeepNorm(Parcae):
 
 
 class HyperConnections(Parcae):
-    """Keep two streams as state, (B, T, 2, C). Each layer reads a learned mixture of them and adds
+    """Keep two streams as state, (B, S, 2, D). Each layer reads a learned mixture of them and adds
     its output to both, with learned weights; a learned matrix mixes the streams (2604.21106).
     """
 

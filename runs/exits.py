@@ -46,7 +46,7 @@ COLUMNS = ["rule", "threshold", "loops", "val_loss", "standard_error", "above", 
 
 @torch.no_grad()
 def early_exit_losses(model, idx, targets, most, threshold, rule):
-    """Return {"loss": nats of each target, "loops": how many its token took}, (1, T) each. Each
+    """Return {"loss": nats of each target, "loops": how many its token took}, (1, S) each. Each
     token leaves the loop as soon as its prediction settles, see generation.settle."""
     cache = model.new_cache(*idx.shape, most, "shared")
     losses, loops_used = [], []
@@ -76,7 +76,7 @@ def row_of_table(rule, threshold, row):
 
 
 def measure(model, windows, tokenizer, most):
-    """Return the rows of the table. windows: [(idx, targets)], (1, T) int64 each.
+    """Return the rows of the table. windows: [(idx, targets)], (1, S) int64 each.
 
     The rule "fixed" gives all tokens the same number of loops, which stands in "threshold"."""
     # the first row has all loops: gains are relative to it

@@ -164,7 +164,7 @@ def isoflop(path):
 
 
 def distances(model, idx, loops):
-    """Return |h_t - h_last| / |h_last|, (tokens, loops), for all tokens of idx (B, T) and t = 1,
+    """Return |h_t - h_last| / |h_last|, (tokens, loops), for all tokens of idx (B, S) and t = 1,
     2, ..., loops."""
     first = []
     for h, _ in model.states(idx, LAST * loops):

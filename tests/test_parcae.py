@@ -13,10 +13,8 @@ from model import PRESETS, Parcae, ParcaeConfig
 from parts.settings import DEFAULT_PRESET, parse_args
 
 # parcae.py's name of a weight: model.py's
-NAMES = {"embedding.": "wte.", "block.": "recurrent.", "norm_coda": "norm_f", "C.weight":
-         "C_proj.weight", ".out.": ".attn.c_proj.", ".q.": ".attn.c_q.", ".k.": ".attn.c_k.",
-         ".v.": ".attn.c_v.", ".gate.": ".attn.ve_gate.", ".up.": ".mlp.fc.",
-         ".down.": ".mlp.proj."}
+NAMES = {".out.": ".attn.c_proj.", ".q.": ".attn.c_q.", ".k.": ".attn.c_k.", ".v.": ".attn.c_v.",
+         ".gate.": ".attn.ve_gate.", ".up.": ".mlp.fc.", ".down.": ".mlp.proj."}
 
 
 def name_there(name):

@@ -40,7 +40,7 @@ from parts.tokenizer import begin_token, encode, load_tokenizer, same_tokens
 
 @torch.no_grad()
 def token_losses(model, idx, targets, recurrence, kv_cache="none"):
-    """Return {loops: losses of the targets in nats, (B, T)} for the loops in the list recurrence.
+    """Return {loops: losses of the targets in nats, (B, S)} for the loops in the list recurrence.
 
     kv_cache "none" reads all tokens at once and takes all losses from one pass. "per-loop" and
     "shared" read token by token through a cache of that kind, as in generation."""
@@ -58,7 +58,7 @@ def token_losses(model, idx, targets, recurrence, kv_cache="none"):
 
 
 def loss_of(logits, targets, loops):
-    """Return the loss of each target in nats, (B, T), for logits (B, T, vocab_size). Raises
+    """Return the loss of each target in nats, (B, S), for logits (B, S, vocab_size). Raises
     UserError if one is not finite."""
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     check_predicts(loss, loops)
@@ -68,8 +68,8 @@ def loss_of(logits, targets, loops):
 def read_all(model, batches, tokenizer, losses_of):
     """Return ({name: [a sum for each sequence]}, [tokens of each sequence], bytes of all of them).
 
-    batches: an iterable of (idx, targets), (B, T) int64 each. losses_of(model, idx, targets)
-    returns {name: the values to sum, such as losses in nats, (B, T)}."""
+    batches: an iterable of (idx, targets), (B, S) int64 each. losses_of(model, idx, targets)
+    returns {name: the values to sum, such as losses in nats, (B, S)}."""
     device, sums, tokens, n_bytes = model.wte.weight.device, defaultdict(list), [], 0
     length = {i: len(token) for token, i in tokenizer._mergeable_ranks.items()}
     for idx, targets in batches:
@@ -126,7 +126,7 @@ class Text(NamedTuple):
     windows: list  # arrays of block_size + 1 tokens, the last one perhaps fewer: inputs, targets
 
     def batches(self, size):
-        """Return a list of (idx, targets), (B, T) int64 each, B at most `size`."""
+        """Return a list of (idx, targets), (B, S) int64 each, B at most `size`."""
         found = []
         for _, alike in groupby(self.windows, len):
             for tokens in torch.from_numpy(np.stack(list(alike))).split(size):

@@ -21,12 +21,12 @@ LIKELIEST = 5  # next tokens shown for each prediction
 
 @torch.no_grad()
 def trace(model, idx, recurrence):
-    """Return what the model would predict after each loop, at each of the tokens idx (1, T): the
-    probabilities and the ids of the likeliest next tokens, (loops, T, LIKELIEST) each. Raises
+    """Return what the model would predict after each loop, at each of the tokens idx (1, S): the
+    probabilities and the ids of the likeliest next tokens, (loops, S, LIKELIEST) each. Raises
     UserError if a prediction is not finite."""
     tops = []
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
-        logits = model.head(model.readout(h, inputs)[0])  # (T, vocab_size)
+        logits = model.head(model.readout(h, inputs)[0])  # (S, vocab_size)
         check_predicts(logits, loops)
         tops.append(logits.softmax(-1).topk(LIKELIEST))
     return map(torch.stack, zip(*tops))

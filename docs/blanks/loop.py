@@ -15,9 +15,9 @@ from model import Parcae, ParcaeConfig
 
 
 def run_loop(one_loop, h, depths, with_gradient):
-    """Return the state (B, T, C) after depths[i] loops of row i, from h (B, T, C).
+    """Return the state (B, S, D) after depths[i] loops of row i, from h (B, S, D).
 
-    one_loop(h, rows): the state (n, T, C) of n > 0 rows after one more loop of them; h (n, T, C) is
+    one_loop(h, rows): the state (n, S, D) of n > 0 rows after one more loop of them; h (n, S, D) is
         their state before, rows (n,) int64 are their numbers in the batch.
     depths: (B,) int64, at least 1.
     with_gradient: of each row only so many of its last loops get a gradient (torch.no_grad).
