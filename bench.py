@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -256,7 +257,7 @@ def parse_args():
     return args
 
 
-def bench_memory(cases, config, args):
+def bench_memory(config, cases, args):
     """Print the memory of the cases, and of 64 loops with as few gradients as in the preset."""
     many = Case(f"looped, mu_bwd {config.backprop_depth}", replace(config, mean_recurrence=64), 64)
     rows = [memory_of(case, args) for case in progress_bar([*cases, many], desc="memory")]
@@ -278,21 +279,14 @@ def main():
           f"{torch.__version__}")
 
     cases, asked = cases_of(config, args.recurrence), args.dtype
-
-    def dtype(automatic):
-        return machine.pick_dtype(device, automatic if asked == "auto" else asked)
-
+    # each table's function and automatic dtype; CPUs multiply bfloat16 vectors slowly
+    tables = {"memory": (partial(bench_memory, config), "bfloat16"), "train": (train_speed, "auto"),
+              "decode": (decode_speed, "float32" if device.type == "cpu" else "auto")}
     machine.keep_freed_memory()
-    if args.only in (None, "memory"):
-        args.dtype = dtype("bfloat16")
-        bench_memory(cases, config, args)
-    if args.only in (None, "train"):
-        args.dtype = dtype("auto")
-        train_speed(cases, args)
-    if args.only in (None, "decode"):
-        # CPUs multiply bfloat16 vectors slowly
-        args.dtype = dtype("float32" if device.type == "cpu" else "auto")
-        decode_speed(cases, args)
+    for name in [args.only] if args.only else tables:
+        measure, automatic = tables[name]
+        args.dtype = machine.pick_dtype(device, automatic if asked == "auto" else asked)
+        measure(cases, args)
 
 
 if __name__ == "__main__":

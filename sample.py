@@ -8,14 +8,15 @@ tools/trace.py draws what each loop would predict.
 """
 
 import time
+from collections import Counter
 from itertools import chain, takewhile
 
 import torch
 
 from model import Parcae, UserError
-from parts.cli import COUNT, LOOPS, SEED, Parser, run_script, some_path
+from parts.cli import COUNT, LOOPS, SEED, Parser, number, run_script, some_path
 from parts.draft import draft_stream
-from parts.generation import check, stream
+from parts.generation import stream
 from parts.machine import pick_device, pick_dtype, use_threads
 from parts.quantize import prepare_weights
 from parts.recording import speed_up
@@ -40,13 +41,13 @@ def parse_args():
         help="continuations of the prompt, one after the other (default: %(default)s)")
     add("--tokens", type=COUNT, default=200, metavar="N",
         help="new tokens, fewer if the text ends (default: %(default)s)")
-    add("--temperature", type=float, default=0.7,
+    add("--temperature", type=number(float, 0), default=0.7,
         help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=COUNT, metavar="K",
         help="sample from the K likeliest tokens (default: all)")
-    add("--top-p", type=float, metavar="P",
+    add("--top-p", type=number(float, 0, 1, above=True), metavar="P",
         help="sample from the fewest tokens with total probability P (default: all)")
-    add("--exit-threshold", type=float, metavar="EPS",
+    add("--exit-threshold", type=number(float, 0), metavar="EPS",
         help="end each token's loop once it changes the prediction by less than EPS nats, after "
         "--recurrence loops at the latest")
     add("--draft", type=LOOPS, metavar="T",
@@ -97,15 +98,14 @@ def recurrences_of(args, config):
 
 def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
     """Print the prompt, the tokens after idx (1, S) as they are drawn, and their speed."""
+    counts, made = Counter(), []
     options = {"recurrence": recurrence, "temperature": args.temperature, "top_k": args.top_k,
-               "top_p": args.top_p, "generator": generator}
-    loops_used, counts, made = [], {}, []
+               "top_p": args.top_p, "generator": generator, "counts": counts}
     if args.draft:
         tokens = draft_stream(model, idx, args.tokens, draft=args.draft, ahead=args.ahead or 4,
-                              counts=counts, **options)
+                              **options)
     else:
-        tokens = stream(model, idx, args.tokens, exit_threshold=args.exit_threshold,
-                        loops_used=loops_used, **options)
+        tokens = stream(model, idx, args.tokens, exit_threshold=args.exit_threshold, **options)
 
     def before_end():
         for token in takewhile(lambda token: token != begin_token(tokenizer), tokens):
@@ -118,11 +118,10 @@ def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
     speed = len(made) / (time.perf_counter() - start)
 
     notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{', compiling included' * args.compile}"
-    if args.exit_threshold is not None:
-        notes += f", {sum(loops_used) / len(loops_used):.2f} loops per token"
-    if counts:
-        notes += (f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept, "
-                  f"{counts['loops'] / max(1, len(made)):.2f} loops per token, one after the other")
+    if args.draft:
+        notes += f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept"
+    if args.draft or args.exit_threshold is not None:
+        notes += f", {counts['loops'] / max(1, len(made)):.2f} loops per token"
     print(f"\n--- {notes}")
 
 
@@ -138,11 +137,10 @@ def main():
 
     tokenizer = load_tokenizer(args.run)
     prompt, idx = read_prompt(args, tokenizer)
-    check(idx, args.temperature, args.top_k, args.top_p, args.exit_threshold)
     recurrences = recurrences_of(args, model.config)
-    T, block_size = idx.shape[1], model.config.block_size
-    if T > block_size:
-        print(f"of {T} tokens (one begins the text), the model reads only the last {block_size}")
+    S, block_size = idx.shape[1], model.config.block_size
+    if S > block_size:
+        print(f"of {S} tokens (one begins the text), the model reads only the last {block_size}")
     for recurrence in recurrences:
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(1, args.samples + 1):

@@ -11,6 +11,8 @@ loops. So the verification continues from the draft's states and cache entries. 
 not work, because it holds only the last loop of each token.
 """
 
+from collections import Counter
+
 import torch
 
 from parts.cli import UserError
@@ -23,16 +25,16 @@ def propose(model, last, cache, recurrence, ahead, distribution, generator):
     and all drafts, both (1, ahead + 1, D). The cache moves on by ahead + 1.
 
     distribution: a function, logits (S, vocab_size) -> probabilities (S, vocab_size)."""
-    seen, given, states, inputs = [last], [], [], []
-    for token in seen:  # `seen` grows in this loop
-        logits, h, u = model.advance(token, cache, 0, recurrence)
+    tokens, given, states, inputs = [last], [], [], []
+    for i in range(ahead + 1):
+        logits, h, u = model.advance(tokens[i], cache, 0, recurrence)
         states.append(h)
         inputs.append(u)
-        if len(seen) <= ahead:  # the full model predicts what comes after the last draft
+        if i < ahead:  # the full model predicts what comes after the last draft
             given.append(distribution(logits[:, -1]))
-            seen.append(torch.multinomial(given[-1], 1, generator=generator))
-    tokens = torch.cat(seen[1:], dim=1)
-    return tokens, torch.cat(given), torch.cat(states, dim=1), torch.cat(inputs, dim=1)
+            tokens.append(torch.multinomial(given[i], 1, generator=generator))
+    return (torch.cat(tokens[1:], dim=1), torch.cat(given), torch.cat(states, dim=1),
+            torch.cat(inputs, dim=1))
 
 
 def accept(tokens, given, wanted, generator):
@@ -59,7 +61,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
                  top_p=None, generator=None, counts=None):
     """Yield the n tokens (1, 1) after idx (1, S), distributed as by generation.stream. They are
     drafted, `ahead` at a time with `draft` loops, until the window slides. Raises UserError.
-    counts: a dict that gets "drafted" and "kept" tokens, and "loops" that ran one after another."""
+    counts: a Counter of "drafted" and "kept" tokens, and of "loops" that ran in sequence."""
     check(idx, temperature, top_k, top_p, None)
     if len(idx) != 1:
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
@@ -69,8 +71,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
     def distribution(logits):
         check_predicts(logits)
         return probabilities(logits, temperature, top_k, top_p)
-    counts = {} if counts is None else counts
-    counts |= {"drafted": 0, "kept": 0, "loops": 0}
+    counts = Counter() if counts is None else counts
     training = model.training
     model.eval()
     try:
@@ -78,7 +79,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
         if not 1 <= draft < recurrence:
             raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below "
                             "recurrence")
-        capacity = min(idx.shape[1] + n + 1, model.config.block_size)
+        capacity = min(idx.shape[1] + n, model.config.block_size)
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:
             model.hidden(idx[:, :-1], recurrence, cache)  # the prompt without its last token
@@ -105,9 +106,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             n -= new.shape[1]
             yield from new.split(1, dim=1)
         del cache  # before stream makes its own
-        for token in stream(model, idx, n, recurrence=recurrence, temperature=temperature,
-                            top_k=top_k, top_p=top_p, generator=generator):
-            counts["loops"] += recurrence
-            yield token
+        yield from stream(model, idx, n, recurrence=recurrence, temperature=temperature,
+                          top_k=top_k, top_p=top_p, generator=generator, counts=counts)
     finally:
         model.train(training)

@@ -1,7 +1,7 @@
 """Generate tokens with a model: draw them, leave the loop early, `stream` and `generate`."""
 
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,6 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
 def choose(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draw tokens (B, 1) from logits (B, vocab_size). Raises UserError if they are not finite."""
     check_predicts(logits)
-    if temperature < GREEDY:
-        return logits.argmax(-1, keepdim=True)
     p = probabilities(logits, temperature, top_k, top_p)
     return torch.multinomial(p, 1, generator=generator)
 
@@ -84,33 +82,32 @@ def settle(model, idx, most, cache, threshold, rule="kl"):
 
 @torch.no_grad()
 def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p=None,
-           generator=None, kv_cache="per-loop", exit_threshold=None, exit_rule="kl",
-           loops_used=None):
+           generator=None, exit_threshold=None, exit_rule="kl", counts=None):
     """Yield the next n tokens, each (B, 1) and drawn given the last block_size tokens before it.
 
-    Arguments are as in `generate`. loops_used: a list that receives the loops of each token. Once
-    the context is full, the window slides, and every token in it gets a new position. Then no cache
-    can be used and no loop ends early: each token costs a full forward pass."""
+    Arguments are as in `generate`. counts: a Counter whose "loops" grows by those of each token.
+    Once the context is full, the window slides, and every token in it gets a new position. Then no
+    cache can be used and no loop ends early: each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
+    counts = Counter() if counts is None else counts
     capacity = min(idx.shape[1] + n, model.config.block_size)
     exits = exit_threshold is not None
     training = model.training
     model.eval()
     try:
         recurrence, = model.depths_of(1, recurrence)
-        cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else kv_cache)
+        cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else "per-loop")
         for _ in range(n):
-            new, loops = idx[:, cache.pos:], recurrence
-            slides = idx.shape[1] > capacity  # the window slides: use no cache
-            if slides or cache.pos == 0:  # or the prompt comes: all tokens at once
+            loops, slides = recurrence, idx.shape[1] > capacity
+            if slides or cache.pos == 0:  # all tokens at once; no cache once the window slides
                 x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
                 logits = model.head(x[:, -1:])
             elif exits:
-                logits, loops = settle(model, new, recurrence, cache, exit_threshold, exit_rule)
+                last = idx[:, -1:]
+                logits, loops = settle(model, last, recurrence, cache, exit_threshold, exit_rule)
             else:  # one more token
-                logits, _, _ = model.advance(new, cache, 0, recurrence)
-            if loops_used is not None:
-                loops_used.append(loops)
+                logits, _, _ = model.advance(idx[:, -1:], cache, 0, recurrence)
+            counts["loops"] += loops
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)
             yield token
@@ -122,15 +119,15 @@ def generate(model, idx, n, **options):
     """Return idx (B, S) int64 continued by n tokens: (B, S + n) int64.
 
     recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k: keep the k likeliest
-    tokens; top_p: keep the fewest with total probability p; generator: on idx's device; kv_cache:
-    see KVCache; exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
+    tokens; top_p: keep the fewest with total probability p; generator: on idx's device;
+    exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 
 def check(idx, temperature, top_k, top_p, exit_threshold):
     """Raise UserError for arguments that `stream` cannot use."""
     if idx.ndim != 2 or idx.shape[1] == 0:
-        raise UserError("the prompt is empty, must hold at least one token")
+        raise UserError(f"the prompt has shape {tuple(idx.shape)}, must be (B, S), S at least 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}, must be at least 0 and finite")
     if top_k is not None and top_k < 1:

@@ -95,10 +95,8 @@ def machine_name(device):
 def use_threads(channels, asked=None):
     """Set the number of threads to `asked`. None means one thread for small models, whose rounding
     then does not depend on the cores, and PyTorch's default for others (OMP_NUM_THREADS, cores)."""
-    if asked is None and channels <= SMALL:
-        asked = 1
-    if asked is not None:
-        torch.set_num_threads(asked)
+    if asked or channels <= SMALL:
+        torch.set_num_threads(asked or 1)
 
 
 def keep_freed_memory():

@@ -101,4 +101,3 @@ class Muon(torch.optim.Optimizer):
 
             for stored, stack in ((momenta, M), (squares, v), (params, W)):
                 torch._foreach_copy_(stored, list(stack))
-

@@ -50,4 +50,3 @@ def prepare_weights(model, device, dtype):
                 if isinstance(child, Linear):
                     setattr(module, name, Int8Linear(child.weight))
     return model.to(device, activations(dtype))
-

@@ -120,4 +120,3 @@ def decode_stream(tokenizer, tokens):
         with contextlib.suppress(KeyError):
             yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)
-

@@ -11,7 +11,7 @@ all but stopping early is recorded and replayed, see parts/recording.py.
 """
 
 import statistics
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import cache, partial
 
 import torch
@@ -28,8 +28,6 @@ from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
 from tools.evaluate import open_data
 
-COLUMNS = ["recurrence", "dtype", "compiled", "draft", "ahead", "exit", "temperature",
-           "tokens_per_second", "slowest", "fastest", "speedup", "kept", "loops_per_token"]
 # draft and ahead are 0 without drafts; exit: a threshold for EXIT_RULE, or None
 Way = namedtuple("Way", "recurrence dtype compiled draft ahead exit", defaults=(False, 0, 0, None))
 EXIT_RULE = "state"
@@ -50,40 +48,34 @@ def ways_of(args):
 
 
 @cache
-def load(run, device, dtype, compiled=False, recorded=True):
+def load(run, device, dtype, compiled):
     """Return the model of a run, prepared for one way of decoding."""
     model = Parcae.from_pretrained(run)
     if not model.config.n_recurrent:
         raise UserError(f"{run} is a plain transformer: it cannot draft with fewer loops")
     prepare_weights(model, device, getattr(torch, dtype))
-    speed_up(model, compiled, recorded)
+    speed_up(model, compiled)
     return model
 
 
 def measure(run, prompts, n, ways, temperature, rounds):
     """Return {way: (seconds of each round, counts of one round)}."""
-    device, counts = prompts[0].device, {way: {} for way in ways}
+    device, counts = prompts[0].device, {}
 
     def decode_all(way):
-        counts[way].update(drafted=0, kept=0, loops=0)
-        # stopping early runs loop by loop, which is not recorded
-        model = load(run, device, way.dtype, way.compiled, way.exit is None)
+        counts[way] = Counter()
+        model = load(run, device, way.dtype, way.compiled)
         for seed, prompt in enumerate(prompts):
             options = {"recurrence": way.recurrence, "temperature": temperature,
-                       "generator": torch.Generator(device).manual_seed(seed)}
-            mine, loops_used = {}, []
+                       "generator": torch.Generator(device).manual_seed(seed),
+                       "counts": counts[way]}
             if way.draft:
-                tokens = draft_stream(model, prompt, n, draft=way.draft, ahead=way.ahead,
-                                      counts=mine, **options)
+                tokens = draft_stream(model, prompt, n, draft=way.draft, ahead=way.ahead, **options)
             else:
                 tokens = stream(model, prompt, n, exit_threshold=way.exit, exit_rule=EXIT_RULE,
-                                loops_used=loops_used, **options)
+                                **options)
             for _ in tokens:
                 pass
-            if not way.draft:
-                mine["loops"] = sum(loops_used)
-            for name, value in mine.items():
-                counts[way][name] += value
     runs = [partial(decode_all, way) for way in ways]
     seconds = alternate(runs, rounds, device, "decoding")
     return {way: (times, counts[way]) for way, times in zip(ways, seconds)}
@@ -140,7 +132,7 @@ def main():
     args = parser.parse_args()
     keep_freed_memory()
     device, ways = pick_device(args.device, args.compile), ways_of(args)
-    block_size = load(args.run, device, args.dtype[0]).config.block_size
+    block_size = load(args.run, device, args.dtype[0], False).config.block_size
     if args.tokens >= block_size:
         raise UserError(f"--tokens is {args.tokens}, must be below the block size {block_size}")
     _, loader = open_data(args, load_tokenizer(args.run), block_size)
@@ -150,10 +142,10 @@ def main():
     for temperature in args.temperature:
         found = measure(args.run, prompts, args.tokens, ways, temperature, args.rounds)
         rows += rows_of(found, temperature, args.tokens * len(prompts))
-    print("  ".join(COLUMNS))
+    print("  ".join(rows[0]))
     for row in rows:
         print("  ".join(f"{value:>{len(name)}}" for name, value in row.items()))
-    write_csv(args.out, rows, COLUMNS)
+    write_csv(args.out, rows, rows[0])
     print("wrote", args.out)
 
 

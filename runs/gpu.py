@@ -174,9 +174,8 @@ def main():
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"]
         if subprocess.run(tests).returncode:
             raise UserError("pytest is missing or the tests that need a GPU fail: nothing measured")
-    size = {"block_size": args.context}
-    configs = {name: ParcaeConfig(**PRESETS[name] | size) for name in args.presets}
-    looped = {name: config for name, config in configs.items() if config.n_recurrent}
+    looped = {name: ParcaeConfig(**PRESETS[name] | {"block_size": args.context})
+              for name in args.presets if PRESETS[name]["n_recurrent"]}
     measure_memory(args, looped)
     measure_decoding(args, looped)
     measure_training(args)

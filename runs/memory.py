@@ -52,7 +52,7 @@ def main():
     heads = ["bfloat16", "weights: looped / plain of twice the parameters",
              "cache of one token: looped / shared / plain", "break-even"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for name in (name for name in PRESETS if name[-1] in "mb" and name.startswith("parcae")):
+    for name in ("parcae-140m", "parcae-370m", "parcae-770m", "parcae-1.3b"):
         config = ParcaeConfig(**PRESETS[name])
         double = next(case.config for case in cases_of(config, [1]) if case.name == TWICE)
         weights = [f"{2 * parameters(c) / 1e6:,.0f}" for c in (config, double)]

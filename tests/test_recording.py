@@ -8,11 +8,10 @@ from parts.recording import Recorder, speed_up
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"value_embeds": True}, {"n_recurrent": 0}])
-@pytest.mark.parametrize("kv_cache", ["per-loop", "shared"])
-def test_text_is_that_of_plain_generation(build, tokens, kwargs, kv_cache):
+def test_text_is_that_of_plain_generation(build, tokens, kwargs):
     """Two caches after one another, and beyond the block of 32, where no cache serves."""
     model = build(**kwargs).eval()
-    ask = {"recurrence": 3, "temperature": 0, "kv_cache": kv_cache}
+    ask = {"recurrence": 3, "temperature": 0}
     plain = [generate(model, idx, 20, **ask) for idx in (tokens, tokens[:1, :5])]
     model.advance = Recorder(model.advance)
     recorded = [generate(model, idx, 20, **ask) for idx in (tokens, tokens[:1, :5])]

@@ -47,7 +47,7 @@ def test_a_block_of_text_for_each_recurrence(run_directory):
         (["--recurrence", "4", "-1"], "recurrence is -1"),
         (["--prompt", ""], "--prompt is empty"),
         (["--tokens", "0"], "--tokens is 0"),
-        (["--top-p", "2"], "top_p is 2.0"),
+        (["--top-p", "2"], "--top-p is 2.0"),
         (["--samples", "0"], "--samples is 0"),
         (["--compile", "--exit-threshold", "1"], "leave out one of them"),
         (["--ahead", "8"], "--ahead does nothing without --draft"),
@@ -235,7 +235,7 @@ def test_bad_options_are_refused(build, tokens):
     ):
         with pytest.raises(UserError, match=message):
             generate(model, tokens, 1, **options)
-    with pytest.raises(UserError, match="prompt is empty"):
+    with pytest.raises(UserError, match="S at least 1"):
         generate(model, tokens[:, :0], 1)
 
 

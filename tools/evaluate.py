@@ -225,7 +225,7 @@ def main():
     for row in rows:
         error, of_gain = ("-" if row[name] is None else f"{row[name]:.4f}"  # one sequence
                           for name in ("standard_error", "gain_standard_error"))
-        gain = f"   {row['gain']:+.4f} ({of_gain})" if row["gain"] else ""  # 0: the first row
+        gain = "" if row is rows[0] else f"   {row['gain']:+.4f} ({of_gain})"
         print(f"{row['recurrence']:12}   {row['val_loss']:.4f} ({error})  "
               f"{row['perplexity']:10.3f}   {row['bits_per_byte']:13.4f}{gain}")
     write_json(Path(args.run) / "eval.json", {

@@ -21,15 +21,13 @@ LIKELIEST = 5  # next tokens shown for each prediction
 
 @torch.no_grad()
 def trace(model, idx, recurrence):
-    """Return what the model would predict after each loop, at each of the tokens idx (1, S): the
-    probabilities and the ids of the likeliest next tokens, (loops, S, LIKELIEST) each. Raises
-    UserError if a prediction is not finite."""
-    tops = []
+    """Yield, for each loop, what the model would predict at each of the tokens idx (1, S): the
+    probabilities and the ids of the likeliest next tokens, (S, LIKELIEST) each. Raises UserError
+    if a prediction is not finite."""
     for loops, (h, inputs) in enumerate(model.states(idx, recurrence), start=1):
         logits = model.head(model.readout(h, inputs)[0])  # (S, vocab_size)
         check_predicts(logits, loops)
-        tops.append(logits.softmax(-1).topk(LIKELIEST))
-    return map(torch.stack, zip(*tops))
+        yield logits.softmax(-1).topk(LIKELIEST)
 
 
 def text_of(tokenizer, i):
@@ -65,10 +63,10 @@ def main():
 
     idx = idx[:, -model.config.block_size:].to(model.wte.weight.device)
     recurrence = args.recurrence or 2 * model.config.mean_recurrence
-    probs, tokens = trace(model, idx, recurrence)
-    read = [text_of(tokenizer, i) for i in idx[0].tolist()]
-    loops = [[[(text_of(tokenizer, i), round(p, 5)) for i, p in zip(*top)] for top in zip(*rows)]
-             for rows in zip(tokens.tolist(), probs.tolist())]
+    read, loops = [text_of(tokenizer, i) for i in idx[0].tolist()], []
+    for probs, tokens in trace(model, idx, recurrence):
+        loops.append([[(text_of(tokenizer, i), round(p, 5)) for i, p in zip(*top)]
+                      for top in zip(tokens.tolist(), probs.tolist())])
     write_page(args.file, read, loops)
     print(f"wrote {args.file}: {len(read)} tokens, {recurrence} loops")
 
