@@ -41,7 +41,7 @@ def save(figure, path):
 
 def marker(i):
     """Return the marker of the i-th series."""
-    return "osD^vP*X<>"[i % 10]
+    return "osD^vP*X<>hd"[i % 12]
 
 
 def shade(i, n):

@@ -5,13 +5,11 @@
     python -m runs.arena --table results/arena.csv results    print and draw again, from the table
 
 RULES has the rules. Each is a model that changes Parcae from outside and that train.py trains; all
-other flags go to train.py. Runs are named RULE-RATE-SEED. runs/arena.sh makes the published table.
+other flags go to train.py. Runs are named RULE-RATE-SEED; no other script can read most of them.
+The table has a rule at the rate that most of its runs have. runs/arena.sh makes the published one.
 """
 
-import math
-import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,20 @@ import torch.nn.functional as F
 import train
 from model import INJECTIONS, Diagonal, Parcae
 from parts import figures
-from parts.cli import Parser, UserError, run_script
+from parts.cli import Parser, run_script
 from parts.layers import Block, HeadLoss
-from parts.tables import write_csv
-from runs.half import error_text, finished, finished_rows, pairs, read_table
+from runs.common import (
+    at_one_rate,
+    collect,
+    error_text,
+    finished,
+    loss_at,
+    losses_of,
+    pairs,
+    split_name,
+)
 
-LOOPS, TRAINED = ("1", "2", "4", "8", "16"), "4"  # at test time; the mean of training
+LOOPS, AT_OWN = (1, 2, 4, 8, 16), "val_loss_4"  # at test time; loss at the mean of training
 COLUMNS = {"rule": str, "rate": float, "seed": int, "flops": float, "spectral_radius": float}
 COLUMNS |= {f"val_loss_{T}": float for T in LOOPS}
 
@@ -40,6 +46,7 @@ def injecting(rule):
         def __init__(self, config):
             super().__init__(config)
             self.injection = rule(config.n_embd)
+    Model.__name__ = rule.__name__
     return Model
 
 
@@ -206,33 +213,19 @@ def grow(model, args, progress, step_seed):
     return model.sample_depths(args.batch_size, generator, mean)
 
 
-RULES = {
-    "diagonal": Parcae,
-    "add": injecting(INJECTIONS["add"]),
-    "concat": injecting(INJECTIONS["concat"]),
-    "zero-order-hold": injecting(ZeroOrderHold),
-    "euler": injecting(Euler),
-    "first-loop": FirstLoopOnly,
-    "loop-vector": LoopVector,
-    "over-n": ResidualOverN,
-    "deepnorm": DeepNorm,
-    "streams": HyperConnections,
-    "every-loop": EveryLoop,
-    "growing": Parcae,  # see grow
-}
-ABOUT = {
-    "diagonal": "A_bar h + dt B e (Parcae)",
-    "add": "h + e",
-    "concat": "W [h; e]",
-    "zero-order-hold": "exact zero-order hold for B",
-    "euler": "Euler's step for A",
-    "first-loop": "e in the first loop only",
-    "loop-vector": "a learned vector for each loop",
-    "over-n": "residuals in the loop over N",
-    "deepnorm": "DeepNorm in the loop",
-    "streams": "two residual streams",
-    "every-loop": "the loss of every loop",
-    "growing": "loops grow during training",
+RULES = {  # name: its model, and what table and picture call it
+    "diagonal": (Parcae, "A_bar h + dt B e (Parcae)"),
+    "add": (injecting(INJECTIONS["add"]), "h + e"),
+    "concat": (injecting(INJECTIONS["concat"]), "W [h; e]"),
+    "zero-order-hold": (injecting(ZeroOrderHold), "exact zero-order hold for B"),
+    "euler": (injecting(Euler), "Euler's step for A"),
+    "first-loop": (FirstLoopOnly, "e in the first loop only"),
+    "loop-vector": (LoopVector, "a learned vector for each loop"),
+    "over-n": (ResidualOverN, "residuals in the loop over N"),
+    "deepnorm": (DeepNorm, "DeepNorm in the loop"),
+    "streams": (HyperConnections, "two residual streams"),
+    "every-loop": (EveryLoop, "the loss of every loop"),
+    "growing": (Parcae, "loops grow during training"),  # see grow
 }
 
 # ------------------------------------------------------------------------------- the table
@@ -240,76 +233,47 @@ ABOUT = {
 
 def read_row(path):
     """Return the row of a run, None if it is not finished. Raises UserError."""
-    rule, rate, seed = split_name(path.name)
+    rule, rate, seed = split_name(path, "RULE-RATE-SEED", RULES)
     done = finished(path)
     return done and {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
                      "spectral_radius": round(done["spectral_radius"], 4)} | {
-        f"val_loss_{T}": round(done["val_loss"][T], 5) for T in LOOPS}
-
-
-def split_name(name):
-    """Return (rule, rate, seed) from the name of a run. Raises UserError.
-
-    >>> split_name("over-n-8e-3-0")
-    ('over-n', 0.008, 0)
-    """
-    found = re.fullmatch(rf"({'|'.join(RULES)})-([\d.]+(?:e-?\d+)?)-(\d+)", name)
-    if not found:
-        raise UserError(f"{name} must be named RULE-RATE-SEED, with a RULE of {', '.join(RULES)}")
-    rule, rate, seed = found.groups()
-    return rule, float(rate), int(seed)
+        f"val_loss_{T}": loss_at(path, done, T) for T in LOOPS}
 
 
 def print_table(rows):
-    """Print the losses of seed 0 at each rate, and a table: for each rule, the means over the seeds
-    at the rate that most of its runs have (of several such, the best for seed 0). With three other
-    seeds, seed 0 does not count. Return {rule: {seed: row}} of these, the best first."""
-    at_own = f"val_loss_{TRAINED}"
-    chosen = {}
-    for rule in RULES:
-        runs = defaultdict(dict)  # {rate: {seed: row}}
-        for row in rows:
-            if row["rule"] == rule:
-                runs[row["rate"]][row["seed"]] = row
-        tried = [f"{rate:g}: {seeds[0][at_own]:.4f}" for rate, seeds in sorted(runs.items())
-                 if 0 in seeds]
-        if runs:
-            print(f"{rule}: seed 0 by rate {', '.join(tried)}")
-            seeds = max(runs.values(), key=lambda seeds: (
-                len(seeds), -seeds[0][at_own] if 0 in seeds else -math.inf))
-            if len(seeds) > 3:
-                seeds.pop(0, None)
-            chosen[rule] = seeds
+    """Print the losses of seed 0 at each rate, and a table of means over the other seeds. Return
+    {rule: its rows by seed}, the best first."""
+    found = {rule: [row for row in rows if row["rule"] == rule] for rule in RULES}
+    chosen = {rule: at_one_rate(rule, mine, AT_OWN) for rule, mine in found.items() if mine}
 
     def mean(rule, column):
-        return np.mean([row[column] for row in chosen[rule].values()])
-
-    chosen = {rule: chosen[rule] for rule in sorted(chosen, key=lambda rule: mean(rule, at_own))}
-    ours = {seed: row[at_own] for seed, row in chosen.get("diagonal", {}).items()}
+        return np.mean([row[column] for row in chosen[rule]])
+    chosen = {rule: chosen[rule] for rule in sorted(chosen, key=lambda rule: mean(rule, AT_OWN))}
+    diagonal = losses_of(chosen.get("diagonal", ()), AT_OWN)
     print("| rule | " + " | ".join(f"T = {T}" for T in LOOPS)
           + " | minus diagonal (standard error) | FLOPs | spectral radius |")
     print("|" + "---|" * (len(LOOPS) + 4))
-    for rule, seeds in chosen.items():
-        cells = [ABOUT[rule], *(f"{mean(rule, f'val_loss_{T}'):.4f}" for T in LOOPS)]
-        lost = pairs(ours, {seed: row[at_own] for seed, row in seeds.items()})
+    for rule, mine in chosen.items():
+        cells = [RULES[rule][1], *(f"{mean(rule, f'val_loss_{T}'):.4f}" for T in LOOPS)]
+        lost = pairs(diagonal, losses_of(mine, AT_OWN))
         compared = rule != "diagonal" and len(lost)
         cells.append(f"{lost.mean():+.4f} ({error_text(lost)})" if compared else "")
-        cells += [f"{mean(rule, 'flops'):.3g}",
-                  f"{max(row['spectral_radius'] for row in seeds.values()):.2f}"]
+        radius = max(row["spectral_radius"] for row in mine)
+        cells += [f"{mean(rule, 'flops'):.3g}", f"{radius:.2f}"]
         print("| " + " | ".join(cells) + " |")
     return chosen
 
 
 def draw(chosen, path):
-    """Draw val loss against loops at test time. chosen: {rule: {seed: row}}, see print_table."""
+    """Draw val loss against loops at test time. chosen: what print_table returns."""
     figure, [axes] = figures.panels(1, 8.5, 4.5)
-    T = [int(loops) for loops in LOOPS]
     for i, (rule, rows) in enumerate(chosen.items()):
-        losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows.values()])
+        losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows])
         style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {"lw": 1}
-        axes.plot(T, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=ABOUT[rule], **style)
-    best = min(row[f"val_loss_{TRAINED}"] for rows in chosen.values() for row in rows.values())
-    figures.loops_axis(axes, f"loops T at test time (mean of training: {TRAINED})")
+        axes.plot(LOOPS, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=RULES[rule][1],
+                  **style)
+    best = min(row[AT_OWN] for rows in chosen.values() for row in rows)
+    figures.loops_axis(axes, "loops T at test time (mean of training: 4)")
     axes.set(ylabel="val loss (nats per byte)", ylim=(best - 0.02, best + 0.4))
     axes.legend(fontsize=8, frameon=False)
     figures.save(figure, path)
@@ -323,7 +287,8 @@ def main():
                       help="make table and picture from a directory of runs, or from a table")
     args, rest = parser.parse_known_args()
     if args.rule:
-        train.Parcae = RULES[args.rule]
+        train.Parcae, _ = RULES[args.rule]
+        train.SCRIPT = f"-m runs.arena --rule {args.rule}"
         if args.rule == "growing":
             train.draw_depths = grow
         sys.argv[1:] = rest
@@ -331,13 +296,7 @@ def main():
         return
     source, out = args.table
     figures.pyplot()
-    if source.is_dir():
-        rows = finished_rows(source, read_row)
-        rows.sort(key=lambda row: ([*RULES].index(row["rule"]), row["rate"], row["seed"]))
-        write_csv(out / "arena.csv", rows, COLUMNS)
-    else:
-        rows = read_table(source, COLUMNS)
-    draw(print_table(rows), out / "arena.png")
+    draw(print_table(collect(source, out / "arena.csv", read_row, COLUMNS)), out / "arena.png")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,19 @@ import torch
 
 from model import Parcae
 from parts import figures
-from parts.cli import Parser, UserError, number, progress_bar, run_script, some_path
+from parts.cli import (
+    Parser,
+    UserError,
+    new_directory,
+    number,
+    progress_bar,
+    run_script,
+    some_path,
+)
 from parts.generation import EXIT_RULES, settle
 from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
-from tools.evaluate import (
-    add_text_flags,
-    bits_per_byte,
-    loss_of,
-    open_text,
-    read_all,
-    row_of,
-    token_losses,
-)
+from tools.evaluate import add_text_flags, loss_of, open_text, read_all, row_of, token_losses
 
 THRESHOLDS = {  # for each rule, from late to early exits
     "kl": (0.003, 0.01, 0.03, 0.1, 0.3),
@@ -79,14 +79,11 @@ def measure(model, windows, tokenizer, most):
     """Return the rows of the table. windows: [(idx, targets)], (1, S) int64 each.
 
     The rule "fixed" gives all tokens the same number of loops, which stands in "threshold"."""
-    # the first row has all loops: gains are relative to it
-    fixed, _, _ = bits_per_byte(model, windows, tokenizer, [most, *range(1, most)])
-    rows = [row_of_table("fixed", row["recurrence"], row)
-            for row in sorted(fixed, key=lambda row: row["recurrence"])]
-    device = model.wte.weight.device
-    losses = [token_losses(model, idx.to(device), targets.to(device), [most])[most]
-              for idx, targets in windows]
-    first = [loss.cpu().double().sum().item() for loss in losses]
+    depths = range(1, most + 1)
+    losses_of = partial(token_losses, recurrence=depths)
+    nats, tokens, n_bytes = read_all(model, windows, tokenizer, losses_of)
+    first = nats[most]  # gains are relative to all loops
+    rows = [row_of_table("fixed", T, row_of(T, nats[T], tokens, n_bytes, first)) for T in depths]
     for rule, thresholds in THRESHOLDS.items():
         for threshold in thresholds:
             sequences = progress_bar(windows, desc=f"{rule} {threshold:g}")
@@ -125,7 +122,7 @@ def parse_args():
     add_text_flags(add, 64)
     add("--most", type=number(int, 2, 65536), default=8, metavar="T",
         help="largest number of loops of a token (default: %(default)s)")
-    add("--out", type=Path, default="out", metavar="DIR",
+    add("--out", type=new_directory, default="out", metavar="DIR",
         help="directory for exits.csv and exits.png (default: %(default)s)")
     return parser.parse_args()
 
@@ -147,9 +144,10 @@ def main():
     print("  ".join(f"{column:>7}" for column in COLUMNS))
     for row in rows:
         print("  ".join(f"{value:>{max(7, len(column))}}" for column, value in row.items()))
-    write_csv(args.out / "exits.csv", rows, COLUMNS)
-    picture(args.out / "exits.png", rows)
-    print("wrote", args.out / "exits.csv", "and", args.out / "exits.png")
+    out = Path(args.out)
+    write_csv(out / "exits.csv", rows, COLUMNS)
+    picture(out / "exits.png", rows)
+    print("wrote", out / "exits.csv", "and", out / "exits.png")
 
 
 if __name__ == "__main__":

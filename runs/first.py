@@ -4,8 +4,8 @@
 
 A gain is the loss of layers run once, minus the loss of the same layers looped (with the same seed,
 at their mean recurrence). Seed 0 chose shape and rates: with other seeds, it does not count.
-Variants of a run (fixed depth, another gradient) are compared with it, seed by seed, and models
-without a loop with the looped default.
+Models without a loop are compared with the looped default in the same way, and variants of a run
+(fixed depth, another gradient) with that run, by all seeds.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 from parts.cli import Parser, run_script
 from parts.reading import read_json
 from parts.tables import write_csv
-from runs.half import error_text, finished, finished_rows
+from runs.common import error_text, finished, finished_rows
 
 DEFAULT = {"channels": 64, "layers": "0/1/0", "variant": "", "mean_recurrence": 4, "rate": 0.02}
 
@@ -49,16 +49,14 @@ def gains(rows):
     for key, loops in sorted({(model(row), row["mean_recurrence"])
                               for row in rows if row["mean_recurrence"] > 1}):
         alike = [row for row in rows if model(row) == key]
+        looped = {row["seed"]: row for row in alike if row["mean_recurrence"] == loops}
+        once = [row for row in alike if row["mean_recurrence"] == 1 and row["seed"] in looped]
         for equal in ("tokens", "flops"):
             by_seed = {}
-            for looped in alike:
-                for once in alike:
-                    pair = looped["mean_recurrence"], once["mean_recurrence"]
-                    ratio = float(once[equal]) / float(looped[equal])
-                    if (pair == (loops, 1) and looped["seed"] == once["seed"]
-                            and abs(ratio - 1) < 0.01):
-                        gain = once["val_loss_1"] - looped[f"val_loss_{loops}"]
-                        by_seed[looped["seed"]] = gain
+            for row in once:
+                ours = looped[row["seed"]]
+                if math.isclose(float(row[equal]), float(ours[equal]), rel_tol=0.01):
+                    by_seed[row["seed"]] = row["val_loss_1"] - ours[f"val_loss_{loops}"]
             if by_seed:
                 yield key, loops, equal, by_seed
 

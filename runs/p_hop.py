@@ -26,7 +26,7 @@ from parts.generation import check_predicts
 from parts.loader import open_shard
 from parts.sources import SOURCES
 from parts.tables import write_csv
-from runs.half import finished, read_table
+from runs.common import finished, read_table
 
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]

@@ -31,22 +31,16 @@ COLUMNS = ["model", "phi", "laws", "flops", "table_6", "published", "published_l
            "published_high", "exact", "exact_low", "exact_high"]
 
 
-def preset_size(preset, accounting):
-    """Return ({name: number of parameters}, cost of a token at any mu) of a preset of train.py."""
-    costs = {}
+def costs_and_size(name):
+    """Return ({accounting: cost of a token at any mu}, N_noncore, N_core) of a published model."""
+    costs = {"paper": {}, "exact": {}}
     with torch.device("meta"):  # shapes alone, no memory
         for mu in GRID.tolist():
-            model = Parcae(ParcaeConfig(**PRESETS[preset] | {"mean_recurrence": mu}))
-            costs[mu] = model.flops_per_token(accounting=accounting)
-    noncore, core = model.matmul_params(accounting)
-    return {"params_noncore": noncore, "params_core": core}, cost_between(lower_hull(costs))
-
-
-def costs_and_size(name):
-    """Return ({accounting: cost function}, N_noncore, N_core) of a published model."""
-    _, paper = preset_size(f"parcae-{name}", "paper")
-    size, exact = preset_size(f"parcae-{name}", "exact")
-    return {"paper": paper, "exact": exact}, size["params_noncore"], size["params_core"]
+            model = Parcae(ParcaeConfig(**PRESETS[f"parcae-{name}"] | {"mean_recurrence": mu}))
+            for accounting, of_mu in costs.items():
+                of_mu[mu] = model.flops_per_token(accounting=accounting)
+    between = {accounting: cost_between(lower_hull(of_mu)) for accounting, of_mu in costs.items()}
+    return between, *model.matmul_params()
 
 
 def slope_of(flops, mu):

@@ -18,7 +18,7 @@ from model import Parcae
 from parts import muon
 from parts.cli import Parser, UserError, run_script
 from parts.tables import write_csv
-from runs.half import error_text, finished, finished_rows, pairs
+from runs.common import error_text, finished, finished_rows, pairs, split_name
 
 
 def set_start(ending, fill):
@@ -93,23 +93,23 @@ ABOUT = {
 
 def row_of(path):
     """Return the row of a run named PART-SEED, None if it is not finished. Raises UserError."""
-    part, _, seed = path.name.rpartition("-")
-    if part not in UNDONE or not seed.isdecimal():
-        raise UserError(f"{path} is not named PART-SEED, with a PART of {', '.join(UNDONE)}")
+    part, seed = split_name(path, "PART-SEED", UNDONE)
     done = finished(path)
-    return done and {"undone": part, "seed": int(seed), "tokens": done["tokens"],
+    return done and {"undone": part, "seed": seed, "tokens": done["tokens"],
                      "flops": f"{done['flops']:.4g}"} | {
         f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
 
 
-def print_table(rows, loops):
-    """Print how much higher the loss is with a part undone, after `loops` loops, over the seeds
-    that both runs have."""
+def print_table(rows):
+    """Print how much higher the loss is with a part undone, at T = 4, over the seeds that both runs
+    have. Raises UserError without a run to compare with."""
     losses = {}
     for row in rows:
-        losses.setdefault(row["undone"], {})[row["seed"]] = row[f"val_loss_{loops}"]
+        losses.setdefault(row["undone"], {})[row["seed"]] = row["val_loss_4"]
+    if "published" not in losses:
+        raise UserError("no finished run is named published-SEED: there is nothing to compare with")
     published = losses["published"]
-    print(f"| undone | val loss at T = {loops} | higher by | standard error | by seed |")
+    print("| undone | val loss at T = 4 | higher by | standard error | by seed |")
     print("|---|---|---|---|---|")
     for part in losses:
         each = pairs(published, losses[part])
@@ -128,6 +128,7 @@ def main():
     if args.undo:
         for undo in UNDONE[args.undo]:
             undo()
+        train.SCRIPT = f"-m runs.recipe --undo {args.undo}"
         sys.argv[1:] = rest
         train.main()
         return
@@ -135,7 +136,7 @@ def main():
     rows = finished_rows(folder, row_of)
     rows.sort(key=lambda row: ([*UNDONE].index(row["undone"]), row["seed"]))
     write_csv(out / "recipe.csv", rows, rows[0])
-    print_table(rows, 4)
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,20 @@ import numpy as np
 import data
 from data import write_shards
 from parts import figures
-from parts.cli import UserError, run_script
+from parts.cli import run_script
 from parts.files import whole_directory
 from parts.loader import open_shard
 from parts.tokenizer import load_tokenizer, save_tokenizer
-from runs.half import collect, finished, gain_text, losses_of, pairs, parse_args
+from runs.common import (
+    collect,
+    finished,
+    gain_text,
+    loss_at,
+    losses_of,
+    pairs,
+    parse_args,
+    split_name,
+)
 
 SOURCE = Path("data/stdlib")
 PIECES, PIECE_TOKENS = 64, 4096  # the short text: pieces of the long one, at equal distances
@@ -53,20 +62,12 @@ def make_text(out):
 
 def read_row(path):
     """Return the row of a run, None if it is not finished. Raises UserError."""
-    try:
-        model, passes, rest = path.name.split("-", 2)
-        rate, _, seed = rest.rpartition("-")
-        row = {"model": model, "passes": int(passes), "rate": float(rate), "seed": int(seed)}
-        if model not in NAMES:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{path} is not named MODEL-PASSES-RATE-SEED, as once-16-3e-2-0") from None
+    model, passes, rate, seed = split_name(path, "MODEL-PASSES-RATE-SEED", NAMES)
     done = finished(path)
-    if not done:
-        return None
-    loss = done["val_loss"]["1" if model == "once" else "4"]
-    return row | {"tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
-                  "seconds": round(done["seconds"]), "val_loss": round(loss, 5)}
+    return done and {"model": model, "passes": passes, "rate": rate, "seed": seed,
+                     "tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
+                     "seconds": round(done["seconds"]),
+                     "val_loss": loss_at(path, done, 1 if model == "once" else 4)}
 
 
 def at_best_rate(rows):
@@ -108,8 +109,9 @@ def print_table(chosen):
     for name in others if "once" in chosen else ():
         gained = pairs(losses_of(chosen[name][lowest[name]]),
                        losses_of(chosen["once"][lowest["once"]]))
-        print(f"{NAMES[name]}, {lowest[name]} passes, below run once, {lowest['once']} passes: "
-              f"{gain_text(gained)}")
+        if len(gained):
+            print(f"{NAMES[name]}, {lowest[name]} passes, below run once, {lowest['once']} passes: "
+                  f"{gain_text(gained)}")
 
 
 def picture(path, models):
@@ -137,7 +139,7 @@ def main():
     if str(args.source) == "text":
         make_text(args.out)
         return
-    chosen = at_best_rate(collect(args, "short.csv", read_row, COLUMNS))
+    chosen = at_best_rate(collect(args.source, args.out / "short.csv", read_row, COLUMNS))
     print_table(chosen)
     picture(args.out / "short.png", [
         {"label": NAMES[name], "color": COLORS[name], "passes": [*runs],

@@ -26,7 +26,7 @@ def read_logs(folder):
             raise UserError(f"{path} is not named RULE-RATE, like add-1e-2") from None
         # .new has the log of a run with --overwrite that broke off before its first checkpoint
         file = path / ".new" / "log.jsonl"
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:
             file = path / "log.jsonl"
         lines, _ = read_json_lines(file)
         if lines:
@@ -57,11 +57,6 @@ def summary(rate, rule, lines):
         "state_rms_64": value(final, "state_rms", "64"),
         "spectral_radius": last.get("spectral_radius", math.nan),
     }
-
-
-def short(row):
-    """Return a row with each float rounded to four digits."""
-    return {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
 
 
 def print_table(rows):
@@ -129,7 +124,7 @@ def main():
     runs = read_logs(args.folder)
     say_differences(args.folder.iterdir())
     rows = [summary(*key, lines) for key, lines in runs.items()]
-    write_csv(args.out / "stability.csv", list(map(short, rows)), rows[0])
+    write_csv(args.out / "stability.csv", rows, rows[0])
     print_table(rows)
     shown = [curves(row, lines) for row, lines in zip(rows, runs.values())]
     picture(args.out / "stability.png", shown)

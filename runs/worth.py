@@ -21,7 +21,8 @@ import torch
 from model import PRESETS, Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
-from runs.half import COLUMNS, at_best_rate, closed, losses_of, read_table
+from runs.common import losses_of, read_table
+from runs.half import COLUMNS, at_best_rate, closed
 
 T = 8  # loops of all models here
 # channels of our models: their table, from runs.half
@@ -37,18 +38,18 @@ def products(config):
         return Parcae(config).matmul_params()
 
 
-def point(label, looped, plain, larger, share, ours=False):
+def point(label, looped, plain, larger, share, seeds=()):
     """Return what table and picture show for a looped model, a dict. looped, plain and larger are
-    ParcaeConfigs; share is what looping closes of the gap between the two transformers; ours says
-    whether we trained the model."""
+    ParcaeConfigs; share is what looping closes of the gap between the two transformers; seeds are
+    the shares of our seeds, none for a published model."""
     once, core = products(looped)
     f = core / (once + core)
     times = sum(products(larger)) / sum(products(plain))
     worth = times ** share
     # phi is undefined if the model is worse than one with nothing in the place of its loop
     phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
-    return {"label": label, "ours": ours, "f": f, "times": times, "share": share, "worth": worth,
-            "phi": phi}
+    return {"label": label, "ours": len(seeds) > 0, "f": f, "times": times, "share": share,
+            "worth": worth, "phi": phi, "seeds": seeds}
 
 
 def published():
@@ -64,8 +65,8 @@ def published():
 
 
 def ours(channels, path):
-    """Return the point of a table, with "seeds", their shares: the looped 1/4/1 layers against six
-    and twelve layers. Raises UserError."""
+    """Return the point of a table: the looped 1/4/1 layers against six and twelve layers. Raises
+    UserError."""
     loss = {name: losses_of(rows)
             for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
     if not {"looped", "plain", "deep"} <= loss.keys():
@@ -73,9 +74,7 @@ def ours(channels, path):
     config = ParcaeConfig(**PRESETS["parcae-nano"] | {
         "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
-    share, shares = closed(loss, "deep")
-    return point(f"{channels} channels", config, plain, larger, share,
-                 ours=True) | {"seeds": shares}
+    return point(f"{channels} channels", config, plain, larger, *closed(loss, "deep"))
 
 
 def picture(path, points, f, laws):
@@ -112,7 +111,7 @@ def main():
     print("\n| | looped share of the parameters, f | larger model | of the gap closed | worth, "
           "times its parameters | phi |\n|" + "---|" * 6)
     for p in points:
-        seeds = ", ".join(f"{share:.0%}" for share in p.get("seeds", ()))
+        seeds = ", ".join(f"{share:.0%}" for share in p["seeds"])
         print(f"| {p['label']} | {p['f']:.2f} | {p['times']:.2f} times | {p['share']:.0%}"
               f"{f' ({seeds})' if seeds else ''} | {p['worth']:.2f} | {p['phi']:.2f} |")
     f = np.linspace(0, 1, 101)

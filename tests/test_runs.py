@@ -20,8 +20,9 @@ from parts.cli import UserError
 from parts.loader import open_shard
 from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs import first, gpu, guide, half, p_hop, short, worth
+from runs.common import at_one_rate, losses_of
 
-EXPERIMENTS = sorted(path.stem for path in ROOT.glob("runs/*.py"))
+EXPERIMENTS = sorted({path.stem for path in ROOT.glob("runs/*.py")} - {"common"})
 
 
 def read_csv(path):
@@ -101,12 +102,15 @@ def test_first_pairs_runs_of_equal_tokens_and_variants_with_what_they_vary():
         ("1", 3.0, {1: pytest.approx(0.8)}), ("4", 1.25, {1: -0.5}), ("16", 1.25, {1: -0.5})]
 
 
-def test_the_seed_that_chose_the_rate_does_not_count_beside_three_others():
-    rows = [{"model": "plain", "rate": rate, "seed": seed, "val_loss": loss} for rate, seed, loss in
-            ((1e-2, 0, 2.0), (2e-2, 0, 2.1), (1e-2, 1, 2.2), (1e-2, 2, 2.2))]
-    assert [row["seed"] for row in half.at_best_rate(rows)["plain"]] == [0, 1, 2]
-    rows.append({"model": "plain", "rate": 1e-2, "seed": 3, "val_loss": 2.3})
-    assert [row["seed"] for row in half.at_best_rate(rows)["plain"]] == [1, 2, 3]
+def test_a_model_is_shown_at_the_rate_of_most_seeds_without_the_one_that_chose_it(capsys):
+    rows = [{"rate": rate, "seed": seed, "val_loss": loss} for rate, seed, loss in
+            ((2e-2, 0, 2.1), (1e-2, 0, 2.0))]
+    assert at_one_rate("plain", rows) == rows[1:]  # the best for seed 0
+    assert capsys.readouterr().out == "plain: seed 0 by rate 0.01: 2.0000, 0.02: 2.1000\n"
+    rows += [{"rate": 2e-2, "seed": seed, "val_loss": 2.2} for seed in (2, 1)]
+    assert [row["seed"] for row in at_one_rate("plain", rows)] == [0, 1, 2]
+    rows.append({"rate": 2e-2, "seed": 3, "val_loss": 2.3})
+    assert losses_of(at_one_rate("plain", rows)) == {1: 2.2, 2: 2.2, 3: 2.3}
 
 
 def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
@@ -120,8 +124,7 @@ def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
 
 def test_models_with_other_seeds_are_compared_by_those_that_all_have(capsys):
     losses = {"looped": [1.5, 1.4, 1.6], "plain": [2.0, 1.9, 2.2, 2.1], "deep": [1.0, 0.9]}
-    half.print_comparison({name: [{"seed": s, "val_loss": loss} for s, loss in enumerate(some)]
-                           for name, some in losses.items()})
+    half.print_comparison({name: dict(enumerate(some)) for name, some in losses.items()})
     assert "closes: 50% (50%, 50% by seed; 95%: 50% to 50%)" in capsys.readouterr().out
 
 
