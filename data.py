@@ -13,7 +13,6 @@ document begins with the end-of-text token, which also serves as the begin token
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
@@ -26,7 +25,7 @@ import tiktoken
 from parts.bpe import WORDS, train_bpe
 from parts.cli import Parser, number, progress_bar, run_script, some_path
 from parts.errors import UserError, first_line
-from parts.files import whole_directory, write_text
+from parts.files import whole_directory, write_json
 from parts.loader import FORMATS, HEADER_BYTES, SHARD_TOKENS, open_shard
 from parts.reading import read_json
 from parts.sources import SOURCES
@@ -93,9 +92,7 @@ def fingerprint(directory, source, files):
     """Return what identifies a data directory: its source, Python, files and tokens' sha256."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.bin")):
-        with open(path, "rb") as file:
-            file.seek(HEADER_BYTES)
-            hashlib.file_digest(file, lambda: digest)
+        digest.update(open_shard(path))
     return {"source": source, "python": platform.python_version(), "files": files,
             "sha256": digest.hexdigest()}
 
@@ -155,7 +152,7 @@ def fetch_fineweb(out, shards):
                 os.replace(arrived, out / name)
     count = len(list(out.glob("train_*.bin")))
     text = {"source": f"{FINEWEB}, {count} train shards"}  # with more, other windows are read
-    write_text(saved, json.dumps({"name": "gpt2", "text": text}))  # tiktoken downloads gpt2
+    write_json(saved, {"name": "gpt2", "text": text})  # tiktoken downloads gpt2
     print(f"{out}: {count} train and 1 val shard, tokenizer gpt2")
 
 

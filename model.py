@@ -43,7 +43,7 @@ from parts.cache import KVCache
 from parts.config import PRESETS, ParcaeConfig, read_config
 from parts.errors import UserError
 from parts.layers import IGNORED, Block, HeadLoss, Linear, RMSNorm, loss_and_gradient
-from parts.reading import check_finite, fit_weights, load_checkpoint
+from parts.reading import check_finite, fit_weights, load_checkpoint, read_json
 
 __all__ = ["INJECTIONS", "PRESETS", "KVCache", "Parcae", "ParcaeConfig", "UserError"]
 A0 = math.sqrt(1 / 5)  # initial value of A_bar (published code)
@@ -59,11 +59,11 @@ class Diagonal(nn.Module):
     products_once = 1  # D x D matrices that multiply e: B
     products_per_loop = 0  # D x D matrices that multiply the state: none, as A_bar is diagonal
 
-    def __init__(self, d, a0=A0):
+    def __init__(self, d):
         super().__init__()
         self.log_A = nn.Parameter(torch.zeros(d))
-        # softplus(dt_bias) = -ln a0, so A_bar starts at a0
-        self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / a0 - 1)))
+        # softplus(dt_bias) = -ln A0, so A_bar starts at A0
+        self.dt_bias = nn.Parameter(torch.full((d,), math.log(1 / A0 - 1)))
         self.B = nn.Parameter(torch.eye(d))
 
     def dt(self):
@@ -112,14 +112,14 @@ class Add(nn.Module):
 
 
 class Concat(nn.Module):
-    """Compute W [h; e] (table 1), unconstrained. W starts as [a0 I, dt I], like Diagonal."""
+    """Compute W [h; e] (table 1), unconstrained. W starts as [A0 I, dt I], like Diagonal."""
 
     products_once = 1  # the half of W that sees e
     products_per_loop = 1  # the half that sees the state
 
-    def __init__(self, d, a0=A0):
+    def __init__(self, d):
         super().__init__()
-        self.W = nn.Parameter(torch.cat([a0 * torch.eye(d), -math.log(a0) * torch.eye(d)], dim=1))
+        self.W = nn.Parameter(torch.cat([A0 * torch.eye(d), -math.log(A0) * torch.eye(d)], dim=1))
 
     def input(self, e):
         return F.linear(e, self.W[:, e.shape[-1]:].to(e.dtype))
@@ -465,6 +465,9 @@ class Parcae(nn.Module):
         step of the weights, or None if the run does not record it. Raises UserError."""
         path = Path(run_directory)
         model = cls(read_config(path))
+        trained = read_json(path / "config.json").get("class", cls.__name__)
+        if trained != cls.__name__:
+            raise UserError(f"{path} holds a model of class {trained}: only runs/arena.py reads it")
         checkpoint = load_checkpoint(path / "ckpt.pt")
         weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
         fit_weights(model, weights, f"the weights in {path} do not fit its config.json")

@@ -39,13 +39,22 @@ from parts.files import json_text
 from parts.loader import EVAL_SEED, EVAL_TOKENS, Loader
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
-from parts.ranks import asked_to_stop, common_dtype, rank, say, setup_device, world
+from parts.ranks import (
+    asked_to_stop,
+    common_dtype,
+    rank,
+    say,
+    setup_device,
+    sum_over_ranks,
+    world,
+)
 from parts.reading import fit_weights, read_json
 from parts.run_directory import Run, check_free, describe
 from parts.settings import DEFAULT_DATA, model_of, parse_args
 from parts.tokenizer import begin_token, decode_stream, load_tokenizer
 
 MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row
+SCRIPT = "train.py"  # what follows "python" to start this training; runs/arena.py changes it
 
 # ------------------------------------------------------------------------------- setup
 
@@ -75,13 +84,14 @@ def setup(args):
 
     # the data and its tokenizer
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
-        if subprocess.run([sys.executable, Path(__file__).with_name("data.py")]).returncode:
+        made = subprocess.run([sys.executable, Path(__file__).with_name("data.py")], stdout=2)
+        if made.returncode:
             sys.exit(2)  # data.py has printed why
     if world() > 1:
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     begin_token(tokenizer)  # raises if there is none: the sample after training begins with it
-    config, weights = model_of(args, tokenizer)
+    config = model_of(args, tokenizer)
     loader, val_loader = (Loader(args.data, split, config.block_size, tokenizer.n_vocab, seed)
                           for split, seed in (("train", args.seed), ("val", EVAL_SEED)))
 
@@ -89,15 +99,17 @@ def setup(args):
     use_threads(config.n_embd, args.threads)
     torch.manual_seed(args.seed)
     model = Parcae(config).to(device)
-    if weights:
-        fit_weights(model, weights,
+    if args.init_from and not args.resume:
+        fit_weights(model, Parcae.from_pretrained(args.init_from).state_dict(),
                     f"--init-from {args.init_from} does not fit these flags of the model")
     model.compute_dtype = common_dtype(device, args.dtype)
 
     # the run directory
     run = Run(args.out, model, make_optimizers(model, args))
     before = read_json(run.path / "config.json") if args.resume else {}
-    record = describe(args, model, before)
+    if before.get("script", SCRIPT) != SCRIPT:
+        raise UserError(f"{args.out} was trained by python {before['script']}: resume it with that")
+    record = describe(args, model, SCRIPT, before)
     return Setup(args, model, loader, val_loader, tokenizer, run, record, micro)
 
 
@@ -106,9 +118,9 @@ def make_optimizers(model, args):
     matrices = model.matrices()
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
-    return {"muon": Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay),
-            "adamw": torch.optim.AdamW(others, lr=args.adamw_lr, betas=(0.8, 0.95), eps=1e-10,
-                                       weight_decay=0, fused=True)}
+    return {"muon": Muon(matrices, weight_decay=args.weight_decay),  # `update` sets the rates
+            "adamw": torch.optim.AdamW(others, betas=(0.8, 0.95), eps=1e-10, weight_decay=0,
+                                       fused=True)}
 
 # ------------------------------------------------------------------------------- steps
 
@@ -168,15 +180,12 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
         # every row, on every rank, starts its loop from the same noise; if you add dropout, its
         # draws repeat from part to part
         torch.manual_seed(step_seed)
-        # ranks average their gradients once, after the last part
-        wait = world() > 1 and n < len(parts)
-        with model.no_sync() if wait else contextlib.nullcontext():
-            loss = model(idx, targets, depths=depths[part])[1] / len(parts)
-            loss.backward()
+        # ranks average their gradients once, after the last part (no_sync would set this, too)
+        model.require_backward_grad_sync = n == len(parts)
+        loss = model(idx, targets, depths=depths[part])[1] / len(parts)
+        loss.backward()
         total += loss.detach() / world()
-    if world() > 1:
-        dist.all_reduce(total)
-    return total
+    return sum_over_ranks(total)
 
 
 def update(model, optimizers, args, loss, progress, step):
@@ -192,7 +201,7 @@ def update(model, optimizers, args, loss, progress, step):
         group["weight_decay"] = args.weight_decay * (1 - progress)
         group["momentum"] = momentum_at(step)
     for group in optimizers["adamw"].param_groups:
-        group["lr"] = args.adamw_lr * factor
+        group["lr"] = (args.adamw_lr or args.muon_lr) * factor
     if finite:
         for optimizer in optimizers.values():
             optimizer.step()
@@ -246,9 +255,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)
     model.train()
 
-    means = torch.stack([*sums.values()]) / sequences
-    if world() > 1:
-        dist.all_reduce(means)
+    means = sum_over_ranks(torch.stack([*sums.values()]) / sequences)
     values = defaultdict(dict)
     for (metric, loops), mean in zip(sums, means.tolist()):
         values[metric][loops] = mean
@@ -291,12 +298,12 @@ def start_or_resume(s):
         if difference:
             say(difference)
         return True
-    run.resume()
+    run.load()
     if spent(args, run.state) == 1 and run.lines and run.lines[-1]["kind"] == "done":
         limits = [flag for flag, share in shares_spent(args, run.state).items() if share >= 1]
         say(f"{args.out} is finished: to continue it, give a larger {' and '.join(limits)}")
         return False
-    run.go_on(s.record)
+    run.resume(s.record)
     return True
 
 
@@ -362,9 +369,10 @@ def train(s):
     if not works and not stop:
         what = (f"loss or gradient was not finite {skipped} steps in a row" if skipped
                 else "the val loss is not finite")
+        adamw = f" or --adamw-lr (it is {args.adamw_lr})" if args.adamw_lr else ""
         raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
-                        f"{args.muon_lr}) or --adamw-lr (it is {args.adamw_lr}), or undo your "
-                        f"other changes; {run.last_checkpoint()}")
+                        f"{args.muon_lr}){adamw}, or undo your other changes; "
+                        f"{run.last_checkpoint()}")
     return not stop
 
 # ------------------------------------------------------------------------------- what is printed
@@ -379,15 +387,15 @@ def introduce(s):
                  f"the last {config.backprop_depth} with gradient)")
     tokens = np.asarray(s.loader.shards[0][::1 + len(s.loader.shards[0]) // 2_000_000])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    print(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
-          f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
-          f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
-          f"windows of {config.block_size} tokens\n"
-          f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
-          f"{record['dtype'].removeprefix('torch.')}; the peak for MFU is "
-          f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
-          f"  loss     in nats per token; it is {-(shares * np.log(shares)).sum():.2f} for a model "
-          "that knows only how frequent each token is")
+    say(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
+        f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
+        f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
+        f"windows of {config.block_size} tokens\n"
+        f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
+        f"{record['dtype'].removeprefix('torch.')}; the peak for MFU is "
+        f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
+        f"  loss     in nats per token; it is {-(shares * np.log(shares)).sum():.2f} for a model "
+        "that knows only how frequent each token is")
 
 
 def report(s):
@@ -404,24 +412,26 @@ def report(s):
     for loops, loss in values["val_loss"].items():
         print(f"{loops:12d}   {loss:.4f}")
     run, mean = shlex.quote(args.out), config.mean_recurrence
-    print(f"\na sample (more with: python sample.py --run {run}):")
+    print("\na sample:")
     for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
 
     looped = config.n_recurrent > 0 and mean > 1
     loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
-    print(f"\n{what_it_says(config, values['val_loss'])}\nnext:\n"
-          f'  python sample.py --run {run} --prompt "def "{loops}\n'
-          f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
+    print(f"\n{what_it_says(config, values['val_loss'])}\nnext:")
+    if SCRIPT == "train.py":  # a script that changes the model is the only one that reads it
+        print(f'  python sample.py --run {run} --prompt "def "{loops}')
+    print(f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:
-        print("  " + run_once(sys.argv, args.out) + "\n"
+        print("  " + run_once(sys.argv[1:], args.out) + "\n"
               "                train the same layers to run once: is the loop worth its FLOPs?")
 
 
 def run_once(words, out):
-    """Return the command line `words` with flags added that train the same layers to run once. They
-    come last, since the last value of a flag counts."""
-    return shlex.join(["python", *words, "--mean-recurrence", "1", "--out", f"{out}-once"])
+    """Return a command that trains the same layers to run once: that of this run, whose flags are
+    `words`, with flags added. They come last, since the last value of a flag counts."""
+    return f"python {SCRIPT} " + shlex.join([*words, "--mean-recurrence", "1", "--out",
+                                             f"{out}-once"])
 
 
 def what_it_says(config, losses):
@@ -452,19 +462,18 @@ def main():
     args = parse_args(__doc__)
     s = setup(args)
     if args.dry_run:
-        print(json_text(s.record, indent=1))
+        say(json_text(s.record, indent=1))
         return
     with s.run.held():
         if start_or_resume(s):
-            if rank() == 0:
-                introduce(s)
+            introduce(s)
             if train(s):
                 report(s)
             elif s.run.saved is None:
                 say("stopped, and nothing was saved")
             else:
                 say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue "
-                    f"with: python train.py --resume --out {shlex.quote(args.out)}")
+                    f"with: python {SCRIPT} --resume --out {shlex.quote(args.out)}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort a rank whose partner has left,
         time.sleep(0.5)  # even while that rank is still leaving the barrier

@@ -58,14 +58,13 @@ class ParcaeConfig:
         self.need(self.state_init in ("normal", "zero"), "state_init", "normal or zero")
 
     def check_types(self):
-        """Raise TypeError for a value that does not have its field's type, as files may hold."""
+        """Raise UserError for a value without its field's type, as files may hold, or too large."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         for name, kind in typing.get_type_hints(type(self)).items():
             kinds = typing.get_args(kind) or (kind,)  # (int, NoneType) of int | None
             value = getattr(self, name)
             allowed = (int, float) if kinds == (float,) else kinds
-            if type(value) not in allowed:  # bool is an int to isinstance
-                raise TypeError(f"{name} is {value!r}, must be {words[kinds[0]]}")
+            self.need(type(value) in allowed, name, words[kinds[0]])  # bool is an int to isinstance
             if type(value) in (int, float):
                 self.need(abs(value) < LARGEST, name, f"closer to 0 than {LARGEST:,}")
 

@@ -66,10 +66,13 @@ def common_dtype(device, dtype):
     return picked[0]
 
 
+def sum_over_ranks(tensor):
+    """Return the sum of a tensor over all ranks, computed in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def asked_to_stop(received, device):
     """Return whether any rank has received a signal; all ranks get the same answer."""
-    if world() == 1:
-        return bool(received)
-    count = torch.tensor(len(received), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+    return sum_over_ranks(torch.tensor(len(received), device=device)).item() > 0

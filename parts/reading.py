@@ -65,8 +65,8 @@ def misfits(expected, weights):
     """Return a list of what is wrong with tensors that are to be loaded, in words: missing and
     unknown names, wrong shapes and dtypes. expected, weights: {name: tensor}."""
     problems = [f"no {name}" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
-    for name in filter(weights.__contains__, expected):
+    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys(), key=str)]
+    for name in sorted(expected.keys() & weights.keys()):
         wanted, w = expected[name], weights[name]
         plain = w.layout == torch.strided and w.device.type != "meta"
         found = tuple(w.shape) if plain else "not a plain tensor"
@@ -88,8 +88,7 @@ def fit_weights(model, weights, complaint):
     names = {}  # {address: first name}: a tied head shares the embedding
     for name, w in model.state_dict().items():
         first = names.setdefault(w.data_ptr(), name)
-        same = torch.allclose(weights[first], weights[name], rtol=0, atol=0, equal_nan=True)
-        if first != name and not same:
+        if not torch.allclose(weights[first], weights[name], rtol=0, atol=0, equal_nan=True):
             raise UserError(f"{complaint}: {first} and {name} are one tensor in this model but "
                             "differ in the file: one would be lost")
     model.load_state_dict(weights)

@@ -91,9 +91,9 @@ def remove_empty(folders):
             folder.rmdir()
 
 
-def describe(args, model, before):
+def describe(args, model, script, before):
     """Return the content of config.json: every setting, and what else the results of a run depend
-    on. before: the old content if the run is resumed, otherwise {}."""
+    on. script: see train.SCRIPT; before: the old content if the run is resumed, otherwise {}."""
     device, dtype = model.wte.weight.device, model.compute_dtype
     not_stored = ("out", "resume", "overwrite", "dry_run")
     cost = {}
@@ -107,7 +107,9 @@ def describe(args, model, before):
     peak = before.get("peak_flops")
     if not isinstance(peak, float) or not machine.items() <= before.items():
         peak = matmul_peak(device, dtype) * world()
-    return {"settings": {k: v for k, v in vars(args).items() if k not in not_stored},
+    return {"script": script,
+            "settings": {k: v for k, v in vars(args).items() if k not in not_stored},
+            "class": type(model).__name__,
             "model": asdict(model.config),
             "data": args.data,
             "text": text_of(args.data),
@@ -144,8 +146,8 @@ def inexact(before, record):
 def git_revision():
     """Return the commit of this code; None if there is no commit or no git."""
     with contextlib.suppress(OSError):
-        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                              cwd=Path(__file__).parent)
+        said = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True)
         return said.stdout.strip() or None
 
 
@@ -200,7 +202,7 @@ class Run:
         save_tokenizer(tokenizer, self.folder / "tokenizer.json")
         write_text(self.folder / "log.jsonl", "")
 
-    def go_on(self, record):
+    def resume(self, record):
         """Write the new config.json, and the log so far, with an earlier "done" changed to "eval".
         Print why the resumed run may differ from an uninterrupted one."""
         if rank() > 0:
@@ -240,7 +242,7 @@ class Run:
 
     # ------------------------------------------------------------------------- resuming
 
-    def resume(self):
+    def load(self):
         """Load the checkpoint and read the log up to it. Raises UserError naming the damage."""
         file = self.path / "ckpt.pt"
         if not file.exists():

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
-from model import INJECTIONS, PRESETS, Parcae, ParcaeConfig
+from model import INJECTIONS, PRESETS, ParcaeConfig
 from parts.cli import (
     COUNT,
     LOOPS,
@@ -146,7 +146,6 @@ def parse_args(about, words=None):
         args.max_steps = DEFAULT_STEPS
     small = args.preset == DEFAULT_PRESET and not args.init_from
     args.muon_lr = args.muon_lr or (DEFAULT_RATE if small else PAPER_RATE)
-    args.adamw_lr = args.adamw_lr or args.muon_lr
     return args
 
 
@@ -181,29 +180,27 @@ def resumed(parser, words, file):
 
 
 def model_of(args, tokenizer):
-    """Return (ParcaeConfig, weights to start from or None) for a run that is new, is resumed or
-    starts from another run. Raises UserError."""
+    """Return the ParcaeConfig of a run that is new, is resumed or starts from another run. Raises
+    UserError."""
     given = {field.name: getattr(args, field.name) for field in model_fields()
              if getattr(args, field.name) is not None}
-    source, weights = args.out if args.resume else args.init_from, None
+    source = args.out if args.resume else args.init_from
     if source:
         config = read_config(source)
-        check_tokens(args, tokenizer, source, config)
+        check_tokenizer(args, tokenizer, source, config)
         if given.get("mean_recurrence", config.mean_recurrence) != config.mean_recurrence:
             given = {"backprop_depth": None} | given  # derive it from the new mean, if not given
         config = replace(config, **given)
-        if not args.resume:
-            weights = Parcae.from_pretrained(source).state_dict()
     else:
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # GPUs compute faster on multiples of 64
         config = ParcaeConfig(**PRESETS[args.preset] | given | {"vocab_size": vocab_size})
     if not config.n_recurrent and given.get("mean_recurrence", 1) > 1:
         raise UserError(f"--mean-recurrence is {args.mean_recurrence}, must be 1: this model has "
                         "no loop (--n-recurrent 0)")
-    return config, weights
+    return config
 
 
-def check_tokens(args, tokenizer, source, config):
+def check_tokenizer(args, tokenizer, source, config):
     """Raise UserError if the data's tokens do not fit the run `source` to continue from."""
     run = f"--out {source}" if args.resume else f"--init-from {source}"
     if args.resume or (Path(source) / "tokenizer.json").exists():

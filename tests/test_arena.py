@@ -1,16 +1,20 @@
 """Rules and recipes that change the model from outside: each still counts and caches exactly."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from data import prepare
 from model import Parcae, ParcaeConfig, UserError
 from parts import muon
 from runs import arena, first, recipe
+from runs.common import split_name
 
 CONFIG = ParcaeConfig(vocab_size=64, block_size=8, n_embd=32, n_head=2, n_prelude=1, n_recurrent=2,
                       n_coda=1, mean_recurrence=4)
@@ -19,7 +23,7 @@ CONFIG = ParcaeConfig(vocab_size=64, block_size=8, n_embd=32, n_head=2, n_prelud
 def build(rule):
     """Return a model of a rule whose layers do add something."""
     torch.manual_seed(0)
-    model = arena.RULES[rule](CONFIG)
+    model = arena.RULES[rule][0](CONFIG)
     for name, p in model.named_parameters():
         if name.endswith("proj.weight") and not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -68,11 +72,31 @@ def test_loops_grow_during_training():
 
 
 def test_runs_of_the_arena_are_named_by_rule_rate_and_seed():
-    assert arena.split_name("over-n-8e-3-0") == ("over-n", 0.008, 0)
-    assert arena.split_name("zero-order-hold-1.6e-2-12") == ("zero-order-hold", 0.016, 12)
+    form = "RULE-RATE-SEED"
+    assert split_name(Path("x/over-n-8e-3-0"), form, arena.RULES) == ["over-n", 0.008, 0]
+    assert split_name(Path("zero-order-hold-1.6e-2-12"), form, arena.RULES) == [
+        "zero-order-hold", 0.016, 12]
     for name in ("over-8e-3-0", "add-8e-3", "add-fast-0"):
-        with pytest.raises(UserError, match="RULE-RATE-SEED"):
-            arena.split_name(name)
+        with pytest.raises(UserError, match=form):
+            split_name(Path(name), form, arena.RULES)
+
+
+def test_no_other_script_takes_a_run_of_a_rule_for_a_diagonal_one(tmp_path, monkeypatch):
+    for name in ("Parcae", "SCRIPT"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # the arena changes them
+    data, out = prepare("text", tmp_path / "data", "bytes", [ROOT / "model.py"]), tmp_path / "run"
+    flags = ["--data", data, "--n-embd", 32, "--block-size", 32, "--batch-size", 2, "--device",
+             "cpu", "--eval-sequences", 1, "--max-steps", 1]
+    for more in (flags, ["--resume", "--max-steps", 2]):
+        done = script("runs/arena.py", "--rule", "euler", "--out", out, *more)
+        assert done.returncode == 0, done.stderr
+    said = script("runs/arena.py", "--rule", "euler", "--out", out, "--overwrite", *flags).stdout
+    assert f"python -m runs.arena --rule euler --out {out}" in said and "sample.py" not in said
+    done = script("train.py", "--resume", "--out", out, "--max-steps", 3)
+    assert done.returncode == 2
+    assert "was trained by python -m runs.arena --rule euler: resume it with that" in done.stderr
+    with pytest.raises(UserError, match="class Euler: only runs/arena.py reads it"):
+        Parcae.from_pretrained(out)
 
 
 @pytest.fixture
@@ -128,7 +152,7 @@ def test_the_table_of_the_arena_compares_seed_by_seed_at_the_rate_of_most_runs(c
     rows += [arena_row("add", 0.04, 0, 0.5), arena_row("euler", 0.01, 0, 1.5),
              arena_row("euler", 0.02, 0, 1.4)]
     chosen = arena.print_table(rows)
-    assert {rule: sorted(seeds) for rule, seeds in chosen.items()} == {
+    assert {rule: [row["seed"] for row in mine] for rule, mine in chosen.items()} == {
         "diagonal": [1, 2, 3],  # with three others, seed 0 does not count
         "add": [0, 1, 2], "euler": [0]}
     assert [*chosen] == ["diagonal", "add", "euler"]  # the best first

@@ -537,7 +537,7 @@ def test_mistakes_get_one_line(train, flags, message):
      "--injection", "add", "--max-flops", "1e13", "--mean-recurrence", "3", "--out=out/x"]])
 def test_the_command_said_at_the_end_trains_the_same_run_once(words):
     args = settings.parse_args("", words)
-    command = train_module.run_once(["train.py", *words], args.out)
+    command = train_module.run_once(words, args.out)
     assert command.startswith("python train.py ")
     again = settings.parse_args("", shlex.split(command)[2:])
     assert vars(again) == vars(args) | {"mean_recurrence": 1, "out": f"{args.out}-once"}
