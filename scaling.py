@@ -242,12 +242,11 @@ def fit_table(every_row, accounting, resamples=laws.RESAMPLES):
     """Return what fit_optima returns, with the fits of all other laws under "laws"."""
     out, table = fit_optima(every_row, accounting, resamples)
     out["laws"] = {}
-    of_loops = {"unified": table.at_every_T, "worth": table.every_model}
-    for name in laws.LAWS:
-        if name != "training" and (table.looped or name not in of_loops):
-            rows = of_loops.get(name, table.rows)
-            _, law = laws.fit_with_error(name, rows, resamples, out["notes"])
-            out["laws"] |= {name: law} if law else {}
+    for name, law in laws.LAWS.items():
+        if name != "training" and (table.looped or law.rows == "rows"):
+            rows = getattr(table, law.rows)
+            _, found = laws.fit_with_error(name, rows, resamples, out["notes"])
+            out["laws"] |= {name: found} if found else {}
     return out, table
 
 

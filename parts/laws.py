@@ -47,14 +47,15 @@ def worth(p, r):
     return training(p, r, p.phi)
 
 
-Law = namedtuple("Law", "name predict parameters")
+# rows: the field of scaling.Table with the rows to fit
+Law = namedtuple("Law", "name predict parameters rows", defaults=("rows",))
 POWERS = {"E": ASYMPTOTE, "X": TERM._replace(per=("N", "x")), "x": POWER,
           "Y": TERM._replace(per=("D", "y")), "y": POWER}
 
 LAWS = {law.name: law for law in (
     Law("training", training, POWERS),
-    Law("unified", unified, POWERS | {"Z": TERM, "z": Parameter(0.2, 3, "one")}),
-    Law("worth", worth, POWERS | {"phi": Parameter(0, 1, "one", "any")}),
+    Law("unified", unified, POWERS | {"Z": TERM, "z": Parameter(0.2, 3, "one")}, "at_every_T"),
+    Law("worth", worth, POWERS | {"phi": Parameter(0, 1, "one", "any")}, "every_model"),
 )}
 
 # ----------------------------------------------------------------------------- fitting
@@ -63,12 +64,12 @@ LAWS = {law.name: law for law in (
 def reasons_against(law, rows):
     """Return why the rows do not determine a law's parameters, a list of texts. law: a name."""
     values = {"sizes of the unrolled model": unrolled(rows), "token counts": column(rows, "tokens")}
-    if law == "unified":
+    if LAWS[law].rows == "at_every_T":
         loops = column(rows, "recurrence") / column(rows, "mu_rec")
         values["values of T / mu_rec at evaluation"] = loops
     reasons = [f"{len({*some})} {name}, but the law needs 3"
                for name, some in values.items() if len({*some}) < 3]
-    if law == "worth" and distinct(rows, "params_core", "params_noncore") < 2:
+    if LAWS[law].rows == "every_model" and distinct(rows, "params_core", "params_noncore") < 2:
         reasons.append("1 size of model, but the law needs 2")
     if len(rows) <= len(LAWS[law].parameters):
         reasons.append(f"{len(rows)} rows for {len(LAWS[law].parameters)} parameters")

@@ -113,4 +113,5 @@ def files_in(folder):
     return sorted((name for name in names if (folder / name).is_file()), key=Path.as_posix)
 
 
-SOURCES = {"stdlib": stdlib_docs, "text": text_docs}  # text_docs gets the command line's FILEs
+# text_docs gets the command line's FILEs
+SOURCES = {"stdlib": stdlib_docs, "text": text_docs}

@@ -202,7 +202,7 @@ def read_tables(paths, accounting=None):
             runs = [rows_of_run(folder) for folder in found]
             if [] in runs:
                 print(f"{path}: {runs.count([])} of {len(runs)} runs are not finished and left out")
-            folders += found
+            folders += [folder for folder, its_rows in zip(found, runs) if its_rows]
         else:
             runs = [read_csv(path)]
         rows += itertools.chain(*runs)

@@ -27,7 +27,7 @@ import torch
 import bench
 from data import write_shards
 from model import PRESETS, ParcaeConfig
-from parts.cli import COUNT, Parser, UserError, run_script
+from parts.cli import COUNT, Parser, UserError, new_directory, run_script
 from parts.machine import machine_name, pick_device, pick_dtype
 from parts.reading import read_json_lines
 from parts.tables import write_csv
@@ -157,7 +157,7 @@ def measure_memory(args, looped):
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="directory for the tables")
+    add("out", type=new_directory, metavar="OUT", help="directory for the tables")
     add("--code", type=Path, nargs="+", default=[Path(".")], metavar="DIR",
         help="folders with versions of this repository to compare (default: this one)")
     add("--presets", nargs="+", choices=PRESETS, metavar="NAME",
@@ -168,7 +168,7 @@ def main():
     add("--micro", type=COUNT, default=16, metavar="N",
         help="sequences in a forward pass, over all ranks (default: 16)")
     args = parser.parse_args()
-    args.device = pick_device()
+    args.out, args.device = Path(args.out), pick_device()
     print(f"{machine_name(args.device)}, torch {torch.__version__}", flush=True)
     if args.device.type == "cuda":
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_recording.py"]

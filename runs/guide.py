@@ -14,7 +14,7 @@ import torch
 
 from model import Parcae
 from parts import figures
-from parts.cli import COUNT, Parser, UserError, run_script, some_path
+from parts.cli import COUNT, Parser, UserError, new_directory, run_script, some_path
 from parts.generation import check_predicts
 from parts.tokenizer import load_tokenizer
 from tools.evaluate import add_text_flags, open_text
@@ -234,7 +234,7 @@ def parse_args():
     add_text_flags(add, 16)
     add("--loops", type=COUNT, default=32, metavar="T",
         help="loops to show (default: %(default)s)")
-    add("--out", type=Path, default="out", metavar="DIR",
+    add("--out", type=new_directory, default="out", metavar="DIR",
         help="directory for the pictures (default: %(default)s)")
     return parser.parse_args()
 
@@ -254,9 +254,10 @@ def main():
 
     drawn = {"unrolled": unrolled, "loop": one_dimension, "exponential": exponential,
              "cache": cache_grid, "isoflop": isoflop}
+    out = Path(args.out)
     for name, draw in drawn.items():
-        draw(args.out / f"guide-{name}.png")
-    fixed_point(args.out / "guide-fixed-point.png", apart, factor, model.config.mean_recurrence)
+        draw(out / f"guide-{name}.png")
+    fixed_point(out / "guide-fixed-point.png", apart, factor, model.config.mean_recurrence)
 
 
 if __name__ == "__main__":

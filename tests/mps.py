@@ -36,7 +36,6 @@ def leaves(values):
             yield value
 
 
-
 def on_host(value):
     """The same arguments, on the device that is really there."""
     if isinstance(value, list | tuple):

@@ -192,8 +192,6 @@ def test_every_table_is_printed(tiny_preset):
         assert words in run.stdout
     memory, _, speed = run.stdout.partition("\nTraining")
     assert "shared cache" in memory and "%" not in memory and "%" in speed
-    for line in speed.split("\n"):  # model, T, tokens/s, min, max
-        numbers = re.findall(r"  ([\d,]+\.\d)", line)
-        if len(numbers) in (3, 5):
-            middle, least, most = (float(n.replace(",", "")) for n in numbers[:3])
-            assert least <= middle <= most
+    rows = [re.findall(r"  ([\d,]+\.\d)", line) for line in speed.split("\n")]
+    rows = [[float(n.replace(",", "")) for n in row[:3]] for row in rows if len(row) in (3, 5)]
+    assert len(rows) == 8 and all(least <= middle <= most for middle, least, most in rows)

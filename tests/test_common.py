@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 from conftest import OUR_FILES, ROOT, script
-from forks import Forked
 
 from parts import cli, files, machine
 from parts.cli import UserError, new_directory, new_file, progress_bar
@@ -185,25 +184,6 @@ def test_progress_in_a_log_is_lines_now_and_then(monkeypatch, capsys):
 def test_every_bar_is_one_of_those():
     for path in OUR_FILES:
         assert path.name == "cli.py" or not re.search(r"\btqdm\(|trange", path.read_text()), path
-
-
-def test_locks_are_of_one_process_and_end_with_it(tmp_path):
-    place, said = tmp_path / "place", tmp_path / "said.txt"
-    place.mkdir()
-    start = f"{IMPORTS}; import time; from parts.files import lock; place = {str(place)!r}\n"
-
-    def start_and_wait(code):
-        return Forked(["-c", start + code], said, ROOT).wait()
-
-    holder = Forked(["-c", f"{start}with lock(place): print('held', flush=True); time.sleep(500)"],
-                    tmp_path / "held.txt", ROOT)
-    while not (tmp_path / "held.txt").exists() or not (tmp_path / "held.txt").read_text():
-        time.sleep(0.01)
-    assert start_and_wait("run_script(lambda: lock(place).__enter__())") == 2
-    assert f"in use by process {holder.pid}" in said.read_text()
-    holder.kill()
-    holder.wait()
-    assert start_and_wait("with lock(place): pass") == 0
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL"])

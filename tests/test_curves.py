@@ -115,9 +115,7 @@ def test_one_run_alone_shows_what_steers_it(tmp_path, drawn):
     {"evaluations": {}}, {"evaluations": {}, "steps": 1},
     {"evaluations": {1: {"4": 3}}, "steps": 1},
     {"evaluations": {60: {"4": 3}}, "looped": False}, {"evaluations": {60: {"4": math.nan}}},
-    {"evaluations": {60: {"4": None}}},
-    {"evaluations": {}, "loss": lambda step: math.nan, "grad_norm": lambda step: math.nan},
-    {"evaluations": {}, "loss": lambda step: None, "grad_norm": lambda step: None}])
+    {"evaluations": {}, "loss": lambda step: math.nan, "grad_norm": lambda step: math.nan}])
 def test_runs_with_little_in_them_are_drawn(tmp_path, change):
     one, two = (make_run(tmp_path / name, **change) for name in "ab")
     assert draw(tmp_path, one) and draw(tmp_path, one, two)

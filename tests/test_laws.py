@@ -40,14 +40,6 @@ def test_phi_of_the_published_minima():
     assert {"E", "X", "x"} <= set(law["undetermined"])
 
 
-def test_exponents_of_the_published_over_training_runs():
-    # arXiv 2403.08540
-    rows = read_csv(ROOT / "results" / "others" / "overtrain-c4.csv")
-    law = fit_law("training", rows, resamples=60).summary()
-    assert (law["x"], law["y"]) == pytest.approx((0.253, 0.262), abs=0.002)
-    assert law["undetermined"] == []
-
-
 def test_intervals_of_a_chinchilla_law_hold_the_truth():
     rows, sweeps, resamples = chinchilla(), 100, 50
     fit = fit_law("training", rows, resamples=0)

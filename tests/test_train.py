@@ -25,7 +25,6 @@ from data import prepare
 from model import Parcae, ParcaeConfig
 from parts import ranks, settings
 from parts import run_directory as run_module
-from parts.loader import open_shard
 from parts.run_directory import FILES
 from train import schedule
 
@@ -253,10 +252,8 @@ def test_ranks_stop_together_whenever_the_signal_comes_and_share_a_dtype(corpus,
 def test_ranks_that_cannot_find_each_other_get_one_line(variables, said, train, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    for flags in ([], ["--resume"]):
-        error = train("r", "--max-steps", 1, *flags, code=2).stderr
-        assert not (train.out / "r").exists() and error.count("\n") == 1
-        assert said in error or flags  # without a run there is nothing to resume
+    error = train("r", "--max-steps", 1, code=2).stderr
+    assert said in error and error.count("\n") == 1 and not (train.out / "r").exists()
 
 
 def test_one_of_one_is_no_rank(monkeypatch):
@@ -523,11 +520,16 @@ def test_training_starts_from_another_model(train, tmp_path):
         (["--data", "nowhere"], "nowhere/tokenizer.json does not exist"),
         (["--block-size", "100000"], "of more than 100000 tokens"),
         (["--device", "tpu"], "--device is tpu, must be auto or one of"),
+        *((words.split(" "), words.split(" ")[0].strip("-")) for words in (
+            "--seed -1", "--seed 99999999999999", "--muon-lr 1e400", "--adamw-lr inf",
+            "--weight-decay nan", "--norm-eps -1", "--norm-eps nan", "--rope-base 1e-400", "--out ",
+            "--device cpu:x", "--n-embd 1000000000000", "--eval-recurrence 99999999999",
+            "--max-steps 2.5x", "--batch-size 1.5", "--batch-size 1e19")),
     ],
 )
 def test_mistakes_get_one_line(train, flags, message):
-    run = train("bad", *flags, code=2)
-    assert message in run.stderr and run.stderr.count("\n") == 1
+    error = train("bad", *flags, code=2).stderr
+    assert message.replace("-", "_") in error.replace("-", "_") and error.count("\n") == 1
     assert not (train.out / "bad").exists()
 
 
@@ -587,7 +589,7 @@ def test_a_failure_before_the_first_step_leaves_what_was_there(train, monkeypatc
     assert [path.name for path in (train.out / "old").iterdir() if path.is_dir()] == []
 
 
-def test_a_run_is_not_replaced_unasked_and_damage_is_named(train, corpus):
+def test_a_run_is_not_replaced_unasked_and_damage_is_named(train):
     train("r", "--max-steps", 1)
     assert "holds a run already" in train("r", "--max-steps", 1, code=2).stderr
     assert (
@@ -596,7 +598,6 @@ def test_a_run_is_not_replaced_unasked_and_damage_is_named(train, corpus):
     )
     (train.out / "r" / "ckpt.pt").write_bytes(b"PK damaged")
     assert "is not a checkpoint that can be read" in train("r", "--resume", code=2, tiny=[]).stderr
-    assert open_shard(corpus / "train_000000.bin")[0] == 256
 
 
 # ------------------------------------------------------------------ what must not be lost
@@ -868,7 +869,6 @@ def test_a_copied_run_goes_on_where_it_lies(train, corpus):
 
 
 def test_another_batch_size_goes_on_in_the_data(train, monkeypatch):
-    train("whole", "--max-steps", 4, "--batch-size", 8)
     read = []
     batch = train_module.Loader.batch
     monkeypatch.setattr(
@@ -910,7 +910,7 @@ def test_a_damaged_log_does_not_block_a_resume(train, damage, said):
     text = damage(path.read_text())
     path.unlink() if text is None else path.write_text(text)
     done = train("d", "--resume", "--max-steps", 4, tiny=[])
-    assert said in done.stdout
+    assert said in done.stdout and ("unreadable" in done.stdout) == (said == "unreadable")
     assert [line["step"] for line in log(train.out / "d")][-1] == 4 and len(
         log(train.out / "d", "done")
     ) == 1
@@ -926,7 +926,6 @@ def test_a_finished_run_is_not_finished_twice(train):
 
 def test_data_of_another_tokenizer_is_refused(train, tmp_path):
     train("t", "--max-steps", 1)
-    prepare("text", tmp_path / "other", "bpe:257", [ROOT / "model.py"])
     prepare("text", tmp_path / "bpe", "bpe:300", [ROOT / "model.py"])
     assert (
         "has other tokens"
@@ -993,59 +992,19 @@ def test_damaged_checkpoints_get_one_line_and_change_nothing(train):
         assert tree(train.out / "k") == before, name
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        ["--seed", "-1"],
-        ["--seed", "99999999999999"],
-        ["--muon-lr", "1e400"],
-        ["--adamw-lr", "inf"],
-        ["--weight-decay", "nan"],
-        ["--norm-eps", "-1"],
-        ["--norm-eps", "nan"],
-        ["--rope-base", "1e-400"],
-        ["--out", ""],
-        ["--device", "cpu:x"],
-        ["--n-embd", "1000000000000"],
-        ["--eval-recurrence", "99999999999"],
-        ["--max-steps", "2.5x"],
-        ["--batch-size", "1.5"],
-        ["--batch-size", "1e19"],
-    ],
-)
-def test_numbers_out_of_range_get_one_line(train, flag):
-    done = train("bad", *flag, code=2)
-    assert done.stderr.count("\n") == 1 and flag[0].strip("-").replace(
-        "-", "_"
-    ) in done.stderr.replace("-", "_")
-    assert not (train.out / "bad").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"settings": None},
-        {"settings": []},
-        {"settings": {"max_steps": [3]}},
-        {"settings": {"batch_size": "x"}},
-        {"settings": {"eval_recurrence": 0}},
-        {"settings": {"dtype": "foo"}},
-        {"settings": {"device": "cpu:x"}},
-        {"settings": {"micro_batch": 1.5}},
-        {"settings": {"muon_lr": "high"}},
-        {"model": None},
-        {"model": {"n_embd": 1.5}},
-        {"model": {"n_head": True}},
-        {"model": {"block_size": "inf"}},
-    ],
-)
-def test_damaged_settings_get_one_line(train, change):
+def test_damaged_settings_get_one_line(train):
     train("s", "--max-steps", 1)
     file = train.out / "s" / "config.json"
     config = json.loads(file.read_text())
-    for part, values in change.items():
-        config[part] = config[part] | values if isinstance(values, dict) else values
-    file.write_text(json.dumps(config))
-    before = tree(train.out / "s")
-    done = train("s", "--resume", "--max-steps", 2, code=2, tiny=[])
-    assert done.stderr.count("\n") == 1 and tree(train.out / "s") == before, done.stderr
+    for part, values in (
+            ("settings", None), ("settings", []), ("settings", {"max_steps": [3]}),
+            ("settings", {"batch_size": "x"}), ("settings", {"eval_recurrence": 0}),
+            ("settings", {"dtype": "foo"}), ("settings", {"device": "cpu:x"}),
+            ("settings", {"micro_batch": 1.5}), ("settings", {"muon_lr": "high"}), ("model", None),
+            ("model", {"n_embd": 1.5}), ("model", {"n_head": True}),
+            ("model", {"block_size": "inf"})):
+        values = config[part] | values if isinstance(values, dict) else values
+        file.write_text(json.dumps(config | {part: values}))
+        before = tree(train.out / "s")
+        done = train("s", "--resume", "--max-steps", 2, code=2, tiny=[])
+        assert done.stderr.count("\n") == 1 and tree(train.out / "s") == before, done.stderr

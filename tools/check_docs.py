@@ -167,8 +167,10 @@ def check_words(name, *rest):
     if name == "pip":
         files = re.findall(r"-r (\S+)", " ".join(rest))
         return [f"{file} does not exist" for file in files if not (ROOT / file).exists()]
-    while name == "torchrun" and not rest[0].endswith(".py"):
+    while name == "torchrun" and rest and not rest[0].endswith(".py"):
         rest = rest[1:]
+    if not rest or rest[0] in ("-V", "--version"):
+        return []
     if rest[0] == "-c":
         return check_snippet(rest[1])
     if rest[0] == "-m":

@@ -35,8 +35,7 @@ def simulate(fit, rows, cost, noise, repeats):
     "exponent": (repeats,)}; the truth has one repeat."""
     rng = np.random.default_rng(0)
     log_loss = np.log(fit.predict(rows)) + noise * rng.standard_normal((repeats, len(rows)))
-    # only the recurrences and seeds of these are used, with the losses of each sweep
-    budgets = budgets_of([row | {"val_loss": 1.0} for row in rows])
+    budgets = budgets_of(rows)  # for recurrences and seeds; losses are those of each sweep
     flops = [budget.flops for budget in budgets]
     both = refits(fit, rows, torch.tensor(log_loss))  # the truth comes first
     mu = np.log([frontier(both, rows[0], cost, c)[0] for c in flops]).T

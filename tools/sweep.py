@@ -5,10 +5,10 @@
     python -m tools.sweep ... --print                print the commands, for a cluster's scheduler
 
 All other flags go to train.py. The same command resumes a sweep that was stopped. It skips a run
-that is finished or has a row in the table. A row belongs to a run if model (only layers, width and
-parameters are compared), accounting, budget (within 3%), recurrence, mu_bwd and seed agree, so
-sweeps that differ in anything else need separate tables. When the commands from --print have run,
-the command without --print adds their rows to the table.
+that is finished or has a row in the table. A row belongs to a run if model (only layers, width,
+injection and parameters are compared), accounting, budget (within 3%), recurrence, mu_bwd and seed
+agree, so sweeps that differ in anything else need separate tables. When the commands from --print
+have run, the command without --print adds their rows to the table.
 """
 
 import contextlib
