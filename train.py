@@ -1,7 +1,7 @@
 """Train one model under a budget of steps, tokens or FLOPs.
 
     python train.py                                        the small default, minutes on a laptop
-    python train.py --mean-recurrence 1 --out out/fixed    the same layers, run once
+    python train.py --mean-recurrence 1 --out out/once     the same layer, run once
     python train.py --preset gpt-nano --max-flops 1e13 --out out/plain
     python train.py --resume                               continue an interrupted run
     python train.py --init-from out/default --data data/mine --out out/mine --muon-lr 1e-2

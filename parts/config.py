@@ -26,7 +26,7 @@ class ParcaeConfig:
     n_recurrent: int = option(2, "layers in the loop, R; 0 is a plain transformer")
     n_coda: int = option(2, "layers after the loop, C")
     mlp_width: int | None = option(None, "hidden channels of the MLP; None is 4 * n_embd")
-    mean_recurrence: int = option(8, "mean number of loops in training, mu_rec; 1 is fixed depth")
+    mean_recurrence: int = option(8, "mean number of loops in training, mu_rec; 1: run once")
     backprop_depth: int | None = option(None, "how many last loops get a gradient, "
                                         "mu_bwd; None is ceil(mu_rec / 2)")
     injection: str = option("diagonal", "how a loop adds the prelude's output")
