@@ -67,11 +67,11 @@ class Diagonal(nn.Module):
         self.B = nn.Parameter(torch.eye(d))
 
     def dt(self):
-        """Return the step sizes, (C,) float32."""
+        """Return the step sizes, (D,) float32."""
         return F.softplus(self.dt_bias.float())
 
     def A_bar(self):
-        """Return the factors, (C,) float32, by which each loop shrinks the state."""
+        """Return the factors, (D,) float32, by which each loop shrinks the state."""
         A_bar = torch.exp(-self.dt() * self.log_A.float().exp())
         # without the clamp, float32 would round extreme factors to 0 or 1
         return A_bar.clamp(torch.finfo(torch.float32).tiny, 1 - 2 ** -24)
@@ -331,7 +331,7 @@ class Parcae(nn.Module):
             for h, inputs in model.states(idx, 8):
                 logits = model.head(model.readout(h, inputs))  # as if this loop were the last
 
-        To exit early, use `break`. A cache has moved on by T tokens before the first loop."""
+        To exit early, use `break`. A cache has moved on by S tokens before the first loop."""
         inputs, u, h = self.begin(idx, cache)
         for t in range(most):
             h = self.recurrent_pass(h, u, inputs, cache, t)
@@ -465,8 +465,8 @@ class Parcae(nn.Module):
         step of the weights, or None if the run does not record it. Raises UserError."""
         path = Path(run_directory)
         model = cls(read_config(path))
-        trained = read_json(path / "config.json").get("class", cls.__name__)
-        if trained != cls.__name__:
+        trained = read_json(path / "config.json").get("class", "Parcae")
+        if trained not in (cls.__name__, "Parcae"):
             raise UserError(f"{path} holds a model of class {trained}: only runs/arena.py reads it")
         checkpoint = load_checkpoint(path / "ckpt.pt")
         weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None

@@ -118,10 +118,12 @@ def write_sample(args, model, tokenizer, prompt, idx, recurrence, generator):
     speed = len(made) / (time.perf_counter() - start)
 
     notes = f"{len(made)} tokens, {speed:,.1f} tokens/s{', compiling included' * args.compile}"
+    loops = f"{counts['loops'] / max(1, counts['tokens']):.2f}"
     if args.draft:
-        notes += f", {counts['kept'] / max(1, counts['drafted']):.0%} of the drafts kept"
-    if args.draft or args.exit_threshold is not None:
-        notes += f", {counts['loops'] / max(1, len(made)):.2f} loops per token"
+        kept = counts["kept"] / max(1, counts["drafted"])
+        notes += f", {kept:.0%} of the drafts kept, {loops} sequential loops per token"
+    if args.exit_threshold is not None:
+        notes += f", {loops} loops per token"
     print(f"\n--- {notes}")
 
 

@@ -54,7 +54,7 @@ from parts.settings import DEFAULT_DATA, model_of, parse_args
 from parts.tokenizer import begin_token, decode_stream, load_tokenizer
 
 MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row
-SCRIPT = "train.py"  # what follows "python" to start this training; runs/arena.py changes it
+SCRIPT = "train.py"  # what follows "python" to start this training; scripts in runs/ change it
 
 # ------------------------------------------------------------------------------- setup
 
@@ -80,6 +80,9 @@ def setup(args):
         raise UserError(f"--batch-size is {args.batch_size}, must be a multiple of ranks * "
                         f"--micro-batch ({world()} * {micro})")
     check_free(args.out, args.resume or args.overwrite or args.dry_run)
+    before = read_json(Path(args.out) / "config.json") if args.resume else {}
+    if before.get("script", SCRIPT) != SCRIPT:
+        raise UserError(f"{args.out} was trained by python {before['script']}: resume it with that")
     device = setup_device(args)
 
     # the data and its tokenizer
@@ -106,10 +109,7 @@ def setup(args):
 
     # the run directory
     run = Run(args.out, model, make_optimizers(model, args))
-    before = read_json(run.path / "config.json") if args.resume else {}
-    if before.get("script", SCRIPT) != SCRIPT:
-        raise UserError(f"{args.out} was trained by python {before['script']}: resume it with that")
-    record = describe(args, model, SCRIPT, before)
+    record = {"script": SCRIPT} | describe(args, model, before)
     return Setup(args, model, loader, val_loader, tokenizer, run, record, micro)
 
 
@@ -180,10 +180,11 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
         # every row, on every rank, starts its loop from the same noise; if you add dropout, its
         # draws repeat from part to part
         torch.manual_seed(step_seed)
-        # ranks average their gradients once, after the last part (no_sync would set this, too)
-        model.require_backward_grad_sync = n == len(parts)
-        loss = model(idx, targets, depths=depths[part])[1] / len(parts)
-        loss.backward()
+        # ranks average their gradients once, after the last part
+        wait = world() > 1 and n < len(parts)
+        with model.no_sync() if wait else contextlib.nullcontext():
+            loss = model(idx, targets, depths=depths[part])[1] / len(parts)
+            loss.backward()
         total += loss.detach() / world()
     return sum_over_ranks(total)
 
@@ -419,7 +420,7 @@ def report(s):
     looped = config.n_recurrent > 0 and mean > 1
     loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
     print(f"\n{what_it_says(config, values['val_loss'])}\nnext:")
-    if SCRIPT == "train.py":  # a script that changes the model is the only one that reads it
+    if s.record["class"] == "Parcae":  # sample.py refuses any other
         print(f'  python sample.py --run {run} --prompt "def "{loops}')
     print(f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:

@@ -61,7 +61,7 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
                  top_p=None, generator=None, counts=None):
     """Yield the n tokens (1, 1) after idx (1, S), distributed as by generation.stream. They are
     drafted, `ahead` at a time with `draft` loops, until the window slides. Raises UserError.
-    counts: a Counter of "drafted" and "kept" tokens, and of "loops" that ran in sequence."""
+    counts: a Counter of "tokens", "drafted" and "kept" ones, and "loops" that ran in sequence."""
     check(idx, temperature, top_k, top_p, None)
     if len(idx) != 1:
         raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
@@ -96,11 +96,11 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
             seen = torch.cat([last, tokens], dim=1)
             logits, _, _ = model.advance(seen, cache, draft, recurrence, h, u)
             new = accept(tokens, given, distribution(logits[0]), generator)
-            counts["drafted"] += k
-            counts["kept"] += new.shape[1] - 1
-            counts["loops"] += (k + 1) * draft + recurrence - draft
+            counts.update(drafted=k, kept=new.shape[1] - 1,
+                          loops=(k + 1) * draft + recurrence - draft)
 
             new = new[:, :n]
+            counts["tokens"] += new.shape[1]
             cache.pos = start + new.shape[1]  # rejected tokens are overwritten later
             idx = torch.cat([idx, new], dim=1)
             n -= new.shape[1]

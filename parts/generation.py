@@ -85,7 +85,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
            generator=None, exit_threshold=None, exit_rule="kl", counts=None):
     """Yield the next n tokens, each (B, 1) and drawn given the last block_size tokens before it.
 
-    Arguments are as in `generate`. counts: a Counter whose "loops" grows by those of each token.
+    Arguments are as in `generate`. counts: a Counter of the "tokens" and all their "loops".
     Once the context is full, the window slides, and every token in it gets a new position. Then no
     cache can be used and no loop ends early: each token costs a full forward pass."""
     check(idx, temperature, top_k, top_p, exit_threshold)
@@ -107,7 +107,7 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
                 logits, loops = settle(model, last, recurrence, cache, exit_threshold, exit_rule)
             else:  # one more token
                 logits, _, _ = model.advance(idx[:, -1:], cache, 0, recurrence)
-            counts["loops"] += loops
+            counts.update(tokens=1, loops=loops)
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)
             yield token

@@ -91,9 +91,9 @@ def remove_empty(folders):
             folder.rmdir()
 
 
-def describe(args, model, script, before):
+def describe(args, model, before):
     """Return the content of config.json: every setting, and what else the results of a run depend
-    on. script: see train.SCRIPT; before: the old content if the run is resumed, otherwise {}."""
+    on. before: the old content if the run is resumed, otherwise {}."""
     device, dtype = model.wte.weight.device, model.compute_dtype
     not_stored = ("out", "resume", "overwrite", "dry_run")
     cost = {}
@@ -107,8 +107,7 @@ def describe(args, model, script, before):
     peak = before.get("peak_flops")
     if not isinstance(peak, float) or not machine.items() <= before.items():
         peak = matmul_peak(device, dtype) * world()
-    return {"script": script,
-            "settings": {k: v for k, v in vars(args).items() if k not in not_stored},
+    return {"settings": {k: v for k, v in vars(args).items() if k not in not_stored},
             "class": type(model).__name__,
             "model": asdict(model.config),
             "data": args.data,

@@ -241,8 +241,8 @@ def read_row(path):
 
 
 def print_table(rows):
-    """Print the losses of seed 0 at each rate, and a table of means over the other seeds. Return
-    {rule: its rows by seed}, the best first."""
+    """Print the losses of seed 0 at each rate, and a table of means over seeds (see at_one_rate).
+    Return {rule: its rows by seed}, the best first."""
     found = {rule: [row for row in rows if row["rule"] == rule] for rule in RULES}
     chosen = {rule: at_one_rate(rule, mine, AT_OWN) for rule, mine in found.items() if mine}
 

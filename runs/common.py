@@ -69,22 +69,22 @@ def read_table(path, columns):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.DictReader(file))
-        return [{name: kind(line[name]) for name, kind in columns.items()} for line in lines]
+        rows = [{name: kind(line[name]) for name, kind in columns.items()} for line in lines]
     except (KeyError, TypeError, ValueError):
         needed = ", ".join(columns)
         raise UserError(f"{path} is not this experiment's table, with columns {needed}") from None
+    if not rows:
+        raise UserError(f"{path} holds no run")
+    return rows
 
 
 def collect(source, table, row_of, columns):
-    """Return the rows of an experiment: from a directory of runs, by row_of(path), and write them
-    to a table; or from such a table. Raises UserError if there are none."""
-    if source.is_dir():
-        rows = finished_rows(source, row_of)
-        write_csv(table, rows, columns)
-        return rows
-    rows = read_table(source, columns)
-    if not rows:
-        raise UserError(f"{source} holds no finished run")
+    """Return the rows of an experiment: from such a table; or from a directory of runs, by
+    row_of(path), and write the table. Raises UserError if there are none."""
+    if not source.is_dir():
+        return read_table(source, columns)
+    rows = finished_rows(source, row_of)
+    write_csv(table, rows, columns)
     return rows
 
 

@@ -4,7 +4,8 @@
     python -m runs.half results/half.csv results    print and draw again, from the table
 
 Runs are named MODEL-RATE-SEED. If there are several learning rates, each model is shown at the rate
-that has most seeds. Seed 0 chooses it: with three other seeds, it does not count.
+that has most seeds; of several such, at the best for seed 0. With three other seeds, seed 0, which
+chose the rate, does not count.
 """
 
 import math
