@@ -100,7 +100,7 @@ PRESETS = {
     "parcae-370m": published_size(4, 1024, 8),
     "parcae-770m": published_size(6, 1280, 10),
     "parcae-1.3b": published_size(8, 1536, 12),
-    # what `python train.py` trains: results/README.md says how it was chosen
+    # what `python train.py` trains: a shape in which looping gains much
     "parcae-one": dict(n_prelude=0, n_recurrent=1, n_coda=0, n_embd=64, n_head=2,
                        value_embeds=True, mean_recurrence=4, block_size=256),
     "parcae-nano": dict(n_prelude=1, n_recurrent=2, n_coda=1, n_embd=64, n_head=2,

@@ -265,17 +265,22 @@ def print_table(rows):
 
 
 def draw(chosen, path):
-    """Draw val loss against loops at test time. chosen: what print_table returns."""
-    figure, [axes] = figures.panels(1, 8.5, 4.5)
+    """Draw val loss against loops at test time, once more enlarged. chosen: see print_table."""
+    figure, both = figures.panels(2, 12, 4.5)
+    colors = iter("C0 C1 C2 C4 C5 C6 C7 C8 C9 k navy".split())  # C3 is like the diagonal's red
     for i, (rule, rows) in enumerate(chosen.items()):
-        losses = np.array([[row[f"val_loss_{loops}"] for loops in LOOPS] for row in rows])
-        style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {"lw": 1}
-        axes.plot(LOOPS, losses.mean(0), f"{figures.marker(i)}-", ms=4, label=RULES[rule][1],
-                  **style)
-    best = min(row[AT_OWN] for rows in chosen.values() for row in rows)
-    figures.loops_axis(axes, "loops T at test time (mean of training: 4)")
-    axes.set(ylabel="val loss (nats per byte)", ylim=(best - 0.02, best + 0.4))
-    axes.legend(fontsize=8, frameon=False)
+        losses = np.mean([[row[f"val_loss_{T}"] for T in LOOPS] for row in rows], axis=0)
+        style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {
+            "color": next(colors), "lw": 1}
+        for axes in both:
+            axes.plot(LOOPS, losses, f"{figures.marker(i)}-", ms=4, label=RULES[rule][1], **style)
+    best = min(np.mean([row[AT_OWN] for row in rows]) for rows in chosen.values())
+    for axes, above in zip(both, (0.4, 0.05)):
+        figures.loops_axis(axes, "loops T at test time (mean of training: 4)")
+        axes.set(ylim=(best - above / 20, best + above))
+    both[0].set_ylabel("val loss (nats per byte)")
+    both[1].set_title("enlarged")
+    both[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figures.save(figure, path)
 
 
