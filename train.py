@@ -39,15 +39,7 @@ from parts.files import json_text
 from parts.loader import EVAL_SEED, EVAL_TOKENS, Loader
 from parts.machine import use_threads
 from parts.muon import Muon, momentum_at
-from parts.ranks import (
-    asked_to_stop,
-    common_dtype,
-    rank,
-    say,
-    setup_device,
-    sum_over_ranks,
-    world,
-)
+from parts.ranks import all_sum, asked_to_stop, common_dtype, rank, say, setup_device, world
 from parts.reading import fit_weights, read_json
 from parts.run_directory import Run, check_free, describe
 from parts.settings import DEFAULT_DATA, model_of, parse_args
@@ -186,7 +178,7 @@ def backward(model, loader, depths, first_sample, micro, step_seed):
             loss = model(idx, targets, depths=depths[part])[1] / len(parts)
             loss.backward()
         total += loss.detach() / world()
-    return sum_over_ranks(total)
+    return all_sum(total)
 
 
 def update(model, optimizers, args, loss, progress, step):
@@ -256,7 +248,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
                 sums["state_ms", loops] += h.float().square().mean() * len(idx)
     model.train()
 
-    means = sum_over_ranks(torch.stack([*sums.values()]) / sequences)
+    means = all_sum(torch.stack([*sums.values()]) / sequences)
     values = defaultdict(dict)
     for (metric, loops), mean in zip(sums, means.tolist()):
         values[metric][loops] = mean
@@ -370,10 +362,8 @@ def train(s):
     if not works and not stop:
         what = (f"loss or gradient was not finite {skipped} steps in a row" if skipped
                 else "the val loss is not finite")
-        adamw = f" or --adamw-lr (it is {args.adamw_lr})" if args.adamw_lr else ""
         raise UserError(f"{what}, at step {state['step']}: try a lower --muon-lr (it is "
-                        f"{args.muon_lr}){adamw}, or undo your other changes; "
-                        f"{run.last_checkpoint()}")
+                        f"{args.muon_lr}), or undo your other changes; {run.last_checkpoint()}")
     return not stop
 
 # ------------------------------------------------------------------------------- what is printed

@@ -66,7 +66,7 @@ def common_dtype(device, dtype):
     return picked[0]
 
 
-def sum_over_ranks(tensor):
+def all_sum(tensor):
     """Return the sum of a tensor over all ranks, computed in place."""
     if world() > 1:
         dist.all_reduce(tensor)
@@ -77,4 +77,4 @@ def asked_to_stop(received, device):
     """Return whether any rank has received a signal; all ranks get the same answer."""
     if world() == 1:
         return bool(received)  # without waiting for the device
-    return sum_over_ranks(torch.tensor(len(received), device=device)).item() > 0
+    return all_sum(torch.tensor(len(received), device=device)).item() > 0
