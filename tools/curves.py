@@ -21,7 +21,7 @@ from parts.comparable import say_differences
 from parts.reading import read_json, read_json_lines
 
 AXES = ("tokens", "flops", "seconds")
-SEEDS_DIFFER = "its standard deviation over seeds is 0.005 for the default model"  # first.csv
+SEEDS_DIFFER = "(standard deviation over seeds: 0.005 for the default model)"  # first.csv
 KEYS = (*AXES, "loss", "lr", "grad_norm")  # what the log has for each step
 
 # ----------------------------------------------------------------------------- reading
@@ -147,15 +147,18 @@ def steering(axes, run):
 
 
 def print_losses(runs):
-    """Print the last val loss of each run and what it cost, and for two runs the difference."""
+    """Print the last val loss of each run, what it cost, and its difference from the first run."""
     width = max(len(run["label"]) for run in runs)
     print(f"{'run':{width}}    T  val loss       tokens     FLOPs  seconds")
     for run in runs:
         print(f"{run['label']:{width}}  {run['T']:3d}  "
               "{loss:8.4f}  {tokens:11,.0f}  {flops:8.2e}  {seconds:7,.0f}".format(**run["last"]))
-    if len(runs) == 2:
-        first, second = (run["last"]["loss"] for run in runs)
-        print(f"{runs[1]['label']} minus {runs[0]['label']}: {second - first:+.4f}; {SEEDS_DIFFER}")
+    first, *others = runs
+    for run in others:
+        difference = run["last"]["loss"] - first["last"]["loss"]
+        print(f"{run['label']} minus {first['label']}: {difference:+.4f}")
+    if others:
+        print(SEEDS_DIFFER)
 
 
 def main():
