@@ -221,10 +221,10 @@ RULES = {  # name: its model, and what table and picture call it
     "euler": (injecting(Euler), "Euler's step for A"),
     "first-loop": (FirstLoopOnly, "e in the first loop only"),
     "loop-vector": (LoopVector, "a learned vector for each loop"),
-    "over-n": (ResidualOverN, "residuals in the loop over N"),
+    "over-n": (ResidualOverN, "what a layer in the loop adds, over N"),
     "deepnorm": (DeepNorm, "DeepNorm in the loop"),
     "streams": (HyperConnections, "two residual streams"),
-    "every-loop": (EveryLoop, "the loss of every loop"),
+    "every-loop": (EveryLoop, "the loss of all loops with gradient"),
     "growing": (Parcae, "loops grow during training"),  # see grow
 }
 
