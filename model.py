@@ -464,10 +464,11 @@ class Parcae(nn.Module):
         """Return the model in a run directory of train.py, in eval mode. Its `step` is the training
         step of the weights, or None if the run does not record it. Raises UserError."""
         path = Path(run_directory)
-        model = cls(read_config(path))
+        config = read_config(path)
         trained = read_json(path / "config.json").get("class", "Parcae")
         if trained not in (cls.__name__, "Parcae"):
             raise UserError(f"{path} holds a model of class {trained}: only runs/arena.py reads it")
+        model = cls(config)
         checkpoint = load_checkpoint(path / "ckpt.pt")
         weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
         fit_weights(model, weights, f"the weights in {path} do not fit its config.json")

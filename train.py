@@ -79,6 +79,7 @@ def setup(args):
 
     # the data and its tokenizer
     if args.data == DEFAULT_DATA and not Path(args.data).exists() and rank() == 0:
+        # on stderr, since the output of tools.sweep --print is commands
         made = subprocess.run([sys.executable, Path(__file__).with_name("data.py")], stdout=2)
         if made.returncode:
             sys.exit(2)  # data.py has printed why
@@ -378,15 +379,15 @@ def introduce(s):
                  f"the last {config.backprop_depth} with gradient)")
     tokens = np.asarray(s.loader.shards[0][::1 + len(s.loader.shards[0]) // 2_000_000])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    say(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
-        f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
-        f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
-        f"windows of {config.block_size} tokens\n"
-        f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
-        f"{record['dtype'].removeprefix('torch.')}; the peak for MFU is "
-        f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
-        f"  loss     in nats per token; it is {-(shares * np.log(shares)).sum():.2f} for a model "
-        "that knows only how frequent each token is")
+    print(f"{s.args.out}: {record['parameters']:,} parameters, {config.n_embd} channels\n"
+          f"  layers   {config.n_prelude}, then {loop}, then {config.n_coda}\n"
+          f"  data     {s.args.data}: {len(s.loader) * config.block_size:,} train tokens, read in "
+          f"windows of {config.block_size} tokens\n"
+          f"  machine  {record['ranks']} x {record['device']}, {record['threads']} thread(s), "
+          f"{record['dtype'].removeprefix('torch.')}; the peak for MFU is "
+          f"{record['peak_flops'] / 1e9:,.0f} GFLOP/s\n"
+          f"  loss     in nats per token; it is {-(shares * np.log(shares)).sum():.2f} for a model "
+          "that knows only how frequent each token is")
 
 
 def report(s):
@@ -457,7 +458,8 @@ def main():
         return
     with s.run.held():
         if start_or_resume(s):
-            introduce(s)
+            if rank() == 0:
+                introduce(s)
             if train(s):
                 report(s)
             elif s.run.saved is None:

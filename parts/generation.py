@@ -98,15 +98,14 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
         recurrence, = model.depths_of(1, recurrence)
         cache = model.new_cache(len(idx), capacity, recurrence, "shared" if exits else "per-loop")
         for _ in range(n):
-            loops, slides = recurrence, idx.shape[1] > capacity
+            loops, last, slides = recurrence, idx[:, -1:], idx.shape[1] > capacity
             if slides or cache.pos == 0:  # all tokens at once; no cache once the window slides
                 x = model.hidden(idx[:, -capacity:], recurrence, None if slides else cache)
                 logits = model.head(x[:, -1:])
             elif exits:
-                last = idx[:, -1:]
                 logits, loops = settle(model, last, recurrence, cache, exit_threshold, exit_rule)
             else:  # one more token
-                logits, _, _ = model.advance(idx[:, -1:], cache, 0, recurrence)
+                logits, _, _ = model.advance(last, cache, 0, recurrence)
             counts.update(tokens=1, loops=loops)
             token = choose(logits[:, -1], temperature, top_k, top_p, generator)
             idx = torch.cat([idx, token], dim=1)

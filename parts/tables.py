@@ -171,17 +171,17 @@ def rows_of_run(path):
     if last["kind"] != "done":
         return []
     config, rows = read_json(path / "config.json"), []
-    changed = config.get("class", "Parcae").removeprefix("Parcae")  # by a rule of runs/arena.py
     try:
+        columns = model_columns(config["model"])
+        if config.get("class", "Parcae") != "Parcae":  # a rule of runs/arena.py
+            columns["model"] += f" {config['class']}"
         settings, cost = config["settings"], config["cost"]
         own = cost[settings["accounting"]]["flops_per_token"]
         if settings.get("loop_from"):  # then FLOPs of the two accountings are not in proportion
             cost = {settings["accounting"]: cost[settings["accounting"]]}
         for accounting, its in cost.items():
             for loops, loss in last["val_loss"].items():
-                columns = model_columns(config["model"])
                 rows.append(typed(columns | its | {
-                    "model": f"{columns['model']} {changed}".strip(),
                     "flops": last["flops"] * its["flops_per_token"] / own, "accounting": accounting,
                     "tokens": last["tokens"], "recurrence": loops, "val_loss": loss,
                     "seed": settings["seed"]}))

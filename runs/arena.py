@@ -5,11 +5,12 @@
     python -m runs.arena --table results/arena.csv results    print and draw again, from the table
 
 RULES has the rules. Each is a model that changes Parcae from outside and that train.py trains; all
-other flags go to train.py. Runs are named RULE-RATE-SEED; no other script can read most of them.
+other flags go to train.py. Runs are named RULE-RATE-SEED; other scripts refuse most of them.
 The table has a rule at the rate that most of its runs have. runs/arena.sh makes the published one.
 """
 
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -246,20 +247,20 @@ def print_table(rows):
     found = {rule: [row for row in rows if row["rule"] == rule] for rule in RULES}
     chosen = {rule: at_one_rate(rule, mine, AT_OWN) for rule, mine in found.items() if mine}
 
-    def mean(rule, column):
-        return np.mean([row[column] for row in chosen[rule]])
-    chosen = {rule: chosen[rule] for rule in sorted(chosen, key=lambda rule: mean(rule, AT_OWN))}
+    def mean(mine, column):
+        return np.mean([row[column] for row in mine])
+    chosen = dict(sorted(chosen.items(), key=lambda item: mean(item[1], AT_OWN)))
     diagonal = losses_of(chosen.get("diagonal", ()), AT_OWN)
     print("| rule | " + " | ".join(f"T = {T}" for T in LOOPS)
           + " | minus diagonal (standard error) | FLOPs | spectral radius |")
     print("|" + "---|" * (len(LOOPS) + 4))
     for rule, mine in chosen.items():
-        cells = [RULES[rule][1], *(f"{mean(rule, f'val_loss_{T}'):.4f}" for T in LOOPS)]
+        cells = [RULES[rule][1], *(f"{mean(mine, f'val_loss_{T}'):.4f}" for T in LOOPS)]
         lost = pairs(diagonal, losses_of(mine, AT_OWN))
         compared = rule != "diagonal" and len(lost)
         cells.append(f"{lost.mean():+.4f} ({error_text(lost)})" if compared else "")
         radius = max(row["spectral_radius"] for row in mine)
-        cells += [f"{mean(rule, 'flops'):.3g}", f"{radius:.2f}"]
+        cells += [f"{mean(mine, 'flops'):.3g}", f"{radius:.2f}"]
         print("| " + " | ".join(cells) + " |")
     return chosen
 
@@ -267,7 +268,7 @@ def print_table(rows):
 def draw(chosen, path):
     """Draw val loss against loops at test time, once more enlarged. chosen: see print_table."""
     figure, both = figures.panels(2, 12, 4.5)
-    colors = iter("C0 C1 C2 C4 C5 C6 C7 C8 C9 k navy".split())  # C3 is like the diagonal's red
+    colors = cycle("C0 C1 C2 C4 C5 C6 C7 C8 C9 k navy".split())  # C3 is like the diagonal's red
     for i, (rule, rows) in enumerate(chosen.items()):
         losses = np.mean([[row[f"val_loss_{T}"] for T in LOOPS] for row in rows], axis=0)
         style = {"color": figures.RED, "lw": 2.5} if rule == "diagonal" else {

@@ -61,6 +61,12 @@ def gains(rows):
                 yield key, loops, equal, by_seed
 
 
+def counted(by_seed):
+    """Return the values of {seed: value} without seed 0, which chose shape and rates; all values if
+    there is no other seed."""
+    return [value for seed, value in by_seed.items() if seed] or [*by_seed.values()]
+
+
 def variants(rows):
     """Yield (variant, T, its mean loss, {seed: minus the loss of the run that it varies})."""
     run = itemgetter("channels", "layers", "mean_recurrence", "rate", "seed")
@@ -99,20 +105,17 @@ def main():
           "| by seed |")
     print("|" + "---|" * 8)
     for (channels, layers, rate), loops, equal, by_seed in gains(rows):
-        values = [*by_seed.values()]
-        each = ", ".join(f"{gain:.3f}" for gain in values)
-        counted = [gain for seed, gain in by_seed.items() if seed] or values
-        cells = [channels, layers, loops, f"{rate:g}", equal, f"{np.mean(counted):.4f}",
-                 error_text(counted), each]
+        each = ", ".join(f"{gain:.3f}" for gain in by_seed.values())
+        cells = [channels, layers, loops, f"{rate:g}", equal, f"{np.mean(counted(by_seed)):.4f}",
+                 error_text(counted(by_seed)), each]
         print("| " + " | ".join(map(str, cells)) + " |")
     for variant, T, mean, minus in variants(rows):
         values = [*minus.values()]
         print(f"{variant}, T = {T}: {mean:.3f}, minus the run itself {np.mean(values):+.4f} "
               f"({error_text(values)})")
     for channels, layers, tokens, minus in rivals(rows):
-        counted = [minus[seed] for seed in minus if seed] or [*minus.values()]
         print(f"{layers} layers of {channels} channels, {tokens:,} tokens: minus the default "
-              f"{np.mean(counted):+.4f} ({error_text(counted)}), by seed {minus}")
+              f"{np.mean(counted(minus)):+.4f} ({error_text(counted(minus))}), by seed {minus}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def read_row(path):
          for n in LOOPS}
 
 
-def at_best_rate(rows):
+def by_model(rows):
     """Return {model: its rows by seed}, each model at one rate; print all rates tried."""
     found = {name: [row for row in rows if row["model"] == name] for name in NAMES}
     return {name: at_one_rate(NAMES[name], mine) for name, mine in found.items() if mine}
@@ -171,7 +171,7 @@ def picture(path, models):
 def main():
     args = parse_args(__doc__)
     name = args.source.name.removesuffix(".csv")
-    runs = at_best_rate(collect(args.source, args.out / f"{name}.csv", read_row, COLUMNS))
+    runs = by_model(collect(args.source, args.out / f"{name}.csv", read_row, COLUMNS))
     print_table(runs)
     print_comparison({model: losses_of(rows) for model, rows in runs.items()})
     models = []

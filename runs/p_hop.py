@@ -38,12 +38,10 @@ QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
 QUICK = """--preset parcae-nano --no-value-embeds --n-prelude 0 --n-coda 0 --block-size 96
     --batch-size 16 --max-flops 1.42e12 --eval-sequences 16 --eval-every 10000 --overwrite"""
 QUICK_MODELS = {
-    "once": "--n-recurrent 1 --mean-recurrence 1 --n-embd 64 --n-head 4 "
-            "--muon-lr 2e-2",
+    "once": "--n-recurrent 1 --mean-recurrence 1 --n-embd 64 --n-head 4 --muon-lr 2e-2",
     "looped": "--n-recurrent 1 --mean-recurrence 4 --n-embd 64 --n-head 4 "
               "--muon-lr 4e-2 --adamw-lr 1e-2",
-    "two": "--n-recurrent 0 --n-prelude 2 --n-embd 52 --n-head 2 "
-           "--muon-lr 2e-2"}
+    "two": "--n-recurrent 0 --n-prelude 2 --n-embd 52 --n-head 2 --muon-lr 2e-2"}
 # Shares of right answers of a guess that knows only p and the symbol. No symbol follows itself, so
 # two lookups often lead back to the same one.
 GUESSES = {0: 1, 1: 0.33, 2: 0.51, 3: 0.29, 4: 0.35, 5: 0.27, 6: 0.29, 7: 0.26, 8: 0.27}
@@ -125,7 +123,8 @@ def read_docs(path=DATA):
 
 
 def measure(folder):
-    """Return (rows of all runs in a folder, mean recurrence in the training of looped runs)."""
+    """Return (rows of all runs in a folder, mean recurrence in the training of looped runs). Raises
+    UserError if no run is finished."""
     docs, rows, trained = read_docs(), [], TRAINED
     paths = sorted(folder.iterdir())
     say_differences(paths)
@@ -142,6 +141,8 @@ def measure(folder):
         if name == "looped":
             trained = model.config.mean_recurrence
         rows += rows_of(name, int(seed), accuracies(model, docs))
+    if not rows:
+        raise UserError(f"{folder} holds no run")
     return rows, trained
 
 
@@ -287,12 +288,9 @@ def main():
         return
     if args.source.is_dir():
         rows, trained = measure(args.source)
+        write_csv(args.out / "p-hop.csv", rows, COLUMNS)
     else:
         rows, trained = read_table(args.source, COLUMNS), TRAINED
-    if not rows:
-        raise UserError(f"{args.source} holds no run")
-    if args.source.is_dir():
-        write_csv(args.out / "p-hop.csv", rows, COLUMNS)
     print_table(rows)
     loops = sorted({row["T"] for row in rows if row["model"] == "looped"})
     if not loops:

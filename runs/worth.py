@@ -22,7 +22,7 @@ from model import PRESETS, Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
 from runs.common import losses_of, read_table
-from runs.half import COLUMNS, at_best_rate, closed
+from runs.half import COLUMNS, by_model, closed
 
 T = 8  # loops of all models here
 # channels of our models: their table, from runs.half
@@ -67,8 +67,7 @@ def published():
 def ours(channels, path):
     """Return the point of a table: the looped 1/4/1 layers against six and twelve layers. Raises
     UserError."""
-    loss = {name: losses_of(rows)
-            for name, rows in at_best_rate(read_table(path, COLUMNS)).items()}
+    loss = {name: losses_of(rows) for name, rows in by_model(read_table(path, COLUMNS)).items()}
     if not {"looped", "plain", "deep"} <= loss.keys():
         raise UserError(f"{path} needs looped, plain and deep models")
     config = ParcaeConfig(**PRESETS["parcae-nano"] | {

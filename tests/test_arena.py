@@ -146,6 +146,13 @@ def arena_row(rule, rate, seed, loss):
         f"val_loss_{T}": loss for T in arena.LOOPS}
 
 
+def test_rules_of_ones_own_find_a_place_in_table_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "RULES", arena.RULES | {"a": (Parcae, "one"), "b": (Parcae, "two")})
+    rows = [arena_row(rule, 0.02, 0, 1.0) for rule in arena.RULES]
+    arena.draw(arena.print_table(rows), tmp_path / "arena.png")
+    assert len(rows) == 14 and (tmp_path / "arena.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_table_of_the_arena_compares_seed_by_seed_at_the_rate_of_most_runs(capsys):
     rows = [arena_row("diagonal", 0.02, seed, 1 + seed / 10) for seed in range(4)]
     rows += [arena_row("add", 0.02, seed, 1.2 + seed / 10) for seed in range(3)]
