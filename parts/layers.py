@@ -12,6 +12,7 @@ QK_NORM_EPS = torch.finfo(torch.float32).eps
 CHUNK = 1024  # tokens whose logits are held at once in training
 GPU_CHUNK = 4096  # fewer chunks, because each reads and writes the head's gradient
 IGNORED = -100  # targets with this value do not count
+FEW = 6  # rows up to which compiled code should multiply itself, see Linear
 VE_GATE_CHANNELS = 32  # the first channels decide how much value embedding a head takes
 
 
@@ -25,7 +26,12 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        """Return x (..., n_in) times the weight's transpose, (..., n_out)."""
+        weight = self.weight.to(x.dtype)
+        # For few rows on a CPU, a loop that the compiler writes is 1.2 to 1.8 times as fast
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() <= FEW:
+            return (weight * x.unsqueeze(-2)).sum(-1)
+        return F.linear(x, weight)
 
 
 def rotate(x, rope):
