@@ -19,18 +19,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from model import INJECTIONS, Diagonal, Parcae
+from model import INJECTIONS, Diagonal, Parcae, count_parameters
 from parts import figures
 from parts.cli import Parser, run_script
 from parts.layers import Block, HeadLoss
 from runs.common import (
     at_one_rate,
     collect,
+    differences,
     error_text,
     finished,
     loss_at,
     losses_of,
-    pairs,
     split_name,
 )
 
@@ -70,15 +70,12 @@ class Euler(Diagonal):
     def A_bar(self):
         return 1 - self.dt() * self.log_A.float().exp()
 
-    def spectral_radius(self):
-        return self.A_bar().abs().max()
-
 
 class FirstLoopOnly(Parcae):
     """Add e only in the first loop."""
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        first = (t == 0)[..., None] if torch.is_tensor(t) else t == 0                   # (B, 1, 1)
+        first = (torch.as_tensor(t, device=h.device) == 0)[..., None]           # (B, 1, 1) or (1,)
         return super().recurrent_pass(h, u * first, inputs, cache, t)
 
 # ------------------------------------------------------------------------------- what loops
@@ -94,8 +91,8 @@ class LoopVector(Parcae):
         self.vectors = nn.Parameter(torch.zeros(self.MOST, config.n_embd))
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        t = t.clamp(max=self.MOST - 1) if torch.is_tensor(t) else min(t, self.MOST - 1)
-        return super().recurrent_pass(h, u + self.vectors[t].to(u.dtype), inputs, cache, t)
+        loop = torch.as_tensor(t, device=h.device).clamp(max=self.MOST - 1)
+        return super().recurrent_pass(h, u + self.vectors[loop].to(u.dtype), inputs, cache, t)
 
 
 class ResidualOverN(Parcae):
@@ -196,20 +193,19 @@ class EveryLoop(Parcae):
         flops = super().flops_per_token(recurrence, backprop_depth, context, accounting)
         if backprop_depth == 0:
             return flops
-        read = self.lm_head.weight.numel() + self.C_proj.weight.numel() + sum(
-            p.numel() for p in self.coda.parameters() if p.ndim == 2)
-        once = 2 * read + len(self.coda) * 4 * self.config.n_embd * (context
-                                                                     or self.config.block_size)
-        with_gradient = self.config.backprop_depth if backprop_depth is None else backprop_depth
-        with_gradient = min(with_gradient, recurrence or self.config.mean_recurrence)
+        cfg, readout = self.config, nn.ModuleList([self.coda, self.C_proj])
+        products = count_parameters(readout, dimensions=2) + self.lm_head.weight.numel()
+        once = 2 * products + cfg.n_coda * 4 * cfg.n_embd * (context or cfg.block_size)
+        with_gradient = cfg.backprop_depth if backprop_depth is None else backprop_depth
+        with_gradient = min(with_gradient, recurrence or cfg.mean_recurrence)
         return flops + 3 * (with_gradient - 1) * once  # coda and head after each of these loops
 
 
 def grow(model, args, progress, step_seed):
     """Return the depths of a batch, (batch_size,), instead of train.draw_depths. Their mean is 1,
-    then 2, 4, ..., each in an equally long part of the training (2609.19107)."""
-    stages = model.config.mean_recurrence.bit_length()  # 8: 1, 2, 4, 8
-    mean = 2 ** min(stages - 1, int(progress * stages))
+    then 2, 4, ..., up to mean_recurrence, each in an equal part of the training (2609.19107)."""
+    stages = (model.config.mean_recurrence - 1).bit_length() + 1  # 6: 1, 2, 4, 6
+    mean = min(model.config.mean_recurrence, 2 ** int(progress * stages))
     generator = torch.Generator().manual_seed(step_seed)
     return model.sample_depths(args.batch_size, generator, mean)
 
@@ -236,8 +232,10 @@ def read_row(path):
     """Return the row of a run, None if it is not finished. Raises UserError."""
     rule, rate, seed = split_name(path, "RULE-RATE-SEED", RULES)
     done = finished(path)
-    return done and {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
-                     "spectral_radius": round(done["spectral_radius"], 4)} | {
+    if not done:
+        return None
+    return {"rule": rule, "rate": rate, "seed": seed, "flops": done["flops"],
+            "spectral_radius": round(done["spectral_radius"], 4)} | {
         f"val_loss_{T}": loss_at(path, done, T) for T in LOOPS}
 
 
@@ -256,7 +254,7 @@ def print_table(rows):
     print("|" + "---|" * (len(LOOPS) + 4))
     for rule, mine in chosen.items():
         cells = [RULES[rule][1], *(f"{mean(mine, f'val_loss_{T}'):.4f}" for T in LOOPS)]
-        lost = pairs(diagonal, losses_of(mine, AT_OWN))
+        lost = differences(losses_of(mine, AT_OWN), diagonal)
         compared = rule != "diagonal" and len(lost)
         cells.append(f"{lost.mean():+.4f} ({error_text(lost)})" if compared else "")
         radius = max(row["spectral_radius"] for row in mine)

@@ -9,11 +9,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+python -c "from parts import cli, figures; cli.run_script(figures.pyplot)"
 rules=${RULES:-diagonal add concat zero-order-hold euler first-loop loop-vector over-n deepnorm
     streams every-loop growing}
 rate=${RATE:-2e-2}
 run() {  # rule rate seed
-    echo "--rule $1" --muon-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
+    echo --rule "$1" --muon-lr "$2" --seed "$3" --out "out/arena/$1-$2-$3"
 }
 {
     for other in ${OTHER-1e-2 4e-2}; do
@@ -22,6 +23,6 @@ run() {  # rule rate seed
     for seed in 0 1 2 3; do
         for rule in $rules; do run $rule $rate $seed; done
     done
-} | xargs -P "${JOBS:-2}" -I {} sh -c "python -m runs.arena {} --overwrite \
-    --max-steps ${STEPS:-1200} --eval-every 100000"
+} | xargs -P "${JOBS:-2}" -L 1 python -m runs.arena --overwrite --max-steps "${STEPS:-1200}" \
+    --eval-every 100000
 python -m runs.arena --table out/arena "${RESULTS:-out}"

@@ -124,12 +124,12 @@ def losses_of(rows, loss="val_loss"):
     return {row["seed"]: row[loss] for row in rows}
 
 
-def pairs(better, worse):
-    """Return worse - better, (seeds,), for the seeds that both have.
+def differences(losses, base):
+    """Return losses - base, (seeds,), for the seeds that both have.
 
-    better, worse: {seed: loss} of two models."""
-    seeds = sorted(better.keys() & worse.keys())
-    return np.array([worse[seed] - better[seed] for seed in seeds])
+    losses, base: {seed: loss} of two models."""
+    seeds = sorted(losses.keys() & base.keys())
+    return np.array([losses[seed] - base[seed] for seed in seeds])
 
 
 def error_text(values):

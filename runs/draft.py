@@ -21,7 +21,7 @@ from model import Parcae
 from parts.cli import COUNT, LOOPS, Parser, UserError, new_file, number, run_script, some_path
 from parts.draft import draft_stream
 from parts.generation import stream
-from parts.machine import keep_freed_memory, pick_device
+from parts.machine import keep_freed_memory, pick_device, use_threads
 from parts.quantize import prepare_weights
 from parts.recording import speed_up
 from parts.tables import write_csv
@@ -53,6 +53,7 @@ def load(run, device, dtype, compiled):
     model = Parcae.from_pretrained(run)
     if not model.config.n_recurrent:
         raise UserError(f"{run} is a plain transformer: it cannot draft with fewer loops")
+    use_threads(model.config.n_embd)
     prepare_weights(model, device, getattr(torch, dtype))
     speed_up(model, compiled)
     return model
@@ -127,7 +128,7 @@ def main():
     add("--temperature", type=number(float, 0), nargs="+", default=[0.0, 0.7],
         help="(default: 0 0.7)")
     add("--exit", type=number(float, 0), nargs="*", default=[], metavar="EPS",
-        help=f"thresholds for the exit rule {EXIT_RULE}, see sample.py (default: none)")
+        help=f"thresholds for the exit rule {EXIT_RULE}, see parts/generation.py (default: none)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     keep_freed_memory()

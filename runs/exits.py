@@ -24,6 +24,7 @@ from parts.cli import (
     some_path,
 )
 from parts.generation import EXIT_RULES, settle
+from parts.machine import use_threads
 from parts.tables import write_csv
 from parts.tokenizer import load_tokenizer
 from tools.evaluate import add_text_flags, loss_of, open_text, read_all, row_of, token_losses
@@ -133,6 +134,7 @@ def main():
     model, tokenizer = Parcae.from_pretrained(args.run), load_tokenizer(args.run)
     if not model.config.n_recurrent:
         raise UserError(f"{args.run} is a plain transformer: it has no loop to leave")
+    use_threads(model.config.n_embd)
     text = open_text(args, model, tokenizer)
     windows = list(text.batches(1))
     if len(windows) < 2:

@@ -3,9 +3,9 @@
     python -m runs.first out/first out    read the runs in out/first, write out/first.csv
 
 A gain is the loss of layers run once, minus the loss of the same layers looped (with the same seed,
-at their mean recurrence). Seed 0 chose shape and rates: with other seeds, it does not count.
-Models without a loop are compared with the looped default in the same way, and variants of a run
-(fixed depth, another gradient) with that run, by all seeds.
+at their mean recurrence). Seed 0 chose shape and rates: with three others, it does not count.
+Models without a loop, and variants of the looped default (fixed depth, another gradient), are
+compared with the looped default in the same way.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 from parts.cli import Parser, run_script
 from parts.reading import read_json
 from parts.tables import write_csv
-from runs.common import error_text, finished, finished_rows
+from runs.common import error_text, finished, finished_rows, gain_text
 
 DEFAULT = {"channels": 64, "layers": "0/1/0", "variant": "", "mean_recurrence": 4, "rate": 0.02}
 
@@ -62,33 +62,38 @@ def gains(rows):
 
 
 def counted(by_seed):
-    """Return the values of {seed: value} without seed 0, which chose shape and rates; all values if
-    there is no other seed."""
-    return [value for seed, value in by_seed.items() if seed] or [*by_seed.values()]
+    """Return the values of {seed: value}; with three other seeds, without that of seed 0, which
+    chose shape and rates."""
+    return [value for seed, value in by_seed.items() if seed or len(by_seed) < 4]
+
+
+def of_default(rows, variant=""):
+    """Return {seed: row} of the looped default, or of a variant of it."""
+    wanted = DEFAULT | {"variant": variant}
+    return {row["seed"]: row for row in rows if wanted.items() <= row.items()}
 
 
 def variants(rows):
-    """Yield (variant, T, its mean loss, {seed: minus the loss of the run that it varies})."""
-    run = itemgetter("channels", "layers", "mean_recurrence", "rate", "seed")
-    plain = {run(row): row for row in rows if not row["variant"]}
+    """Yield (variant of the default, T, its mean loss, {seed: minus the loss of the default})."""
+    default = of_default(rows)
     for variant in sorted({row["variant"] for row in rows} - {""}):
-        mine = [row for row in rows if row["variant"] == variant and run(row) in plain]
-        for loss in [name for name in mine[0] if name.startswith("val_loss_")] if mine else ():
-            minus = {row["seed"]: row[loss] - plain[run(row)][loss] for row in mine}
-            yield (variant, loss.removeprefix("val_loss_"), np.mean([row[loss] for row in mine]),
-                   minus)
+        mine = {seed: row for seed, row in of_default(rows, variant).items() if seed in default}
+        for T in [name for name in next(iter(mine.values()), ()) if name.startswith("val_loss_")]:
+            minus = {seed: row[T] - default[seed][T] for seed, row in mine.items()}
+            mean = np.mean([row[T] for row in mine.values()])
+            yield variant, T.removeprefix("val_loss_"), mean, minus
 
 
 def rivals(rows):
     """Yield (channels, layers, tokens, {seed: loss minus that of the looped default}) for models
     without a loop at the default's rate."""
     size = itemgetter("channels", "layers", "tokens")
-    default = {row["seed"]: row["val_loss_4"] for row in rows if DEFAULT.items() <= row.items()}
+    default = {seed: row["val_loss_4"] for seed, row in of_default(rows).items()}
     plain = [row for row in rows
              if row["layers"].endswith("/0/0") and row["rate"] == DEFAULT["rate"]]
     for channels, layers, tokens in sorted(set(map(size, plain))):
         yield channels, layers, tokens, {
-            row["seed"]: round(row["val_loss_1"] - default[row["seed"]], 4) for row in plain
+            row["seed"]: row["val_loss_1"] - default[row["seed"]] for row in plain
             if size(row) == (channels, layers, tokens) and row["seed"] in default}
 
 
@@ -110,12 +115,11 @@ def main():
                  error_text(counted(by_seed)), each]
         print("| " + " | ".join(map(str, cells)) + " |")
     for variant, T, mean, minus in variants(rows):
-        values = [*minus.values()]
-        print(f"{variant}, T = {T}: {mean:.3f}, minus the run itself {np.mean(values):+.4f} "
-              f"({error_text(values)})")
+        print(f"{variant}, T = {T}: {mean:.3f}, minus the default "
+              f"{gain_text(np.array(counted(minus)))}")
     for channels, layers, tokens, minus in rivals(rows):
         print(f"{layers} layers of {channels} channels, {tokens:,} tokens: minus the default "
-              f"{np.mean(counted(minus)):+.4f} ({error_text(counted(minus))}), by seed {minus}")
+              f"{gain_text(np.array(counted(minus)))}")
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ VOCABULARY = ParcaeConfig().vocab_size
 # trains without the final evaluation and prints the peak memory; in a separate process, for any
 # version of this code
 TRAIN = """
-import os, torch, train
-for other in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
-    other(not os.environ["ONLY_CUDNN"])
+import torch, train
 train.report = lambda *_: None
 train.main()
 print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
@@ -60,9 +58,8 @@ def make_data(folder, tokens):
         write_shards(folder, split, [random.integers(0, VOCABULARY, tokens)], VOCABULARY)
 
 
-def train(code, preset, compiled, ranks, args, data, out, attention=""):
-    """Train for STEPS steps with the code in a folder. Return a row of the table. attention: ""
-    lets PyTorch choose a kernel, "cudnn" leaves it cuDNN's and the slow one."""
+def train(code, preset, compiled, ranks, args, data, out):
+    """Train for STEPS steps with the code in a folder. Return a row of the table."""
     flags = ["--preset", preset, "--block-size", args.context, "--batch-size", args.batch,
              "--micro-batch", args.micro // ranks, "--max-steps", STEPS, "--eval-sequences", 1,
              "--eval-recurrence", 1, "--data", data, "--out", out, "--overwrite"]
@@ -72,8 +69,7 @@ def train(code, preset, compiled, ranks, args, data, out, attention=""):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start = [*torchrun, f"--nproc-per-node={ranks}", "train.py"]
     path = filter(None, (str(code), os.environ.get("PYTHONPATH")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path),
-                                "ONLY_CUDNN": attention}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([*start, *map(str, flags)], cwd=code, env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
@@ -83,7 +79,7 @@ def train(code, preset, compiled, ranks, args, data, out, attention=""):
     speeds = sorted(step["tok_per_s"] for step in steps)
     held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
     return {"code": code.name, "device": machine_name(args.device), "preset": preset,
-            "compiled": "yes" if compiled else "", "attention": attention, "ranks": ranks,
+            "compiled": "yes" if compiled else "", "ranks": ranks,
             "tokens_per_second": round(statistics.median(speeds)), "slowest": round(speeds[0]),
             "fastest": round(speeds[-1]),
             "mfu": round(statistics.median(step["mfu"] for step in steps), 3),
@@ -98,12 +94,9 @@ def measure_training(args):
         data = Path(folder, "data")
         data.mkdir()
         make_data(data, 64 * args.batch * args.context)
-        runs = [*product(args.presets, (False, True), ranks, args.code, [""])]
-        runs.append((args.presets[0], True, 1, args.code[0], "cudnn"))
-        for preset, compiled, n, code, attention in runs:
+        for preset, compiled, n, code in product(args.presets, (False, True), ranks, args.code):
             with named(f"training {preset}"):
-                row = train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run"),
-                            attention)
+                row = train(code.resolve(), preset, compiled, n, args, data, Path(folder, "run"))
                 rows.append(row)
                 print(*row.values(), flush=True)
                 write_csv(args.out / "gpu-training.csv", rows, row)

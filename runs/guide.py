@@ -16,6 +16,7 @@ from model import Parcae
 from parts import figures
 from parts.cli import COUNT, Parser, UserError, new_directory, run_script, some_path
 from parts.generation import check_predicts
+from parts.machine import use_threads
 from parts.tokenizer import load_tokenizer
 from tools.evaluate import add_text_flags, open_text
 
@@ -182,6 +183,7 @@ def open_model(run):
     if not hasattr(model.injection, "A_bar"):
         rule = model.config.injection if model.config.n_recurrent else "none, it does not loop"
         raise UserError(f"{run} has no A_bar: injection is {rule}, must be diagonal")
+    use_threads(model.config.n_embd)
     return model
 
 

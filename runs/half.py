@@ -16,32 +16,27 @@ import torch
 from bench import kv_bytes
 from model import Parcae, ParcaeConfig
 from parts import figures
-from parts.cli import UserError, run_script
+from parts.cli import run_script
 from parts.reading import read_json
 from runs.common import (
     at_one_rate,
     collect,
+    differences,
     finished,
     gain_text,
     loss_at,
     losses_of,
-    pairs,
     parse_args,
     split_name,
 )
 
 NAMES = {
     "looped": "looped, T = 8",
-    "fixed": "always 8 loops in training",
-    "full": "gradient through all loops",
-    "mean4": "mean of 4 loops, T = 4",
-    "mean16": "mean of 16 loops, T = 16",
     "plain": "six layers, no loop",
     "longer": "six layers, equal FLOPs",
     "deep": "twelve layers",
     "wide": "six layers, 1.4 times as wide",
 }
-VARIANTS = ("fixed", "full", "mean4", "mean16")  # of the looped model
 LOOPS = ("1", "2", "4", "8", "16")  # at test time
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 95%, 1 to 9 degrees
 COLUMNS = {
@@ -101,18 +96,18 @@ def print_comparison(loss):
     """Print the gains of looping, and its share of the gap to each larger transformer.
 
     loss: {model: {seed: val loss}}."""
-    for name in ("plain", "longer", *VARIANTS):
-        gained = pairs(loss.get("looped", {}), loss.get(name, {}))
+    for name in ("plain", "longer"):
+        gained = differences(loss.get(name, {}), loss.get("looped", {}))
         if len(gained):
             print(f"looped, less than {NAMES[name]}: {gain_text(gained)}")
     for name in ("deep", "wide"):
-        if set.intersection(*(set(loss.get(one, ())) for one in ("plain", "looped", name))):
-            share, shares = closed(loss, name)
-            by_seed = ", ".join(f"{one:.0%}" for one in shares)
-            bounds = fieller(*gain_and_gap(loss, name))
+        gain, gap = gain_and_gap(loss, name)
+        if len(gain):
+            by_seed = ", ".join(f"{one:.0%}" for one in gain / gap)
+            bounds = fieller(gain, gap)
             interval = "{:.0%} to {:.0%}".format(*bounds) if bounds else "unbounded"
-            print(f"share of the gap to {NAMES[name]} that looping closes: {share:.0%} "
-                  f"({by_seed} by seed; 95%: {interval})")
+            print(f"share of the gap to {NAMES[name]} that looping closes: "
+                  f"{gain.mean() / gap.mean():.0%} ({by_seed} by seed; 95%: {interval})")
 
 
 def fieller(parts, wholes):
@@ -133,33 +128,22 @@ def fieller(parts, wholes):
 
 def gain_and_gap(loss, name):
     """Return how much better "looped" and a larger model are than "plain", (seeds,) each, for the
-    seeds that all three have. Raises UserError if there is none. loss: {model: {seed: loss}}."""
-    seeds = sorted(loss["plain"].keys() & loss["looped"].keys() & loss[name].keys())
-    if not seeds:
-        raise UserError(f"plain, looped and {name} have no seed in common")
-    plain, looped, larger = (np.array([loss[model][seed] for seed in seeds])
-                             for model in ("plain", "looped", name))
-    return plain - looped, plain - larger
+    seeds that all three have. loss: {model: {seed: loss}}."""
+    plain, looped, larger = (loss.get(model, {}) for model in ("plain", "looped", name))
+    seeds = sorted(plain.keys() & looped.keys() & larger.keys())
+    return (np.array([plain[seed] - looped[seed] for seed in seeds]),
+            np.array([plain[seed] - larger[seed] for seed in seeds]))
 
 
-def closed(loss, name):
-    """Return the share of the gap between "plain" and a larger model that looping closes: a ratio
-    of mean differences, and the share of each seed, (seeds,). Arguments are as in gain_and_gap."""
-    gain, gap = gain_and_gap(loss, name)
-    return gain.mean() / gap.mean(), gain / gap
-
-
-def picture(path, models):
-    """Draw loss against size and against cost.
-
-    models: dicts with "label", "parameters", training "flops", "losses" of the seeds, "looped"."""
+def picture(path, runs):
+    """Draw loss against size and against cost. runs: see by_model."""
     figure, both = figures.panels(2, 9, 3.8)
-    for axes, key, unit in zip(both, ("parameters", "flops"), (1e3, 1e12)):
-        for model in models:
-            color, shape = (figures.RED, "o") if model["looped"] else ("0.4", "s")
-            x, losses = model[key] / unit, model["losses"]
+    for axes, key, unit in zip(both, ("parameters", "training_flops"), (1e3, 1e12)):
+        for name, rows in runs.items():
+            color, shape = (figures.RED, "o") if name == "looped" else ("0.4", "s")
+            x, losses = float(rows[0][key]) / unit, [row["val_loss"] for row in rows]
             axes.plot([x] * len(losses), losses, shape, color=color, alpha=0.7)
-            axes.annotate(model["label"], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
+            axes.annotate(NAMES[name], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
                           textcoords="offset points", fontsize=8, color=color)
         axes.margins(0.4, 0.12)  # room for the names
     both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
@@ -174,16 +158,7 @@ def main():
     runs = by_model(collect(args.source, args.out / f"{name}.csv", read_row, COLUMNS))
     print_table(runs)
     print_comparison({model: losses_of(rows) for model, rows in runs.items()})
-    models = []
-    for model, rows in runs.items():
-        models.append({
-            "label": NAMES[model],
-            "looped": model in ("looped", *VARIANTS),
-            "parameters": rows[0]["parameters"],
-            "flops": float(rows[0]["training_flops"]),
-            "losses": [row["val_loss"] for row in rows],
-        })
-    picture(args.out / f"{name}.png", models)
+    picture(args.out / f"{name}.png", runs)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ DRAWN = "parcae-140m"
 
 def break_even(config, double):
     """Return how many tokens (batch x context) the KV caches hold when the looped model takes as
-    much inference memory as `double`, with twice the parameters; None if its cache is smaller."""
+    much inference memory as `double`, with twice the parameters."""
     saved = 2 * (parameters(double) - parameters(config))
     cost = kv_bytes(config, 1, config.mean_recurrence) - kv_bytes(double, 1, 1)
-    return saved / cost if cost > 0 else None
+    return saved / cost
 
 
 def picture(path, config, double):

@@ -6,7 +6,9 @@
     python -m runs.p_hop results/p-hop.csv results    print and draw again, from the table
 
 A question needs p lookups in a row. The table has the accuracy of the answers for each p and T, on
-the 1000 validation strings. Runs are named MODEL-SEED; the picture shows looped, once and layers.
+the 1000 validation strings. Runs are named MODEL-RATE-SEED. If there are several learning rates,
+each model is shown at the rate that has most seeds; of several such, at the best for seed 0. With
+three other seeds, seed 0, which chose the rate, does not count.
 """
 
 import subprocess
@@ -26,12 +28,13 @@ from parts.generation import check_predicts
 from parts.loader import open_shard
 from parts.sources import SOURCES
 from parts.tables import write_csv
-from runs.common import finished, read_table
+from runs.common import at_one_rate, finished, loss_at, read_table, split_name
 
+NAMES = {"once": "one layer\nrun once", "looped": "looped", "two": "two\nnarrow\nlayers",
+         "four": "four\nlayers", "eight": "eight\nlayers"}
 DATA = Path("data/p-hop/val_000000.bin")
 LOOPS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32]
 HOPS = range(9)
-TRAINED = 8  # mean recurrence in runs/p_hop.sh, which is not in the table
 # for --quick: fewer lookups, less text; three models of about equal size, for equal FLOPs. Seed 0
 # chose the rates of the looped layer from three pairs, of two layers from four; once had this pair
 QUICK_TEXT = {"n_train": 40_000, "n_val": 500, "questions": 32, "hops": 3}
@@ -45,7 +48,8 @@ QUICK_MODELS = {
 # Shares of right answers of a guess that knows only p and the symbol. No symbol follows itself, so
 # two lookups often lead back to the same one.
 GUESSES = {0: 1, 1: 0.33, 2: 0.51, 3: 0.29, 4: 0.35, 5: 0.27, 6: 0.29, 7: 0.26, 8: 0.27}
-COLUMNS = {"model": str, "seed": int, "T": int, "p": int, "accuracy": float}
+COLUMNS = {"model": str, "rate": float, "seed": int, "mean_recurrence": int, "val_loss": float,
+           "T": int, "p": int, "accuracy": float}
 
 
 def p_hop_docs(n_train=100_000, n_val=1000, questions=64, hops=8, symbols=4, seed=0):
@@ -123,33 +127,43 @@ def read_docs(path=DATA):
 
 
 def measure(folder):
-    """Return (rows of all runs in a folder, mean recurrence in the training of looped runs). Raises
-    UserError if no run is finished."""
-    docs, rows, trained = read_docs(), [], TRAINED
+    """Return the rows of all runs in a folder. Raises UserError if no run is finished."""
+    docs, rows = read_docs(), []
     paths = sorted(folder.iterdir())
     say_differences(paths)
     for path in progress_bar(paths, unit="run"):
-        name, _, seed = path.name.rpartition("-")
-        if not name or not seed.isdigit():
-            raise UserError(f"{path} is not named MODEL-SEED, like looped-0")
-        if not finished(path):
+        name, rate, seed = split_name(path, "MODEL-RATE-SEED", NAMES)
+        done = finished(path)
+        if not done:
             continue
         difference = changed_text(path, DATA.parent)
         if difference:
             print(difference)
         model = Parcae.from_pretrained(path)
-        if name == "looped":
-            trained = model.config.mean_recurrence
-        rows += rows_of(name, int(seed), accuracies(model, docs))
+        trained = model.config.mean_recurrence if model.config.n_recurrent else 1
+        run = {"model": name, "rate": rate, "seed": seed, "mean_recurrence": trained,
+               "val_loss": loss_at(path, done, trained)}
+        rows += rows_of(run, accuracies(model, docs))
     if not rows:
-        raise UserError(f"{folder} holds no run")
-    return rows, trained
+        raise UserError(f"{folder} holds no finished run")
+    return rows
 
 
-def rows_of(name, seed, found):
-    """Return the table's rows of a run. found: what accuracies returns for it."""
-    return [{"model": name, "seed": seed, "T": T, "p": p, "accuracy": round(share, 4)}
+def rows_of(run, found):
+    """Return the table's rows of a run. run: its columns; found: what accuracies returns for it."""
+    return [run | {"T": T, "p": p, "accuracy": round(share, 4)}
             for T, shares in found.items() for p, share in enumerate(shares)]
+
+
+def by_rate(rows):
+    """Return the rows of each model's runs at one rate; print all rates tried."""
+    chosen = set()
+    for name in NAMES:
+        # one row of each run
+        runs = [row for row in rows if (row["model"], row["T"], row["p"]) == (name, 1, 0)]
+        if runs:
+            chosen |= {(name, row["rate"], row["seed"]) for row in at_one_rate(name, runs)}
+    return [row for row in rows if (row["model"], row["rate"], row["seed"]) in chosen]
 
 
 def quick(seed):
@@ -166,7 +180,7 @@ def quick(seed):
         if done.returncode:
             sys.exit(done.returncode)
         docs = read_docs(data / DATA.name)
-        rows += rows_of(name, seed, accuracies(Parcae.from_pretrained(out), docs))
+        rows += rows_of({"model": name}, accuracies(Parcae.from_pretrained(out), docs))
     print()
     print_table(rows)
 
@@ -189,13 +203,6 @@ def print_table(rows):
             span = f" ({min(shares):.2f}-{max(shares):.2f})" if len(shares) > 1 else " " * 12
             line += f"{np.mean(shares):7.3f}{span}"
         print(line)
-
-
-def means(rows, name, T):
-    """Return a model's accuracy at each p, the mean of the seeds; None without such a model."""
-    if not by_seed(rows, name, T, 0):
-        return None
-    return [np.mean(by_seed(rows, name, T, p)) for p in HOPS]
 
 
 LOOKUP = """Find the last time that this symbol
@@ -228,33 +235,35 @@ def cells(axes, shares):
                   color="w" if share > 0.7 else "k")
 
 
-def picture(path, hops, loops, looped, once, layers, trained):
-    """Draw the accuracy for each number of lookups in a row and each number of loops.
-
-    hops: numbers of lookups, p. loops: T at test time. looped: accuracy (p, T). once and layers:
-    accuracy (p,) of the layer trained to run once and of eight layers, or None. trained: the mean
-    recurrence in training."""
-    models = {"trained to\nrun once": once, "looped": looped, "eight\nlayers": layers}
-    tables = {name: np.reshape(a, (len(hops), -1)) for name, a in models.items() if a is not None}
-    figure = figures.pyplot().figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+def picture(path, rows):
+    """Draw the accuracy for each number of lookups in a row, of each model and each number of loops
+    at test time, from rows of the table: the mean of the seeds."""
+    shares, loops = {}, {}  # of each model: accuracy (p, T), the numbers of loops T
+    for name in NAMES:
+        loops[name] = sorted({row["T"] for row in rows if row["model"] == name})
+        if loops[name]:
+            shares[name] = np.array([[np.mean(by_seed(rows, name, T, p)) for T in loops[name]]
+                                     for p in HOPS])
+    figure = figures.pyplot().figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.6])
     lookup(left.subplots())
-    widths = [table.shape[1] for table in tables.values()]
-    every = right.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
-    for axes, (name, table) in zip(every, tables.items()):
+    widths = [max(len(loops[name]), 1.5) for name in shares]
+    every = right.subplots(1, len(shares), squeeze=False, width_ratios=widths)[0]
+    for axes, (name, table) in zip(every, shares.items()):
         cells(axes, table)
         axes.invert_yaxis()
-        axes.set_xticks([0], [name])
         axes.set_yticks([])
-        if name == "looped":
-            axes.set_xticks(range(len(loops)), loops)
-            axes.set_xlabel("one layer, looped T times at test time")
-            end, top = sum(T <= trained for T in loops) - 0.5, len(hops) - 0.45
-            axes.axvline(end, color=figures.RED, lw=2)
-            axes.text(end, top, f"mean of training: {trained:g} loops", color=figures.RED,
-                      ha="center")
-    every[0].set_yticks(range(len(hops)), hops)
-    every[0].set_ylabel(f"p lookups in a row (trained: {min(hops)} to {max(hops)})")
+        if len(loops[name]) == 1:
+            axes.set_xticks([0], [NAMES[name]])
+            continue
+        axes.set_xticks(range(len(loops[name])), loops[name])
+        axes.set_xlabel("one layer, looped T times at test time")
+        trained = next(row["mean_recurrence"] for row in rows if row["model"] == name)
+        end, top = sum(T <= trained for T in loops[name]) - 0.5, len(HOPS) - 0.45
+        axes.axvline(end, color=figures.RED, lw=2)
+        axes.text(end, top, f"mean of training: {trained} loops", color=figures.RED, ha="center")
+    every[0].set_yticks(range(len(HOPS)), HOPS)
+    every[0].set_ylabel(f"p lookups in a row (trained: {min(HOPS)} to {max(HOPS)})")
     right.suptitle("Each further loop brings one more lookup within reach\n"
                    "(right answers in %; guesses get 26 to 51, most at p = 2)", fontsize=11)
     figures.save(figure, path)
@@ -287,17 +296,13 @@ def main():
         prepare("p-hop", args.out)
         return
     if args.source.is_dir():
-        rows, trained = measure(args.source)
+        rows = measure(args.source)
         write_csv(args.out / "p-hop.csv", rows, COLUMNS)
     else:
-        rows, trained = read_table(args.source, COLUMNS), TRAINED
+        rows = read_table(args.source, COLUMNS)
+    rows = by_rate(rows)
     print_table(rows)
-    loops = sorted({row["T"] for row in rows if row["model"] == "looped"})
-    if not loops:
-        raise UserError(f"{args.source} holds no looped model: no picture")
-    looped = np.transpose([means(rows, "looped", T) for T in loops])  # (p, T)
-    picture(args.out / "p-hop.png", list(HOPS), loops, looped, means(rows, "once", 1),
-                  means(rows, "layers", 1), trained)
+    picture(args.out / "p-hop.png", rows)
 
 
 if __name__ == "__main__":

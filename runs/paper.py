@@ -49,8 +49,8 @@ def slope_of(flops, mu):
 
 def rounding(mu):
     """Return (low, high), halfway to the grid's neighbours of each best recurrence in mu."""
-    position, grid = np.searchsorted(GRID, mu), np.append(GRID, 14)
-    return (np.sqrt(grid[position] * grid[position + i]) for i in (-1, 1))
+    place, below, above = np.searchsorted(GRID, mu), [1, *GRID[:-1]], [*GRID[1:], 14]
+    return np.sqrt(mu * np.take(below, place)), np.sqrt(mu * np.take(above, place))
 
 
 def slopes_within(flops, low, high):
@@ -91,10 +91,12 @@ def study(name):
     flops, mu = np.array(list(table)), np.array(list(table.values()))
     costs, *size = costs_and_size(name)
     low, high = slopes_within(flops, *rounding(mu))
-    relabelled = flops * costs["exact"](mu) / costs["paper"](mu)
+    tokens = flops / costs["paper"](mu)
+    exact = tokens * costs["exact"](mu)
     print(f"\n{name}: {len(table)} budgets, mu* ~ C^{slope_of(flops, mu):.3f} as published "
           f"({low:.2f} to {high:.2f} by the grid's rounding alone), "
-          f"C^{slope_of(relabelled, mu):.3f} with the same runs' exact FLOPs")
+          f"C^{slope_of(exact, mu):.3f} with the same runs' exact FLOPs; "
+          f"tokens ~ C^{slope_of(flops, tokens):.3f} and C^{slope_of(exact, tokens):.3f}")
 
     rows = []
     for phi in (0.38, 0.46, 1.0):

@@ -18,7 +18,9 @@ from model import Parcae
 from parts import muon
 from parts.cli import Parser, UserError, run_script
 from parts.tables import write_csv
-from runs.common import error_text, finished, finished_rows, pairs, split_name
+from runs.common import differences, error_text, finished, finished_rows, loss_at, split_name
+
+LOOPS = (1, 2, 4, 8, 16)  # at test time
 
 
 def set_start(ending, fill):
@@ -67,37 +69,31 @@ def decay_everywhere():
     muon.decays = lambda X, W: True
 
 
-UNDONE = {
-    "published": [],
-    "tables": [small_tables],
-    "gates": [small_gates],
-    "adamw": [gates_by_adamw],
-    "momentum": [constant_momentum],
-    "newton-schulz": [newton_schulz],
-    "uneven": [uneven],
-    "decay": [decay_everywhere],
+PARTS = {  # name: what undoes it, and what table and --help call it
+    "published": ([], "nothing is undone"),
+    "tables": ([small_tables],
+               "value embeddings start with the embedding's standard deviation, not with 1"),
+    "gates": ([small_gates],
+              "gates of the value embeddings start with the embedding's standard deviation"),
+    "adamw": ([gates_by_adamw], "gates of the value embeddings are trained by AdamW"),
+    "momentum": ([constant_momentum], "Muon's momentum is 0.95 from the first step"),
+    "newton-schulz": ([newton_schulz], "Newton-Schulz with one set of coefficients"),
+    "uneven": ([uneven], "rows and columns of Muon's update are not evened out"),
+    "decay": ([decay_everywhere], "all weights decay, also where the update makes them larger"),
 }
-UNDONE["all"] = [undo for part in UNDONE.values() for undo in part]
-ABOUT = {
-    "published": "nothing is undone",
-    "tables": "value embeddings start with the embedding's standard deviation, not with 1",
-    "gates": "gates of the value embeddings start with the embedding's standard deviation",
-    "adamw": "gates of the value embeddings are trained by AdamW",
-    "momentum": "Muon's momentum is 0.95 from the first step",
-    "newton-schulz": "Newton-Schulz with one set of coefficients",
-    "uneven": "rows and columns of Muon's update are not evened out",
-    "decay": "all weights decay, also where the update makes them larger",
-    "all": "all seven parts are undone",
-}
+PARTS["all"] = ([undo for undos, _ in PARTS.values() for undo in undos],
+                "all seven parts are undone")
 
 
 def row_of(path):
     """Return the row of a run named PART-SEED, None if it is not finished. Raises UserError."""
-    part, seed = split_name(path, "PART-SEED", UNDONE)
+    part, seed = split_name(path, "PART-SEED", PARTS)
     done = finished(path)
-    return done and {"undone": part, "seed": seed, "tokens": done["tokens"],
-                     "flops": f"{done['flops']:.4g}"} | {
-        f"val_loss_{T}": round(loss, 5) for T, loss in done["val_loss"].items()}
+    if not done:
+        return None
+    return {"undone": part, "seed": seed, "tokens": done["tokens"],
+            "flops": f"{done['flops']:.4g}"} | {
+        f"val_loss_{T}": loss_at(path, done, T) for T in LOOPS}
 
 
 def print_table(rows):
@@ -112,21 +108,22 @@ def print_table(rows):
     print("| undone | val loss at T = 4 | higher by | standard error | by seed |")
     print("|---|---|---|---|---|")
     for part in losses:
-        each = pairs(published, losses[part])
-        print(f"| {ABOUT[part]} | {np.mean([*losses[part].values()]):.4f} | {each.mean():+.4f} | "
+        each = differences(losses[part], published)
+        higher = f"{each.mean():+.4f}" if len(each) else ""
+        print(f"| {PARTS[part][1]} | {np.mean([*losses[part].values()]):.4f} | {higher} | "
               f"{error_text(each)} | {', '.join(f'{one:+.4f}' for one in each)} |")
 
 
 def main():
     parser = Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--undo", choices=UNDONE, metavar="PART",
-                      help="; ".join(f"{part}: {about}" for part, about in ABOUT.items()))
+    what.add_argument("--undo", choices=PARTS, metavar="PART",
+                      help="; ".join(f"{part}: {about}" for part, (_, about) in PARTS.items()))
     what.add_argument("--table", type=Path, nargs=2, metavar=("DIR", "OUT"),
                       help="make the table from finished runs; directory for recipe.csv")
     args, rest = parser.parse_known_args()
     if args.undo:
-        for undo in UNDONE[args.undo]:
+        for undo in PARTS[args.undo][0]:
             undo()
         train.SCRIPT = f"-m runs.recipe --undo {args.undo}"
         sys.argv[1:] = rest
@@ -134,7 +131,7 @@ def main():
         return
     folder, out = args.table
     rows = finished_rows(folder, row_of)
-    rows.sort(key=lambda row: ([*UNDONE].index(row["undone"]), row["seed"]))
+    rows.sort(key=lambda row: ([*PARTS].index(row["undone"]), row["seed"]))
     write_csv(out / "recipe.csv", rows, rows[0])
     print_table(rows)
 

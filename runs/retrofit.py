@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from model import Parcae
 from parts.cli import Parser, UserError, run_script
-from parts.files import whole_directory, whole_file, write_json
+from parts.files import whole_directory, write_json
 from parts.generation import check_predicts
 from parts.reading import read_json
 
@@ -59,8 +59,7 @@ def write_run(model, source, out):
         record = {name: before[name] for name in ("data", "text") if name in before}
         record |= {"model": asdict(model.config), "settings": {}}
         write_json(directory / "config.json", record)
-        with whole_file(directory / "ckpt.pt", "wb") as file:
-            torch.save({"model": model.state_dict()}, file)
+        torch.save({"model": model.state_dict()}, directory / "ckpt.pt")
         shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
 
 

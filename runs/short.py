@@ -4,8 +4,9 @@
     python -m runs.short out/short results           read the runs, write short.csv and short.png
     python -m runs.short results/short.csv results   print and draw again, from the table
 
-Runs are named MODEL-PASSES-RATE-SEED. If there are several learning rates, each model is shown at
-the rate with the lowest loss of its seed 0, after any number of passes over the text.
+Runs are named MODEL-PASSES-RATE-SEED. Each model is shown, for each number of passes, at the rate
+that has most seeds; of several such, at the best for seed 0. With three other seeds, seed 0, which
+chose the rate, does not count.
 """
 
 import shutil
@@ -14,19 +15,19 @@ from pathlib import Path
 import numpy as np
 
 import data
-from data import write_shards
 from parts import figures
 from parts.cli import run_script
 from parts.files import whole_directory
 from parts.loader import open_shard
 from parts.tokenizer import load_tokenizer, save_tokenizer
 from runs.common import (
+    at_one_rate,
     collect,
+    differences,
     finished,
     gain_text,
     loss_at,
     losses_of,
-    pairs,
     parse_args,
     split_name,
 )
@@ -52,8 +53,9 @@ def make_text(out):
     train = open_shard(SOURCE / "train_000000.bin")
     with whole_directory(out, data.check_replaceable) as directory:
         starts = np.linspace(0, len(train) - PIECE_TOKENS, PIECES).astype(int)
-        n_train = write_shards(directory, "train", (train[i:i + PIECE_TOKENS] for i in starts),
-                               tokenizer.n_vocab)
+        n_train = data.write_shards(directory, "train",
+                                    (train[i:i + PIECE_TOKENS] for i in starts),
+                                    tokenizer.n_vocab)
         shutil.copyfile(SOURCE / "val_000000.bin", directory / "val_000000.bin")
         print(f"{out}: {n_train:,} train tokens")
         save_tokenizer(tokenizer, directory / "tokenizer.json",
@@ -64,30 +66,21 @@ def read_row(path):
     """Return the row of a run, None if it is not finished. Raises UserError."""
     model, passes, rate, seed = split_name(path, "MODEL-PASSES-RATE-SEED", NAMES)
     done = finished(path)
-    return done and {"model": model, "passes": passes, "rate": rate, "seed": seed,
-                     "tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
-                     "seconds": round(done["seconds"]),
-                     "val_loss": loss_at(path, done, 1 if model == "once" else 4)}
+    if not done:
+        return None
+    return {"model": model, "passes": passes, "rate": rate, "seed": seed,
+            "tokens": done["tokens"], "flops": f"{done['flops']:.4g}",
+            "seconds": round(done["seconds"]),
+            "val_loss": loss_at(path, done, 1 if model == "once" else 4)}
 
 
-def at_best_rate(rows):
-    """Return {model: {passes: rows by seed}} at the rate that gives seed 0 its lowest loss. Print
-    all rates tried."""
+def by_passes(rows):
+    """Return {model: {passes: rows by seed}}, each at one rate; print all rates tried."""
     chosen = {}
     for name, label in NAMES.items():
-        mine = [row for row in rows if row["model"] == name]
-        first = [row for row in mine if row["seed"] == 0]
-        if not first:
-            continue
-        best = min(first, key=lambda row: row["val_loss"])
-        for rate in sorted({row["rate"] for row in first}):
-            tried = {row["passes"]: row["val_loss"] for row in first if row["rate"] == rate}
-            losses = ", ".join(f"{passes}: {tried[passes]:.4f}" for passes in sorted(tried))
-            print(f"{label}, rate {rate:g}, seed 0, loss after passes: {losses}")
-        chosen[name] = {}
-        for row in sorted(mine, key=lambda row: (row["passes"], row["seed"])):
-            if row["rate"] == best["rate"]:
-                chosen[name].setdefault(row["passes"], []).append(row)
+        for passes in sorted({row["passes"] for row in rows if row["model"] == name}):
+            mine = [row for row in rows if (row["model"], row["passes"]) == (name, passes)]
+            chosen.setdefault(name, {})[passes] = at_one_rate(f"{label}, {passes} passes", mine)
     return chosen
 
 
@@ -107,26 +100,24 @@ def print_table(chosen):
         lowest[name] = min(runs, key=lambda n: np.mean([row["val_loss"] for row in runs[n]]))
     others = [name for name in chosen if name != "once"]
     for name in others if "once" in chosen else ():
-        gained = pairs(losses_of(chosen[name][lowest[name]]),
-                       losses_of(chosen["once"][lowest["once"]]))
+        gained = differences(losses_of(chosen["once"][lowest["once"]]),
+                             losses_of(chosen[name][lowest[name]]))
         if len(gained):
             print(f"{NAMES[name]}, {lowest[name]} passes, below run once, {lowest['once']} passes: "
                   f"{gain_text(gained)}")
 
 
-def picture(path, models):
-    """Draw loss against passes over a short text, and against training FLOPs.
-
-    models: dicts with "label", "color" and "passes", and, for each number of passes, "flops" and
-    the "losses" of the seeds."""
+def picture(path, chosen):
+    """Draw loss against passes over a short text, and against training FLOPs. chosen: see
+    by_passes."""
     figure, both = figures.panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("passes", "flops"), (1, 1e12)):
-        for model in models:
-            x, color = np.divide(model[key], unit), model["color"]
-            means = [np.mean(losses) for losses in model["losses"]]
-            axes.plot(x, means, color=color, label=model["label"])
-            for at, losses in zip(x, model["losses"]):
-                axes.plot([at] * len(losses), losses, ".", color=color, alpha=0.7)
+        for name, runs in chosen.items():
+            x = [np.mean([float(row[key]) for row in rows]) / unit for rows in runs.values()]
+            losses = [[row["val_loss"] for row in rows] for rows in runs.values()]
+            axes.plot(x, [*map(np.mean, losses)], color=COLORS[name], label=NAMES[name])
+            for at, of_seeds in zip(x, losses):
+                axes.plot([at] * len(of_seeds), of_seeds, ".", color=COLORS[name], alpha=0.7)
     both[0].set(xlabel="passes over the text", ylabel="val loss (nats per byte)",
                 title="At equal passes")
     both[1].set(xlabel="training FLOPs (1e12)", title="At equal FLOPs")
@@ -139,13 +130,9 @@ def main():
     if str(args.source) == "text":
         make_text(args.out)
         return
-    chosen = at_best_rate(collect(args.source, args.out / "short.csv", read_row, COLUMNS))
+    chosen = by_passes(collect(args.source, args.out / "short.csv", read_row, COLUMNS))
     print_table(chosen)
-    picture(args.out / "short.png", [
-        {"label": NAMES[name], "color": COLORS[name], "passes": [*runs],
-         "flops": [np.mean([float(row["flops"]) for row in mine]) for mine in runs.values()],
-         "losses": [[row["val_loss"] for row in mine] for mine in runs.values()]}
-        for name, runs in chosen.items()])
+    picture(args.out / "short.png", chosen)
 
 
 if __name__ == "__main__":

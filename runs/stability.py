@@ -8,29 +8,27 @@ Runs are named RULE-RATE. Runs that broke off count: they show where a rule is u
 import math
 from pathlib import Path
 
+from model import INJECTIONS
 from parts import figures
 from parts.cli import Parser, UserError, run_script
 from parts.comparable import say_differences
 from parts.reading import read_json_lines
 from parts.tables import write_csv
+from runs.common import split_name
 
 
 def read_logs(folder):
     """Return {(rate, rule): log lines} of a folder's runs, by rising rate. Raises UserError."""
     runs = {}
     for path in sorted(folder.iterdir()):
-        rule, _, rate = path.name.partition("-")
-        try:
-            key = float(rate), rule
-        except ValueError:
-            raise UserError(f"{path} is not named RULE-RATE, like add-1e-2") from None
+        rule, rate = split_name(path, "RULE-RATE", INJECTIONS)
         # .new has the log of a run with --overwrite that broke off before its first checkpoint
         file = path / ".new" / "log.jsonl"
         if not file.exists() or not file.stat().st_size:
             file = path / "log.jsonl"
         lines, _ = read_json_lines(file)
         if lines:
-            runs[key] = lines
+            runs[rate, rule] = lines
     if not runs:
         raise UserError(f"{folder} holds no run")
     return dict(sorted(runs.items()))
@@ -69,38 +67,27 @@ def print_table(rows):
               f"{r['steps']} ({r['skipped']}){end}")
 
 
-def curves(row, lines):
-    """Return what picture needs of a run."""
-    evaluations = [line for line in lines if "spectral_radius" in line]
-    sizes = lines[-1]["state_rms"] if row["finished"] else {}
-    return {
-        "rule": row["rule"], "rate": row["rate"], "loss": row["val_loss_8"],
-        "loops": [int(T) for T in sizes],
-        "size": list(sizes.values()),
-        "step": [line["step"] for line in evaluations],
-        "radius": [line["spectral_radius"] for line in evaluations],
-    }
-
-
-def picture(path, runs):
-    """Draw which injection rule trains stably at which learning rate.
-
-    runs: dicts by rising "rate", with "rule"; "loss", NaN if the run broke off; "loops" and "size",
-    the root mean square of the state after them; "step" and "radius", the spectral radius."""
-    rules = list(dict.fromkeys(run["rule"] for run in runs))
-    rates = list(dict.fromkeys(run["rate"] for run in runs))
+def picture(path, rows, logs):
+    """Draw which injection rule trains stably at which learning rate. rows: the table's, by rising
+    rate; logs: the lines of each run."""
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
     figure = figures.pyplot().figure(figsize=(4 + 2.5 * len(rules), 5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[4, 2.5 * len(rules)])
     loss = left.subplots()
     grid = right.subplots(2, len(rules), sharex="row", sharey="row", squeeze=False)
     for i, (rule, (sizes, radii)) in enumerate(zip(rules, grid.T)):
-        mine = [run for run in runs if run["rule"] == rule]
-        points = zip(*[(run["rate"], run["loss"]) for run in mine])
+        mine = [(row, lines) for row, lines in zip(rows, logs) if row["rule"] == rule]
+        points = zip(*[(row["rate"], row["val_loss_8"]) for row, _ in mine])
         loss.semilogx(*points, f"{figures.marker(i)}-", label=rule)
-        for run in mine:
-            color = figures.shade(rates.index(run["rate"]), len(rates))
-            sizes.semilogy(run["loops"], run["size"], color=color)
-            radii.semilogy(run["step"], run["radius"], color=color, label=f"{run['rate']:g}")
+        for row, lines in mine:
+            color = figures.shade(rates.index(row["rate"]), len(rates))
+            size = lines[-1]["state_rms"] if row["finished"] else {}
+            sizes.semilogy([*map(int, size)], [*size.values()], color=color)
+            evaluated = [line for line in lines if "spectral_radius" in line]
+            radii.semilogy([line["step"] for line in evaluated],
+                           [line["spectral_radius"] for line in evaluated], color=color,
+                           label=f"{row['rate']:g}")
         figures.loops_axis(sizes, "loops T")
         sizes.set_title(rule)
         radii.axhline(1, color="0.8", zorder=0)
@@ -126,8 +113,7 @@ def main():
     rows = [summary(*key, lines) for key, lines in runs.items()]
     write_csv(args.out / "stability.csv", rows, rows[0])
     print_table(rows)
-    shown = [curves(row, lines) for row, lines in zip(rows, runs.values())]
-    picture(args.out / "stability.png", shown)
+    picture(args.out / "stability.png", rows, runs.values())
 
 
 if __name__ == "__main__":

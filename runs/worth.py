@@ -22,7 +22,7 @@ from model import PRESETS, Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
 from runs.common import losses_of, read_table
-from runs.half import COLUMNS, by_model, closed
+from runs.half import COLUMNS, by_model, fieller, gain_and_gap
 
 T = 8  # loops of all models here
 # channels of our models: their table, from runs.half
@@ -38,18 +38,22 @@ def products(config):
         return Parcae(config).matmul_params()
 
 
-def point(label, looped, plain, larger, share, seeds=()):
+def phi_of(worth, f):
+    """Return what a loop is worth; NaN if the model is worse than with nothing for its loop."""
+    return math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
+
+
+def point(label, looped, plain, larger, share, seeds=(), bounds=()):
     """Return what table and picture show for a looped model, a dict. looped, plain and larger are
-    ParcaeConfigs; share is what looping closes of the gap between the two transformers; seeds are
-    the shares of our seeds, none for a published model."""
+    ParcaeConfigs; share is what looping closes of the gap between the two transformers. Only for
+    our models: seeds are the shares of the seeds, bounds the share's 95% interval."""
     once, core = products(looped)
     f = core / (once + core)
     times = sum(products(larger)) / sum(products(plain))
     worth = times ** share
-    # phi is undefined if the model is worse than one with nothing in the place of its loop
-    phi = math.log((worth - 1 + f) / f) / math.log(T) if worth > 1 - f else math.nan
     return {"label": label, "ours": len(seeds) > 0, "f": f, "times": times, "share": share,
-            "worth": worth, "phi": phi, "seeds": seeds}
+            "worth": worth, "phi": phi_of(worth, f), "seeds": seeds,
+            "within": [phi_of(times ** bound, f) for bound in bounds]}
 
 
 def published():
@@ -68,12 +72,14 @@ def ours(channels, path):
     """Return the point of a table: the looped 1/4/1 layers against six and twelve layers. Raises
     UserError."""
     loss = {name: losses_of(rows) for name, rows in by_model(read_table(path, COLUMNS)).items()}
-    if not {"looped", "plain", "deep"} <= loss.keys():
-        raise UserError(f"{path} needs looped, plain and deep models")
+    gain, gap = gain_and_gap(loss, "deep")
+    if not len(gain):
+        raise UserError(f"in {path}, looped, plain and deep models have no seed in common")
     config = ParcaeConfig(**PRESETS["parcae-nano"] | {
         "n_recurrent": 4, "n_embd": channels, "value_embeds": False, "vocab_size": 320})
     plain, larger = (replace(config, n_prelude=n, n_recurrent=0, n_coda=0) for n in (6, 12))
-    return point(f"{channels} channels", config, plain, larger, *closed(loss, "deep"))
+    share, bounds = gain.mean() / gap.mean(), fieller(gain, gap) or ()
+    return point(f"{channels} channels", config, plain, larger, share, gain / gap, bounds)
 
 
 def picture(path, points, f, laws):
@@ -108,11 +114,12 @@ def main():
     points = [ours(channels, args.results / name) for channels, name in TABLES.items()]
     points += published()
     print("\n| | looped share of the parameters, f | larger model | of the gap closed | worth, "
-          "times its parameters | phi |\n|" + "---|" * 6)
+          "times its parameters | phi (95%) |\n|" + "---|" * 6)
     for p in points:
         seeds = ", ".join(f"{share:.0%}" for share in p["seeds"])
+        within = " ({:.2f} to {:.2f})".format(*p["within"]) if p["within"] else ""
         print(f"| {p['label']} | {p['f']:.2f} | {p['times']:.2f} times | {p['share']:.0%}"
-              f"{f' ({seeds})' if seeds else ''} | {p['worth']:.2f} | {p['phi']:.2f} |")
+              f"{f' ({seeds})' if seeds else ''} | {p['worth']:.2f} | {p['phi']:.2f}{within} |")
     f = np.linspace(0, 1, 101)
     laws = {phi: 1 - f + f * T ** phi for phi in (0, 0.2, 0.3, 0.46, 0.6)}
     picture(args.results / "worth.png", points, f, laws)

@@ -107,7 +107,7 @@ def undone(monkeypatch):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def undo(part):
-        for change in recipe.UNDONE[part]:
+        for change in recipe.PARTS[part][0]:
             change()
     return undo
 

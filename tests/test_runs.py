@@ -111,10 +111,9 @@ def test_a_model_is_shown_at_the_rate_of_most_seeds_without_the_one_that_chose_i
 def test_shares_of_a_gap_are_of_the_seeds_that_all_have():
     loss = {"plain": {0: 2.0, 1: 3.0, 2: 2.0}, "looped": {0: 1.5, 1: 2.9, 2: 1.5},
             "deep": {0: 1.0, 2: 1.0}}
-    share, shares = half.closed(loss, "deep")
-    assert share == 0.5 and shares.tolist() == [0.5, 0.5]
-    with pytest.raises(UserError, match="no seed in common"):
-        half.closed(loss | {"deep": {7: 1.0}}, "deep")
+    gain, gap = half.gain_and_gap(loss, "deep")
+    assert gain.tolist() == [0.5, 0.5] and gap.tolist() == [1.0, 1.0]
+    assert not half.gain_and_gap(loss | {"deep": {7: 1.0}}, "deep")[0].size
 
 
 def test_models_with_other_seeds_are_compared_by_those_that_all_have(capsys):
@@ -240,11 +239,12 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
     flat = {"vocab_size": 128, "block_size": 192, "n_prelude": 0, "n_coda": 0, "n_embd": 16}
     looped = build(n_recurrent=1, mean_recurrence=2, **flat)
     once = build(n_recurrent=1, mean_recurrence=1, **flat)
-    done = {"kind": "done", "val_loss": {"1": 1.3}}
-    make_run(tmp_path / "runs" / "looped-0", looped, done)
-    make_run(tmp_path / "runs" / "looped-1", looped)  # not finished
-    make_run(tmp_path / "runs" / "once-0", once, done)
-    texts = {"runs/once-0/config.json": "other", "data/p-hop/tokenizer.json": "p-hop"}
+    for name, model, loss in (("looped-1e-2-0", looped, {"2": 1.3}),
+                              ("looped-3e-2-0", looped, {"2": 1.2}),
+                              ("once-3e-2-0", once, {"1": 1.3})):
+        make_run(tmp_path / "runs" / name, model, {"kind": "done", "val_loss": loss})
+    make_run(tmp_path / "runs" / "looped-3e-2-1", looped)  # not finished
+    texts = {"runs/once-3e-2-0/config.json": "other", "data/p-hop/tokenizer.json": "p-hop"}
     for file, source in texts.items():
         before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
         (tmp_path / file).write_text(json.dumps(before | {"text": {"source": source}}))
@@ -253,11 +253,13 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["p_hop.py", "runs", "."])
     p_hop.main()
     said = capsys.readouterr().out
-    assert said.count("holds another text than") == 1 and "than runs/once-0 was trained" in said
+    assert said.count("holds another text than") == 1 and "than runs/once-3e-2-0 was" in said
+    assert "looped: seed 0 by rate 0.01: 1.3000, 0.03: 1.2000" in said
     rows = read_csv(tmp_path / "p-hop.csv")
-    assert {(row["model"], row["T"]) for row in rows} == {("looped", "1"), ("looped", "3"),
-                                                          ("once", "1")}
-    assert len(rows) == 27 and png(tmp_path / "p-hop.png")
+    assert {(row["model"], row["rate"], row["T"]) for row in rows} == {
+        ("looped", "0.01", "1"), ("looped", "0.01", "3"),
+        ("looped", "0.03", "1"), ("looped", "0.03", "3"), ("once", "0.03", "1")}
+    assert len(rows) == 45 and png(tmp_path / "p-hop.png")
 
 
 def test_a_quick_p_hop_trains_three_models_and_prints_their_answers(tmp_path, monkeypatch, capfd):
@@ -361,7 +363,7 @@ def test_what_loops_already_is_refused(build, tmp_path):
     assert not (tmp_path / "looped").exists()
 
 
-@pytest.mark.parametrize("name", ["half", "p_hop", "short", "stability"])
+@pytest.mark.parametrize("name", ["arena", "half", "p_hop", "short", "stability"])
 def test_an_experiment_asks_for_matplotlib_before_it_trains(name, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     paths = {"PYTHONPATH": str(tmp_path),
