@@ -23,18 +23,12 @@ from parts.recording import speed_up
 from parts.tokenizer import begin_token, decode_stream, encode, load_tokenizer
 
 
-def add_prompt_flags(parser):
-    """Add the flags for the run and the prompt."""
-    parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
-                        help="run directory of train.py (default: %(default)s)")
-    parser.add_argument("--prompt", metavar="TEXT",
-                        help="text to continue (default: begin a new document)")
-
-
 def parse_args():
     parser = Parser(description=__doc__)
-    add_prompt_flags(parser)
     add = parser.add_argument
+    add("--run", type=some_path, default="out/default", metavar="DIR",
+        help="run directory of train.py (default: %(default)s)")
+    add("--prompt", metavar="TEXT", help="text to continue (default: begin a new document)")
     add("--recurrence", type=LOOPS, nargs="+", metavar="T",
         help="numbers of loops, each with its own block of text (default: the model's mean)")
     add("--samples", type=COUNT, default=1, metavar="N",
@@ -57,9 +51,9 @@ def parse_args():
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", choices=("auto", "bfloat16", "float32", "int8"), default="auto",
         help="dtype of weights and activations; auto is float32 on a CPU; int8 has 8-bit weights, "
-        "which are faster on a CPU with 256 channels or more (default: auto)")
+        "which are faster on a CPU for large models (default: auto)")
     add("--compile", action="store_true",
-        help="compile the model: 1.4 to 3.3 times as fast, after half a minute per number of loops")
+        help="compile the model: 2 to 5 times as fast on a CPU, after a minute per number of loops")
     args = parser.parse_args()
 
     # flags that have no effect or exclude each other

@@ -181,11 +181,16 @@ def distances(rows):
     for cell in cells:
         size[cell], apart[cell] = len(cell), residuals[cell] - residuals[cell].mean()
     several, part = size > 1, np.sqrt(1 - 1 / size)  # a run shifts its cell's mean
-    noise_of_fit = max(typical(residuals), UNKNOWN if terms.shape[1] == 1 else 0)
+    # the noise around the fit; few runs allow only a constant, whose residuals may be too small
+    noise_of_fit = typical(residuals)
+    if terms.shape[1] == 1:
+        noise_of_fit = max(noise_of_fit, UNKNOWN)
+    # the noise between seeds, from the cells if they have enough runs
     noise = min(noise_of_fit, UNKNOWN)
     if len(rows) - len(cells) >= ENOUGH:
         noise = typical(apart[several] / part[several])
-    alone = away * (away > SOUND) / (ALONE * noise_of_fit)
+    # a run alone in its cell can only be compared with the fit, so it must be further away
+    alone = np.where(away > SOUND, away / (ALONE * noise_of_fit), 0)
     return np.where(several, away * part / noise, alone)
 
 

@@ -165,13 +165,14 @@ def new_file(text):
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
-    new_directory(path.parent)
+    new_directory(text, path.parent)
     return text
 
 
-def new_directory(text):
-    """Return text if it names a directory to write to, existing or new (an argparse type)."""
-    path = Path(some_path(str(text)))
+def new_directory(text, path=None):
+    """Return text if it names a directory to write to, existing or new (an argparse type). path:
+    that directory, if text is more than its name."""
+    path = path or Path(some_path(text))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"is {text}, but {there} is not a directory")

@@ -15,8 +15,7 @@ from collections import Counter
 
 import torch
 
-from parts.cli import UserError
-from parts.generation import check, check_predicts, probabilities, stream
+from parts.generation import check_predicts, probabilities, stream
 
 
 def propose(model, last, cache, recurrence, ahead, distribution, generator):
@@ -60,14 +59,8 @@ def accept(tokens, given, wanted, generator):
 def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=1.0, top_k=None,
                  top_p=None, generator=None, counts=None):
     """Yield the n tokens (1, 1) after idx (1, S), distributed as by generation.stream. They are
-    drafted, `ahead` at a time with `draft` loops, until the window slides. Raises UserError.
+    drafted, `ahead` at a time with `draft` loops, fewer than `recurrence`, until the window slides.
     counts: a Counter of "tokens", "drafted" and "kept" ones, and "loops" that ran in sequence."""
-    check(idx, temperature, top_k, top_p, None)
-    if len(idx) != 1:
-        raise UserError(f"{len(idx)} sequences: drafting takes one at a time")
-    if ahead < 1:
-        raise UserError(f"ahead is {ahead}, must be at least 1")
-
     def distribution(logits):
         check_predicts(logits)
         return probabilities(logits, temperature, top_k, top_p)
@@ -76,9 +69,6 @@ def draft_stream(model, idx, n, *, draft, ahead=4, recurrence=None, temperature=
     model.eval()
     try:
         recurrence, = model.depths_of(1, recurrence)
-        if not 1 <= draft < recurrence:
-            raise UserError(f"draft is {draft}, must be from 1 to {recurrence - 1}, below "
-                            "recurrence")
         capacity = min(idx.shape[1] + n, model.config.block_size)
         cache = model.new_cache(1, capacity, recurrence)
         if 1 < idx.shape[1] < capacity:

@@ -28,7 +28,7 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         # whole numbers add up exactly, on every device: mps has no float64
         parts = (probs * FIXED_POINT).long()
         before = parts.cumsum(-1) - parts
-        probs[:, 1:][before[:, 1:] >= math.ceil(top_p * FIXED_POINT)] = 0  # top_p is reached
+        probs[before >= math.ceil(top_p * FIXED_POINT)] = 0  # the likelier tokens reach top_p
         probs /= probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, tokens, probs)
 
@@ -88,7 +88,6 @@ def stream(model, idx, n, *, recurrence=None, temperature=1.0, top_k=None, top_p
     Arguments are as in `generate`. counts: a Counter of the "tokens" and all their "loops".
     Once the context is full, the window slides, and every token in it gets a new position. Then no
     cache can be used and no loop ends early: each token costs a full forward pass."""
-    check(idx, temperature, top_k, top_p, exit_threshold)
     counts = Counter() if counts is None else counts
     capacity = min(idx.shape[1] + n, model.config.block_size)
     exits = exit_threshold is not None
@@ -119,19 +118,5 @@ def generate(model, idx, n, **options):
 
     recurrence: loops (None: mean_recurrence); temperature: 0 is greedy; top_k: keep the k likeliest
     tokens; top_p: keep the fewest with total probability p; generator: on idx's device;
-    exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError."""
+    exit_threshold, exit_rule: see `settle` (B = 1). Raises UserError for a recurrence below 1."""
     return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
-
-
-def check(idx, temperature, top_k, top_p, exit_threshold):
-    """Raise UserError for arguments that `stream` cannot use."""
-    if idx.ndim != 2 or idx.shape[1] == 0:
-        raise UserError(f"the prompt has shape {tuple(idx.shape)}, must be (B, S), S at least 1")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature}, must be at least 0 and finite")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}, must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}, must be in (0, 1]")
-    if exit_threshold is not None and not exit_threshold >= 0:
-        raise UserError(f"exit threshold is {exit_threshold}, must be at least 0")

@@ -35,8 +35,8 @@ def open_shard(path):
 def check_tokens(tokens, path, vocab_size):
     """Raise UserError if a token of the shard at `path` is not in the vocabulary."""
     if tokens.max() >= vocab_size:
-        raise UserError(f"{path} has token {tokens.max()}, must be below the model's vocab_size "
-                        f"{vocab_size}")
+        raise UserError(f"{path} has token {tokens.max()}, must be below {vocab_size}, the number "
+                        "of tokens in the tokenizer")
 
 
 @functools.lru_cache(maxsize=4)  # a batch may span two epochs, for train and for val

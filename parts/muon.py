@@ -8,7 +8,8 @@ moves it equally far along all. For a matrix W (rows, columns) with gradient G, 
                                                                near to U V^T, for G = U D V^T
     v <- v + (1 - beta2) (mean of squares of each row - v)     (columns if W is wide)
     X <- X / sqrt(v), scaled so that X keeps its norm          NorMuon
-    W <- W - lr sqrt(max(1, rows / columns)) (X + decay * W where X and W have the same sign)
+    W <- W - lr sqrt(max(1, rows / columns)) (X + decay * W')
+                                W' is W where X and W have the same sign, and 0 elsewhere
 
 The sources are Muon (Jordan et al. 2024), the coefficients of each step (Polar Express, arXiv
 2505.16932), NorMuon (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402). The published

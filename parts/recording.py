@@ -16,8 +16,9 @@ WARM_UP = 3  # calls before a recording, in which PyTorch chooses kernels and co
 
 
 class Recording:
-    """Hold one call of `advance`: loops start, ..., stop - 1 for idx (B, S). The call gets this
-    object as its KVCache, with places in a tensor (S,) that replay changes."""
+    """Hold one call of `advance`: loops start, ..., stop - 1 for idx (B, S), read from buffers. The
+    call takes this object for its cache. It has the pairs of the real one, but `reserve` returns
+    places in a tensor (S,), which replay moves, and a mask."""
 
     def __init__(self, advance, cache, start, stop, idx, h, u):
         self.buffers = [None if x is None else x.clone() for x in (idx, h, u)]

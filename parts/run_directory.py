@@ -8,9 +8,9 @@
     out/<name>/eval.json        from tools/evaluate.py; core.json is from tools/core.py. Both name
                                 the step they measured, and a later checkpoint removes them
 
-One process at a time writes there, and files appear whole. A run that replaces another one is in
-the folder .new until its first checkpoint; then `mend` moves it into place. If the process is
-killed in between, the next train.py moves it.
+One process at a time writes there. Files appear whole, but for the log, which grows line by line. A
+run that replaces another one is in the folder .new until its first checkpoint; then `mend` moves it
+into place. If the process is killed in between, the next train.py moves it.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ from parts.reading import log_line, read_json
 SAME_BUDGET = 1.03  # runs overshoot their budget by part of a step
 
 COLUMNS = {
-    "model": str,  # prelude/recurrent/coda x channels
+    "model": str,  # prelude/recurrent/coda x channels, then its rule or class if another
     "params_core": float,  # parameters that multiply each token once per loop, by `accounting`
     "params_noncore": float,  # parameters that multiply each token once
     "flops": float,  # of the whole training
@@ -97,9 +97,8 @@ def value_of(name, text):
 
 def as_written(row):
     """Return a row as write_csv writes it, with 6 digits of losses and 10 of other floats."""
-    digits = {"val_loss": 6}
-    return {name: f"{value:.{digits.get(name, 10)}g}" if isinstance(value, float) else value
-            for name, value in row.items()}
+    return {name: f"{value:.{6 if name == 'val_loss' else 10}g}" if isinstance(value, float)
+            else value for name, value in row.items()}
 
 
 def identity(row):

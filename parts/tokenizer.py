@@ -74,9 +74,8 @@ def load_tokenizer(directory):
                             f"python -m tools.published tokenizer {directory} --out DIR")
         if "tokens" not in saved:
             return tiktoken.get_encoding(saved["name"])
-        ids = saved.get("ids", range(len(saved["tokens"])))
         tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
-        ranks = dict(zip(tokens, ids, strict=True))
+        ranks = dict(zip(tokens, saved["ids"], strict=True))
         if len(ranks) < len(tokens):
             raise UserError("it has a token twice")
         return checked_encoding(saved["name"], saved["pattern"], ranks, saved["special"])

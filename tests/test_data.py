@@ -332,7 +332,7 @@ def test_the_order_of_an_epoch_is_drawn_once(numbers, monkeypatch):
 
 
 def test_bad_shards_are_refused(numbers, monkeypatch):
-    said = "train_000001.bin has token 1.* must be below the model's vocab_size 1000"
+    said = "train_000001.bin has token 1.* must be below 1000, the number of tokens"
     with pytest.raises(UserError, match=said):
         Loader(numbers, "train", 10, 1000)
     monkeypatch.setattr(loading, "SHARD_TOKENS", 1000)  # large data: as it comes

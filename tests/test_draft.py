@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import script
 
-from parts.cli import UserError
 from parts.draft import accept, draft_stream, propose
 from parts.generation import probabilities, stream
 
@@ -130,19 +129,6 @@ def test_sampled_frequencies_are_those_of_plain_sampling(build, tokens, options)
     expected = draws * exact[possible]
     chi_squared = ((counts[possible] - expected) ** 2 / expected).sum()
     assert chi_squared < 24.4  # 7 degrees of freedom: exceeded once in a thousand
-
-
-@pytest.mark.parametrize("options, said", [
-    ({"draft": 4}, "draft is 4, must be from 1 to 3"),
-    ({"draft": 0}, "draft is 0, must be from 1 to 3"),
-    ({"draft": 1, "temperature": -1}, "temperature is -1"),
-    ({"draft": 1, "ahead": 0}, "ahead is 0, must be at least 1"),
-])
-def test_bad_values_get_one_line(build, tokens, options, said):
-    with pytest.raises(UserError, match=said):
-        list(draft_stream(build(), tokens[:1], 4, recurrence=4, **options))
-    with pytest.raises(UserError, match="takes one at a time"):
-        list(draft_stream(build(), tokens, 4, recurrence=4, draft=1))
 
 
 def test_the_table_of_speeds(run, tmp_path):

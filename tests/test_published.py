@@ -183,7 +183,7 @@ def test_safetensors_are_read(published, monkeypatch):
     ({"a_new_thing": 3}, "a_new_thing is 3"),
     ({"injection_type": "no-such-rule"}, "injection is 'no-such-rule', must be one of diagonal"),
     ({"state_init": "embed"}, "state_init is 'embed'"),
-    ({"init_strategy": "takase"}, "init_strategy is 'takase', it scales embeddings"),
+    ({"init_strategy": "takase"}, "init_strategy is 'takase', which may scale"),
     ({"init_strategy": "takase-scaled"}, "init_strategy is 'takase-scaled'"),
     ({"init_strategy": "scaled-and-logit-scale"}, "init_strategy is 'scaled-and-logit-scale'"),
     ({"block_size": "x"}, "is not the JSON of a model"),

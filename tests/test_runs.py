@@ -160,7 +160,7 @@ def test_short_compares_the_lowest_losses_of_each_model(build, tmp_path):
         make_run(tmp_path / "runs" / name, build(), {"kind": "done", "val_loss": loss})
     done = script("runs/short.py", tmp_path / "runs", tmp_path)
     assert done.returncode == 0 and png(tmp_path / "short.png"), done.stderr
-    assert "run once, rate 0.03, seed 0, loss after passes: 4: 2.5000, 8: 2.0000" in done.stdout
+    assert "run once, 8 passes: seed 0 by rate 0.01: 2.2000, 0.03: 2.0000" in done.stdout
     assert ("4 passes, below run once, 8 passes: +0.2000 nats (standard error 0.1000; "
             "+0.1000, +0.3000)") in done.stdout
     again = script("runs/short.py", tmp_path / "short.csv", tmp_path)

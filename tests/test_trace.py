@@ -104,7 +104,7 @@ def test_a_page_needs_a_loop_and_a_prompt_but_no_matplotlib(
     flags = [tmp_path / "t.html", "--prompt", "x = 1"]
     assert draw(run_directory, *flags).returncode == 0
     (tmp_path / "t.html").unlink()
-    assert "loops and a prompt" in draw(run_directory, *flags[:1]).stderr
+    assert "required: --prompt" in draw(run_directory, *flags[:1]).stderr
     save_run(build(vocab_size=320, n_recurrent=0), run_directory)
     done = draw(run_directory, *flags)
     assert done.returncode == 2 and "needs a model that loops" in done.stderr

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 import scaling
-from parts.cli import COUNT, LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script
+from parts.cli import LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script
 from parts.laws import frontier, frontier_exponents, refits
 from parts.tables import budgets_of, column, distinct_budgets
 
 
 def grid(size, cost, budgets, recurrences, seeds):
     """Return the rows of a sweep, without new losses. size: a row with the model's columns."""
-    # mu_bwd = ceil(mu / 2): for odd mu, rounding up costs half as much as another loop
-    of_token = {mu: float(cost(mu) + (cost(mu + 1) - cost(mu)) / 2 * (mu % 2 if mu > 1 else 0))
-                for mu in recurrences}
+    # `cost` leaves out odd mu: there mu_bwd = ceil(mu / 2) rounds up, for half the cost of a loop
+    of_token = {}
+    for mu in recurrences:
+        rounding = (cost(mu + 1) - cost(mu)) / 2 if mu > 1 and mu % 2 else 0
+        of_token[mu] = float(cost(mu) + rounding)
     return [size | {"flops": flops, "mu_rec": float(mu), "mu_bwd": math.ceil(mu / 2),
                     "tokens": flops / of_token[mu], "recurrence": float(mu), "seed": seed}
             for flops, mu, seed in itertools.product(budgets, recurrences, seeds)]
@@ -107,8 +109,8 @@ def main():
         help="relative noise of a run's loss (default: estimated from the tables)")
     add("--speed", type=POSITIVE, default=2.8e10, metavar="F",
         help="FLOP/s of a core or GPU (default: %(default)g: AMD EPYC core, 16-channel model)")
-    add("--repeats", type=COUNT, default=100, metavar="N",
-        help="simulated sweeps (default: %(default)s)")
+    add("--repeats", type=number(int, 20), default=100, metavar="N",
+        help="simulated sweeps, at least 20 (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the fits are so small that threads slow them down
     design(args)

@@ -107,14 +107,6 @@ def row_of(recurrence, nats, tokens, n_bytes, baseline=None):
     return row
 
 
-def bits_per_byte(model, batches, tokenizer, recurrence, kv_cache="none"):
-    """Return (a row for each number of loops, tokens read, bytes read). batches: see read_all."""
-    losses_of = partial(token_losses, recurrence=recurrence, kv_cache=kv_cache)
-    nats, tokens, n_bytes = read_all(model, batches, tokenizer, losses_of)
-    baseline = nats[recurrence[0]]
-    rows = [row_of(loops, nats[loops], tokens, n_bytes, baseline) for loops in recurrence]
-    return rows, sum(tokens), n_bytes
-
 # ------------------------------------------------------------------------------- text
 
 
@@ -218,7 +210,10 @@ def main():
     text = open_text(args, model, tokenizer)
     batches = text.batches(max(1, EVAL_TOKENS // model.config.block_size))
     bar = progress_bar(batches, desc="evaluating", unit="batch")
-    rows, tokens, n_bytes = bits_per_byte(model, bar, tokenizer, recurrence, args.kv_cache)
+    losses_of = partial(token_losses, recurrence=recurrence, kv_cache=args.kv_cache)
+    nats, tokens, n_bytes = read_all(model, bar, tokenizer, losses_of)
+    rows = [row_of(T, nats[T], tokens, n_bytes, nats[recurrence[0]]) for T in recurrence]
+    tokens = sum(tokens)
     print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "
           f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
           f"gain over T = {recurrence[0]}")

@@ -5,8 +5,9 @@
     python -m tools.published tokenizer DIR --out tokenizers/theirs
     python data.py text book.txt --tokenizer tokenizers/theirs
 
-`import` makes a run directory of a model in the format of the published Parcae code: config.json,
-weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging Face tokenizer.json.
+`import` reads a model in the format of the published Parcae code and makes a run directory. That
+format is config.json, weights in pytorch_model.bin, model.pt or model.safetensors, and a Hugging
+Face tokenizer.json.
 `export` does the reverse, but tokenizer.json stays in this project's format. `tokenizer` imports a
 byte-level BPE without a model. An error names what is not implemented here, and what the published
 format cannot say: a field, a rule or a tensor that you added.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data import from_hub
-from model import Parcae
+from model import Parcae, count_parameters
 from parts.cli import Parser, UserError, run_script, some_path
 from parts.config import ParcaeConfig, parse_config
 from parts.files import whole_directory, whole_file, write_json
@@ -81,7 +82,7 @@ def config_from(settings):
         ours["injection"] = "concat"
 
     start = settings.pop("init_strategy", None) or "scaled-zero"
-    one_of("init_strategy", start, STARTS, "it scales embeddings, logits or residuals; ")
+    one_of("init_strategy", start, STARTS, "which may scale embeddings, logits or residuals; ")
     state = settings.pop("state_init", "normal")
     one_of("state_init", state, STATES)
     required = FIXED | {name: ours[our_field] for name, our_field in REPEATED.items()}
@@ -442,7 +443,7 @@ def main():
     made = f"a tokenizer of {tokenizer.n_vocab:,} tokens" if tokenizer else \
         "no tokenizer.json, which sample.py needs"
     if model:
-        c, size = model.config, sum(p.numel() for p in model.parameters())
+        c, size = model.config, count_parameters(model)
         made = (f"{c.n_prelude} + {c.n_recurrent} looped + {c.n_coda} layers, {size:,} parameters; "
                 f"{made}")
     print(f"{args.out}: {made}\ncontinue with: {ACTIONS[args.action].format(out=args.out)}")

@@ -36,7 +36,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 # all runs of a recurrence share one plan (see Cell), from which they may differ in these settings
 MAY_DIFFER = ("out", "max_flops", "seed", "device", "eval_recurrence")
 OWN_FLAGS = ("--max-flops", "--max-tokens", "--max-steps", "--mean-recurrence", "--seed",
-             "--resume", "--overwrite")
+             "--resume", "--overwrite", "--dry-run")
 
 # ------------------------------------------------------------------------------- cells
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from parts.cli import LOOPS, Parser, UserError, new_file, run_script
+from parts.cli import LOOPS, Parser, UserError, new_file, run_script, some_path
 from parts.files import json_text, write_text
 from parts.generation import check_predicts
-from sample import add_prompt_flags, read_prompt
+from sample import read_prompt
 from tools.evaluate import open_run
 
 LIKELIEST = 5  # next tokens shown for each prediction
@@ -39,7 +39,7 @@ def text_of(tokenizer, i):
 
 
 def write_page(path, tokens, loops):
-    """Write the page. tokens: the texts of the T prompt tokens; loops: for each loop and each
+    """Write the page. tokens: the texts of the prompt tokens; loops: for each loop and each
     token, the likeliest next tokens, [(text, probability)], the likeliest first."""
     # the data are ASCII without "<", so that no text can end the script element that holds them
     data = json_text({"tokens": tokens, "loops": loops}, separators=(",", ":"))
@@ -49,7 +49,9 @@ def write_page(path, tokens, loops):
 
 def main():
     parser = Parser(description=__doc__)
-    add_prompt_flags(parser)
+    parser.add_argument("--run", type=some_path, default="out/default", metavar="DIR",
+                        help="run directory of train.py (default: %(default)s)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to read")
     parser.add_argument("--recurrence", type=LOOPS, metavar="T",
                         help="loops (default: twice the mean of training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -58,8 +60,8 @@ def main():
     args = parser.parse_args()
     model, tokenizer, _ = open_run(args)
     _, idx = read_prompt(args, tokenizer)
-    if not model.config.n_recurrent or idx.shape[1] < 2:
-        raise UserError("a trace needs a model that loops and a prompt")
+    if not model.config.n_recurrent:
+        raise UserError("a trace needs a model that loops")
 
     idx = idx[:, -model.config.block_size:].to(model.wte.weight.device)
     recurrence = args.recurrence or 2 * model.config.mean_recurrence
