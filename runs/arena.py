@@ -75,7 +75,7 @@ class FirstLoopOnly(Parcae):
     """Add e only in the first loop."""
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        first = (torch.as_tensor(t, device=h.device) == 0)[..., None]           # (B, 1, 1) or (1,)
+        first = (t == 0)[..., None] if torch.is_tensor(t) else t == 0                   # (B, 1, 1)
         return super().recurrent_pass(h, u * first, inputs, cache, t)
 
 # ------------------------------------------------------------------------------- what loops
@@ -91,7 +91,7 @@ class LoopVector(Parcae):
         self.vectors = nn.Parameter(torch.zeros(self.MOST, config.n_embd))
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        loop = torch.as_tensor(t, device=h.device).clamp(max=self.MOST - 1)
+        loop = t.clamp(max=self.MOST - 1) if torch.is_tensor(t) else min(t, self.MOST - 1)
         return super().recurrent_pass(h, u + self.vectors[loop].to(u.dtype), inputs, cache, t)
 
 
