@@ -274,6 +274,13 @@ def tree(folder):
     }
 
 
+@pytest.mark.parametrize("words", [SAMPLE, EVALUATE, CORE, TRAIN], ids=lambda words: words[0])
+def test_the_same_commands_work_on_good_input(words, good, tmp_path):
+    shutil.copytree(good, tmp_path / "copy")
+    done = script(*words, cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_gets_one_line(case, good, tmp_path):
     folder, (words, damage) = tmp_path / "copy", CASES[case]

@@ -8,7 +8,7 @@ from sweeps import chinchilla, evaluated, parabolic, parametric, sweep
 
 import scaling
 from parts.chance import diverged, seed_effects, without_diverged, without_seed_effects
-from parts.tables import column, read_tables, trained_depth
+from parts.tables import read_tables, trained_depth
 
 OURS = trained_depth(row for row in read_tables([ROOT / "results" / "sweep-stdlib-16.csv"])[0]
                      if row["accounting"] == "exact")
@@ -122,7 +122,6 @@ def test_a_run_is_judged_beside_its_own_model():
     notes = []
     assert without_diverged(rows + other, notes) == rows + other and notes == []
     assert len(without_seed_effects(rows + other)) == len(rows + other)
-    assert column(rows, "val_loss").min() > 0.5
 
 
 def blocks(effects, cells):

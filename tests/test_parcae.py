@@ -104,6 +104,17 @@ def test_ten_steps_end_where_those_of_train_py_do(both):
         torch.testing.assert_close(p, moved[name_there(name)], atol=5e-4, rtol=1e-5, msg=name)
 
 
+def test_its_weights_start_as_those_of_model_py_do():
+    torch.manual_seed(0)
+    there = dict(Parcae(ParcaeConfig(**PRESETS[DEFAULT_PRESET],
+                                     vocab_size=parcae.VOCAB)).named_parameters())
+    for name, p in parcae.Parcae().named_parameters():
+        q = there[name_there(name)]
+        assert p.std(correction=0).item() == pytest.approx(
+            q.std(correction=0).item(), rel=0.3, abs=1e-6), name
+        assert p.mean().item() == pytest.approx(q.mean().item(), abs=0.05), name
+
+
 def test_its_constants_are_the_defaults_of_train_py():
     args, config = parse_args("", []), ParcaeConfig(**PRESETS[DEFAULT_PRESET])
     assert (parcae.D, parcae.H, parcae.CONTEXT) == (config.n_embd, config.n_head, config.block_size)
@@ -112,7 +123,8 @@ def test_its_constants_are_the_defaults_of_train_py():
     assert parcae.LAYERS == config.n_layer
     assert parcae.MEAN_LOOPS == config.mean_recurrence
     assert parcae.GRADIENT_LOOPS == config.backprop_depth
-    assert parcae.BATCH == args.batch_size and args.cooldown == 0.5 and args.grad_clip == 1
+    assert parcae.BATCH == args.batch_size and parcae.STEPS == args.max_steps
+    assert args.cooldown == 0.5 and args.grad_clip == 1
     assert parcae.RATE == args.muon_lr and parcae.DECAY == args.weight_decay
 
 

@@ -90,7 +90,7 @@ def test_optional_packages_are_imported_where_they_are_used():
 
 @pytest.mark.parametrize("name, words", [("sample.py", []), ("tools/evaluate.py", []),
                                          ("tools/trace.py", ["t.html", "--prompt", "a"])])
-def test_other_scripts_read_what_train_py_writes(name, words, tmp_path):
+def test_other_scripts_look_where_train_py_writes(name, words, tmp_path):
     out = parse_args("", []).out
     done = script(name, *words, cwd=tmp_path)
     assert done.returncode == 2 and f"{out} holds no model" in done.stderr

@@ -18,7 +18,7 @@ def test_text_is_that_of_plain_generation(build, tokens, kwargs):
     assert all(map(torch.equal, recorded, plain))
 
 
-def test_drafted_text_too(build, tokens):
+def test_recorded_drafts_write_the_text_of_plain_generation(build, tokens):
     model = build().eval()
     ask = {"recurrence": 5, "temperature": 0}
     plain = generate(model, tokens[:1, :6], 24, **ask)

@@ -156,7 +156,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train):
     data = json.loads((whole / "config.json").read_text())["data"]
     words = [ROOT / "train.py", "--data", data, "--out", parts, *TINY, *flags]
     process = Forked(words, train.out / "said.txt", env=ONE_THREAD)
-    while (
+    while process.poll() is None and (
         not (parts / "log.jsonl").exists()
         or len((parts / "log.jsonl").read_text().splitlines()) < 3
     ):
@@ -369,6 +369,8 @@ def test_two_ranks_and_accumulation_repeat_one_process(train):
     for name in ("accumulated", "two"):
         assert losses(train.out / name) == pytest.approx(losses(train.out / "one"), rel=1e-4)
         assert log(train.out / name)[-1]["flops"] == log(train.out / "one")[-1]["flops"]
+        norms = [[line["grad_norm"] for line in log(train.out / n)] for n in (name, "one")]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
         val = [log(train.out / n, "done")[0]["val_loss"]["4"] for n in (name, "one")]
         assert val[0] == pytest.approx(val[1], rel=1e-4)
 
@@ -405,6 +407,64 @@ def test_the_loss_to_compare_with_is_of_all_tokens(train, tmp_path):
 def test_schedule_is_constant_then_linear_to_zero():
     assert [schedule(p, 0.5) for p in (0, 0.3, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
     assert schedule(0.9, 0) == 1
+
+
+def test_each_optimiser_has_its_own_rate_on_one_schedule(build, tokens):
+    model, args = build(), settings.parse_args("", ["--muon-lr", "4e-2", "--adamw-lr", "1e-2"])
+    optimizers = train_module.make_optimizers(model, args)
+    model(tokens, tokens)[1].backward()
+    train_module.update(model, optimizers, args, torch.tensor(1.0), 0.75, 0)
+    rates = {name: one.param_groups[0]["lr"] for name, one in optimizers.items()}
+    assert rates == {"muon": 2e-2, "adamw": 5e-3}
+
+
+def test_depths_are_drawn_as_depth_sampling_says(build):
+    model = build(mean_recurrence=4)
+
+    def draws(how):
+        args = SimpleNamespace(batch_size=8, loop_from=0, depth_sampling=how)
+        return torch.stack([train_module.draw_depths(model, args, 0.5, s) for s in range(50)])
+    assert (draws("fixed") == 4).all()
+    for how, alike in (("per-batch", True), ("per-sequence", False)):
+        found = draws(how)
+        assert bool((found == found[:, :1]).all()) == alike and len(found.unique()) > 3
+
+
+def test_each_seed_has_weights_text_and_depths_of_its_own(train, monkeypatch):
+    seen, forward = [], Parcae.forward
+
+    def note(self, idx, targets, *, depths):
+        seen.append([self.wte.weight.detach().clone(), idx, depths])
+        return forward(self, idx, targets, depths=depths)
+    monkeypatch.setattr(Parcae, "forward", note)
+    for seed in (0, 0, 1):
+        train("s", "--max-steps", 1, "--block-size", 8, "--seed", seed, "--overwrite")
+    for zero, again, one in zip(*seen):
+        assert torch.equal(zero, again) and not torch.equal(zero, one)
+
+
+def test_the_flops_of_a_step_are_the_sum_over_its_rows(build):
+    model, depths = build(backprop_depth=2), torch.tensor([1, 2, 9, 4])
+    state = dict.fromkeys(("step", "samples", "tokens", "flops", "seconds"), 0)
+    args = SimpleNamespace(batch_size=4, accounting="exact")
+    S = model.config.block_size
+    assert train_module.add_step(state, args, model, depths, 1.0)[0] == state["tokens"] == 4 * S
+    rows = [model.flops_per_token(T, min(T, 2)) for T in depths.tolist()]
+    assert state["flops"] == pytest.approx(S * sum(rows))
+
+
+def test_an_evaluation_is_a_mean_over_sequences_that_start_from_zero(build):
+    idx = torch.randint(50, (6, 16), generator=torch.Generator().manual_seed(0))
+
+    class Texts(list):
+        def batch(self, rows):
+            return idx[list(rows)], idx[list(rows)].roll(1, 1)
+    model = build()
+    found = train_module.evaluate(model, Texts(range(6)), 9, 4, [1, 3])  # batches of 4 and 2
+    *_, (h, _) = model.eval().states(idx, 3)
+    _, loss = model(idx, idx.roll(1, 1), recurrence=3)
+    assert found["val_loss"][3] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["state_rms"][3] == pytest.approx(h.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_non_finite_steps_are_skipped_then_stop_the_run(train, corpus, tmp_path):
@@ -665,12 +725,14 @@ def test_the_second_of_two_writers_is_refused_and_a_killed_one_holds_nothing(tra
         stderr=subprocess.DEVNULL,
         env=ONE_THREAD,
     )
-    while not (train.out / "l" / "ckpt.pt").exists():
+    while first.poll() is None and not (train.out / "l" / "ckpt.pt").exists():
         time.sleep(0.05)
-    for flag in ("--resume", "--overwrite"):
-        assert f"is in use by process {first.pid}" in train("l", flag, code=2, tiny=[]).stderr
-    first.kill()
-    first.wait()
+    try:
+        for flag in ("--resume", "--overwrite"):
+            assert f"is in use by process {first.pid}" in train("l", flag, code=2, tiny=[]).stderr
+    finally:
+        first.kill()
+        first.wait()
     step = weights_step(train.out / "l")
     train("l", "--resume", "--max-steps", step + 1, tiny=[])
     assert weights_step(train.out / "l") == step + 1 and not (train.out / "l" / ".lock").exists()
@@ -767,7 +829,7 @@ def test_a_run_needs_no_git(train, monkeypatch):
     assert json.loads((train.out / "g" / "config.json").read_text())["git"] is None
 
 
-def test_a_run_that_was_compiled_goes_on_without(train):
+def test_compile_is_kept_on_resume_unless_switched_off(train):
     train("c", "--max-steps", 1)
     file = train.out / "c" / "config.json"
     config = json.loads(file.read_text())
@@ -851,7 +913,7 @@ def test_a_run_goes_on_with_its_own_settings_or_says_which_are_missing(train, co
     assert "resumes with --grad-clip 1.0, which the run had not recorded" in said
 
 
-def test_small_models_compute_alike_on_any_number_of_cores(train, monkeypatch):
+def test_a_small_model_takes_one_thread_unless_asked(train, monkeypatch):
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     train("small", "--max-steps", 1)
@@ -882,16 +944,16 @@ def test_another_batch_size_goes_on_in_the_data(train, monkeypatch):
     assert set(range(24)) <= set(read)
 
 
-def test_a_full_disk_gets_one_line_and_the_run_stays_whole(train, full_disk):
-    out = train.out / "a"
-    for flags in ([], ["--overwrite"]):
-        done = train("a", "--max-steps", 2, *flags, code=2)
-        assert done.stderr.count("\n") == 1 and (
-            "disk" in done.stderr or "too large" in done.stderr
-        ), done.stderr
-        assert not [
-            path for path in out.rglob("*") if path.suffix == ".tmp" or path.name == "ckpt.pt"
-        ]
+def test_a_full_disk_gets_one_line_and_the_run_stays_whole(train, request):
+    train("a", "--max-steps", 1)
+    before = tree(train.out / "a")
+    request.getfixturevalue("full_disk")
+    for flags in (["--overwrite"], ["--out", train.out / "new"]):
+        error = train("a", "--max-steps", 2, *flags, code=2).stderr
+        assert error.count("\n") == 1 and ("disk" in error or "too large" in error), error
+    after = tree(train.out / "a")
+    assert {name: after[name] for name in before} == before
+    assert not [*train.out.rglob("*.tmp"), *(train.out / "new").rglob("ckpt.pt")]
 
 
 @pytest.mark.parametrize(
