@@ -49,13 +49,13 @@ def cases_of(config, recurrence):
              for loops in recurrence]
     n, size = config.n_layer, parameters(config)
 
-    def plain(layers):
-        return replace(config, n_prelude=layers, n_recurrent=0, n_coda=0)
-    twice = min(range(n, 4 * n + 1), key=lambda layers: abs(parameters(plain(layers)) - 2 * size))
+    def plain(depth):
+        return replace(config, n_prelude=depth, n_recurrent=0, n_coda=0)
+    twice = min(range(n, 4 * n + 1), key=lambda depth: abs(parameters(plain(depth)) - 2 * size))
     T = config.mean_recurrence
-    layers = {"plain, same parameters": n, TWICE: twice,
+    depths = {"plain, same parameters": n, TWICE: twice,
               f"plain, depth of T = {T}": layers_run(config, T)}
-    return cases + [Case(name, plain(number), 1) for name, number in layers.items()]
+    return cases + [Case(name, plain(depth), 1) for name, depth in depths.items()]
 
 
 def build(config, device, dtype=None):
@@ -77,11 +77,11 @@ def kv_bytes(config, context, loops, itemsize=2):
 def two_steps(case, args, device, now):
     """Train a model for two steps. Return the bytes that the second keeps for its backward pass.
     now() returns the bytes in use."""
-    model = build(case.config, device, args.dtype).train()
+    model = build(case.config, device, args.dtype)
     idx = torch.zeros(args.batch, args.context, dtype=torch.int64, device=device)
     muon = set(model.matrices())
     others = set(model.parameters()) - muon
-    optimizers = [Muon(muon, products=torch.bfloat16),
+    optimizers = [Muon(muon, products=torch.bfloat16),  # as on a GPU, also if it is only counted
                   torch.optim.AdamW(others, fused=device.type != "meta")]
     for _ in range(2):  # in the second, gradients and the optimisers' state are there
         before = now()
@@ -127,7 +127,7 @@ def alternate(runs, rounds, device, what):
 
 
 def bandwidth(device):
-    """Return the bytes/s read from memory: the best of five sums over 256 MiB (1 GiB on a GPU)."""
+    """Return the bytes/s read from memory: the best of five sums over 256 MiB (1 GiB with CUDA)."""
     x = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
     [seconds] = alternate([lambda: x.sum().item()], 5, device, "memory bandwidth")
     return x.nbytes / min(seconds)
@@ -145,7 +145,7 @@ def speeds(cases, steps, tokens, args, what):
 
 def training_of(case, args):
     """Return (a function that runs a training step, the FLOPs per token that it needs)."""
-    model = build(case.config, args.device, args.dtype).train()
+    model = build(case.config, args.device, args.dtype)
     if args.compile:
         model.compile_layers()
     idx = torch.randint(case.config.vocab_size, (args.batch, args.context), device=args.device)
@@ -242,7 +242,8 @@ def parse_args():
     add("--rounds", type=COUNT, default=5, metavar="N",
         help="how often to measure each speed, in turns (default: %(default)s)")
     add("--compile", action="store_true",
-        help="torch.compile the layers; on a CPU, for decoding, the whole step (takes minutes)")
+        help="torch.compile the layers; for decoding on a CPU, or with --eager, the whole step "
+        "(takes minutes)")
     add("--eager", action="store_true",
         help="decode on a GPU by launching each operation, instead of replaying a CUDA graph")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

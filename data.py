@@ -1,14 +1,14 @@
 """Turn text into token shards, from which parts/loader.py reads batches.
 
     python data.py                            the Python standard library's source, as bytes
-    python data.py stdlib --tokenizer bpe:4096
+    python data.py stdlib --tokenizer bpe:4096 --out data/bpe
     python data.py text book.txt notes/       your own files, and folders of .txt, .md and .py
     python data.py fineweb-edu --shards 10    GPT-2 tokens, 100M a shard, for GPUs
 
 A data directory holds tokenizer.json and shards {train,val}_000000.bin, ... in the llm.c format: a
 header of 256 int32 (magic number 20240520, version 1, number of tokens), then the tokens as uint16.
 Vocabularies of more than 65,536 tokens have magic number 20240801, version 7 and uint32. Every
-document begins with the end-of-text token, which also serves as the begin token.
+document begins with the end-of-text token, or another tokenizer's own begin token.
 """
 
 import contextlib
@@ -88,17 +88,18 @@ def tokens_of(docs, tokenizer, title):
 # ---------------------------------------------------------------------- data directories
 
 
-def fingerprint(directory, source, files):
-    """Return what identifies a data directory: its source, Python, files and tokens' sha256."""
+def fingerprint(directory, source, documents):
+    """Return what identifies a data directory: its source, Python, the tokens' sha256, and the
+    number of documents, as "files" (a file that is cut in two counts twice)."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.bin")):
         digest.update(open_shard(path))
-    return {"source": source, "python": platform.python_version(), "files": files,
+    return {"source": source, "python": platform.python_version(), "files": documents,
             "sha256": digest.hexdigest()}
 
 
 def check_replaceable(directory):
-    """Raise UserError if a directory, replaced as a whole, holds what data.py did not make."""
+    """Raise UserError if a directory to replace or to fill holds what data.py did not make."""
     paths = sorted(Path(directory).glob("*"))
     for path in paths:
         ours = False
@@ -136,7 +137,7 @@ def fetch_fineweb(out, shards):
     skipped, so an interrupted download can be repeated. Raises UserError."""
     check_replaceable(out)
     saved = out / "tokenizer.json"
-    there = {"name": "gpt2"} | (read_json(saved) if saved.exists() else {})
+    there = read_json(saved) if saved.exists() else {"name": "gpt2"}
     if there["name"] != "gpt2" or FINEWEB not in str(there.get("text", FINEWEB)):
         raise UserError(f"--out {out} holds other data: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
@@ -191,12 +192,12 @@ def main():
         help="for SOURCE text: UTF-8 files, or folders, whose .txt, .md and .py files are read")
     add("--out", type=some_path, metavar="DIR",
         help="data directory to make (default: data/SOURCE)")
-    add("--tokenizer", metavar="NAME",
+    add("--tokenizer", type=some_path, metavar="NAME",
         help="bytes (default), gpt2, bpe:N (a vocabulary of N tokens trained on the text), or a "
              "directory with a tokenizer.json")
     add("--shards", type=number(int, 1, FINEWEB_SHARDS), metavar="N",
         help=f"for fineweb-edu: number of 100M-token shards, 1 to {FINEWEB_SHARDS} (default: 1)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # FILEs may also follow flags
     if args.source == "text" and not args.files:
         parser.error("SOURCE text needs files: python data.py text FILE...")
     if args.source != "text" and args.files:

@@ -70,7 +70,7 @@ def noise_of(budgets):
     "source": "seeds" or "parabolas", whose residuals give it}, or None if all residuals are 0."""
     source, (squares, freedom) = "seeds", chance.left_by_seeds(budgets)
     by_parabolas = np.sum([(0, 0), *map(left_by_parabola, budgets)], axis=0)
-    if not freedom or freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
+    if freedom < min(ENOUGH_SEEDS, by_parabolas[1]):
         source, (squares, freedom) = "parabolas", by_parabolas
     if not squares:
         return None
@@ -108,7 +108,7 @@ def fit_parabolas(budgets, cost, resamples=1000, seed=0):
     noise, usable = noise_of(budgets), [budget for budget in budgets if len(budget.mu) >= 3]
     rng = np.random.default_rng(seed)
     # A parametric bootstrap: log mu* of the measured mean losses, then of those plus drawn noise.
-    every = np.empty((1 + resamples if noise else 1, len(usable)))
+    every = np.empty((1 + (resamples if noise else 0), len(usable)))
     every[0] = [bottom(budget, budget.log_loss)[0] for budget in usable]
     for sample in every[1:]:
         # The noise level is uncertain itself: draw it too, by its chi-squared distribution.
@@ -152,11 +152,12 @@ def power_laws(budgets, every, cost):
         tokens = x - np.log(cost(np.exp(log_mu.clip(low, high))))
         return np.where(np.isfinite(log_mu), tokens, -log_mu)
 
-    def power_law(every, low, high):
-        slopes, intercepts = np.array([line_through(x, y, low, high) for y in every]).T
-        defined = float(np.isfinite(slopes[1:]).mean()) if len(every) > 1 else None
+    def power_law(of_fits, at_most, at_least):
+        slopes, intercepts = np.array([line_through(x, y, at_most, at_least) for y in of_fits]).T
+        defined = float(np.isfinite(slopes[1:]).mean()) if len(of_fits) > 1 else None
         return laws.exponent(slopes) | {"coefficient": math.exp(intercepts[0]), "defined": defined}
 
+    # more loops are fewer tokens: the two bounds change places
     return {"mu_rec": power_law(every, low, high),
             "tokens": power_law(log_tokens(every), log_tokens(high), log_tokens(low))}
 
@@ -170,18 +171,18 @@ class Table:
 
     def __init__(self, every_row, accounting):
         self.notes, self.fit = [], None
-        mine = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
-                    f"have no {accounting} FLOPs and are")
-        mine = chance.without_diverged(mine, self.notes)
-        models = {row["model"] for row in max(tables.comparable(mine), key=runs_in)}
-        main = kept(mine, lambda row: row["model"] in models, self.notes, "of other models are")
-        self.measured = kept(main, lambda row: row["recurrence"] == row["mu_rec"], self.notes,
+        counted = kept(every_row, lambda row: row["accounting"] == accounting, self.notes,
+                       f"have no {accounting} FLOPs and are")
+        counted = chance.without_diverged(counted, self.notes)
+        models = {row["model"] for row in max(tables.comparable(counted), key=runs_in)}
+        ours = kept(counted, lambda row: row["model"] in models, self.notes, "of other models are")
+        self.measured = kept(ours, lambda row: row["recurrence"] == row["mu_rec"], self.notes,
                              "have no row at T = mu_rec, where loss is compared, and are")
-        corrected = chance.without_seed_effects(mine)
+        corrected = chance.without_seed_effects(counted)
         self.every_model = trained_depth(corrected)
         self.at_every_T = [row for row in corrected if row["model"] in models]
         self.rows = trained_depth(self.at_every_T)
-        self.model = main[0]["model"] if len(models) == 1 else f"{len(models)} models"
+        self.model = ours[0]["model"] if len(models) == 1 else f"{len(models)} models"
         self.looped = tables.distinct(self.at_every_T, "mu_rec") > 1
         self.cost = laws.token_cost(self.at_every_T)
         self.budgets = tables.budgets_of(self.rows)
@@ -246,7 +247,8 @@ def fit_table(every_row, accounting, resamples=laws.RESAMPLES):
         if name != "training" and (table.looped or law.rows == "rows"):
             rows = getattr(table, law.rows)
             _, found = laws.fit_with_error(name, rows, resamples, out["notes"])
-            out["laws"] |= {name: found} if found else {}
+            if found:
+                out["laws"][name] = found
     return out, table
 
 
@@ -279,7 +281,7 @@ def fitted(args, resamples=laws.RESAMPLES):
     a training law of a looped model."""
     out, table = fit_optima(*read_tables(args.tables, args.accounting), resamples)
     if "frontier" not in out.get("training_law", {}):
-        reasons = "; ".join(out["notes"]) or "they have no loops"
+        reasons = "; ".join(out["notes"]) if table.looped else "they have no loops"
         raise UserError(f"these tables do not determine a training law of loops: {reasons}")
     return out, table
 
@@ -289,8 +291,9 @@ def predict(args):
     out, table = fitted(args)
     best = table.law_at(args.flops)
     flops, mu = column(table.rows, "flops"), column(table.rows, "mu_rec")
-    print(f"training law fitted to {out['runs']} runs of {out['model']} at {flops.min():.2g} to "
-          f"{flops.max():.2g} FLOPs ({out['accounting']} count), [95% confidence intervals]:")
+    print(f"training law fitted to {runs_in(table.rows)} runs of {out['model']} at "
+          f"{flops.min():.2g} to {flops.max():.2g} FLOPs ({out['accounting']} count), "
+          "[95% confidence intervals]:")
     for note in table.notes:
         print("note:", note)
     print(f"mu*  = {optimum_text(best)} loops, the best mean recurrence")
@@ -300,10 +303,8 @@ def predict(args):
     for optimum in out["isoflop"]:
         if tables.same_budget(args.flops, optimum["flops"]):
             print(f"a parabola through the runs at this budget: mu* = {optimum_text(optimum)}")
-    beyond = max(best["mu_rec"] / mu.max(), mu.min() / best["mu_rec"])
-    if beyond >= 1:
-        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}, "
-              f"but {beyond:.3g} times their end")
+    if not mu.min() < best["mu_rec"] < mu.max():
+        print(f"warning: mu* is not inside the recurrences tried, {mu.min():g} to {mu.max():g}")
     beyond = max(args.flops / flops.max(), flops.min() / args.flops)
     if beyond >= 2:
         print(f"warning: this budget is {beyond:.3g} times beyond those of the runs; the intervals "
@@ -335,7 +336,8 @@ def main():
     add("--figures", type=new_directory, default="out/scaling", metavar="DIR",
         help="directory for the figures (default: %(default)s)")
     add("--resamples", type=number(int, 0), default=laws.RESAMPLES, metavar="N",
-        help="bootstrap resamples; fewer than 20 give no intervals of laws (default: %(default)s)")
+        help="bootstrap resamples for the laws (parabolas take 1000); fewer than 20 give no "
+        "intervals of laws (default: %(default)s)")
 
     about = predict.__doc__
     add = commands.add_parser("predict", help=about, description=about).add_argument

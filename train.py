@@ -234,7 +234,7 @@ def evaluate(model, loader, sequences, batch_size, recurrence):
     batch_size = max(1, min(batch_size, EVAL_TOKENS // model.config.block_size))
     sequences = max(world(), min(sequences, len(loader)))  # at least one for each rank
     mine = range(rank(), sequences, world())
-    sums = defaultdict(lambda: torch.zeros((), device=device))  # of (metric, loops)
+    sums = defaultdict(float)  # {(metric, loops): a tensor (), summed over sequences}
     model.eval()
     for start in progress_bar(range(0, len(mine), batch_size), desc="evaluating", delay=1,
                               disable=rank() > 0):
@@ -274,7 +274,7 @@ def save_and_evaluate(s, train_loss):
     values = evaluate(s.model, s.val_loader, s.args.eval_sequences, s.micro, [mean])
     s.run.log("eval", **values)
     if rank() == 0:
-        (loops, val_loss), = values["val_loss"].items()
+        [(loops, val_loss)] = values["val_loss"].items()  # evaluated at one T
         rate = state["tokens"] / state["seconds"]
         tqdm.write(f"step {state['step']}, {spent(s.args, state):.0%}: train loss "
                    f"{train_loss:.4f}, val loss {val_loss:.4f} at T = {loops}, {rate:,.0f} tok/s",
@@ -288,8 +288,7 @@ def start_or_resume(s):
     args, run = s.args, s.run
     if not args.resume:
         run.start(s.record, s.tokenizer, args.overwrite)
-        difference = args.init_from and changed_text(args.init_from, args.data)
-        if difference:
+        if args.init_from and (difference := changed_text(args.init_from, args.data)):
             say(difference)
         return True
     run.load()
@@ -305,7 +304,7 @@ def start_or_resume(s):
 def caught_signals():
     """Yield a list. While the block runs, SIGINT and SIGTERM are added to it and end nothing."""
     received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+    before = {number: signal.signal(number, lambda came, frame: received.append(came))
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
@@ -403,7 +402,7 @@ def report(s):
           "recurrence T   val loss (nats per token)")
     for loops, loss in values["val_loss"].items():
         print(f"{loops:12d}   {loss:.4f}")
-    run, mean = shlex.quote(args.out), config.mean_recurrence
+    out, mean = shlex.quote(args.out), config.mean_recurrence
     print("\na sample:")
     for text in decode_stream(s.tokenizer, sample(s)):
         print(text, end="", flush=True)
@@ -412,8 +411,8 @@ def report(s):
     loops = f" --recurrence 1 {mean} {2 * mean}" if looped else ""
     print(f"\n{what_it_says(config, values['val_loss'])}\nnext:")
     if s.record["class"] == "Parcae":  # sample.py refuses any other
-        print(f'  python sample.py --run {run} --prompt "def "{loops}')
-    print(f"  python -m tools.curves {run}     draw the loss curve (needs matplotlib)")
+        print(f'  python sample.py --run {out} --prompt "def "{loops}')
+    print(f"  python -m tools.curves {out}     draw the loss curve (needs matplotlib)")
     if looped and not args.resume:
         print("  " + run_once(sys.argv[1:], args.out) + "\n"
               "                train the same layers to run once: is the loop worth its FLOPs?")
@@ -455,18 +454,18 @@ def main():
     s = setup(args)
     if args.dry_run:
         say(json_text(s.record, indent=1))
-        return
-    with s.run.held():
-        if start_or_resume(s):
-            if rank() == 0:
-                introduce(s)
-            if train(s):
-                report(s)
-            elif s.run.saved is None:
-                say("stopped, and nothing was saved")
-            else:
-                say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue "
-                    f"with: python {SCRIPT} --resume --out {shlex.quote(args.out)}")
+    else:
+        with s.run.held():
+            if start_or_resume(s):
+                if rank() == 0:
+                    introduce(s)
+                if train(s):
+                    report(s)
+                elif s.run.saved is None:
+                    say("stopped, and nothing was saved")
+                else:
+                    say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue "
+                        f"with: python {SCRIPT} --resume --out {shlex.quote(args.out)}")
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort a rank whose partner has left,
         time.sleep(0.5)  # even while that rank is still leaving the barrier

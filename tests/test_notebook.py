@@ -75,6 +75,7 @@ def test_it_runs_and_shows_its_pictures(tmp_path, monkeypatch):
     book = read_notebook()
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     set_variable(cells, "STEPS", 5)
+    set_variable(cells, "SEQUENCES", 5)
     set_variable(cells, "TABLE", "few.csv")
     pictures = [len(re.findall(r"^Image\(", cell.source, re.MULTILINE)) for cell in cells]
     for cell in cells:

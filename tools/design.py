@@ -16,7 +16,7 @@ import torch
 import scaling
 from parts.cli import LOOPS, POSITIVE, SEED, Parser, UserError, number, run_script
 from parts.laws import frontier, frontier_exponents, refits
-from parts.tables import budgets_of, column, distinct_budgets
+from parts.tables import budgets_of, column, distinct_budgets, runs_in
 
 
 def grid(size, cost, budgets, recurrences, seeds):
@@ -79,8 +79,8 @@ def design(args):
     flops = column(rows, "flops").sum()
     print(f"{len(rows)} runs of {out['model']}, {flops:.3g} FLOPs: "
           f"{flops / args.speed / 3600:.1f} hours of one core or GPU at {args.speed:.2g} FLOP/s\n"
-          f"{args.repeats} simulated sweeps; truth: the training law fitted to {out['runs']} runs; "
-          f"noise of a run: {noise:.2%} of the loss\n\n"
+          f"{args.repeats} simulated sweeps; truth: the training law fitted to "
+          f"{runs_in(table.rows)} runs; noise of a run: {noise:.2%} of the loss\n\n"
           "mu*: median [95% of sweeps]; 0 or inf: at the edge of the recurrences tried, or beyond\n"
           "     FLOPs       true   by training law      by parabolas         bottom inside")
 
