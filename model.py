@@ -237,7 +237,7 @@ class Parcae(nn.Module):
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
         """Return the state (B, S, D) after one more loop (eq. 3). t counts the loops before it and
-        only finds the place in the cache: an int or, in training, a tensor (B, 1)."""
+        only finds the place in the cache: an int or, in `forward`, a tensor (B, 1)."""
         if not self.recurrent:
             return u  # in a plain transformer, u is the prelude's output
         h = self.injection(h, u)

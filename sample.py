@@ -45,7 +45,8 @@ def parse_args():
         help="end each token's loop once it changes the prediction by less than EPS nats, after "
         "--recurrence loops at the latest")
     add("--draft", type=LOOPS, metavar="T",
-        help="draft with T loops and verify with --recurrence; exact, and faster in small models")
+        help="draft with T loops and verify with --recurrence; exact, and faster in small models "
+        "without --compile")
     add("--ahead", type=COUNT, metavar="N", help="tokens drafted at a time (default: 4)")
     add("--seed", type=SEED, default=0, help="seed of the draws (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

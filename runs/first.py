@@ -78,10 +78,11 @@ def variants(rows):
     default = of_default(rows)
     for variant in sorted({row["variant"] for row in rows} - {""}):
         mine = {seed: row for seed, row in of_default(rows, variant).items() if seed in default}
-        for T in [name for name in next(iter(mine.values()), ()) if name.startswith("val_loss_")]:
-            minus = {seed: row[T] - default[seed][T] for seed, row in mine.items()}
-            mean = np.mean([row[T] for row in mine.values()])
-            yield variant, T.removeprefix("val_loss_"), mean, minus
+        losses = [name for name in next(iter(mine.values()), ()) if name.startswith("val_loss_")]
+        for loss in losses:
+            minus = {seed: row[loss] - default[seed][loss] for seed, row in mine.items()}
+            mean = np.mean([row[loss] for row in mine.values()])
+            yield variant, loss.removeprefix("val_loss_"), mean, minus
 
 
 def rivals(rows):

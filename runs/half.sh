@@ -7,8 +7,8 @@
 #
 #   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours on one core
 #   TUNE="5e-3 1e-2 2e-2 4e-2" bash runs/half.sh     seed 0 at other rates, too
-#   CHANNELS=32 MODELS="looped plain deep fixed full mean4 mean16" bash runs/half.sh
-#                                        4.1M tokens: 80 minutes on one core
+#   CHANNELS=32 MODELS="looped plain deep" bash runs/half.sh
+#                                        4.1M tokens: 20 minutes on one core
 #   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
 #                                        20M tokens, minutes on a GPU (with JOBS=14 there)
 # Writes table and picture to out/; RESULTS=results replaces the published ones.
@@ -36,16 +36,11 @@ rate_of() {  # model
         *) echo 2e-2 ;;
     esac
 }
-loop="--n-recurrent 4 --mean-recurrence"
 six="--preset gpt-nano --n-prelude 6"
 run() {  # model rate seed
     budget="--max-tokens $tokens"
     case $1 in
-        looped) flags="$loop 8" ;;
-        fixed) flags="$loop 8 --depth-sampling fixed" ;;
-        full) flags="$loop 8 --backprop-depth 64" ;;
-        mean4) flags="$loop 4" ;;
-        mean16) flags="$loop 16" ;;
+        looped) flags="--n-recurrent 4 --mean-recurrence 8" ;;
         plain) flags=$six ;;
         longer) flags=$six budget="--max-flops $longer" ;;
         deep) flags="--preset gpt-nano --n-prelude 12" ;;

@@ -236,30 +236,30 @@ def cells(axes, shares):
 
 
 def picture(path, rows):
-    """Draw the accuracy for each number of lookups in a row, of each model and each number of loops
-    at test time, from rows of the table: the mean of the seeds."""
-    shares, loops = {}, {}  # of each model: accuracy (p, T), the numbers of loops T
+    """Draw each model's accuracy, the mean of its seeds, for each number of lookups in a row and of
+    loops at test time. rows: of the table."""
+    tables = {}  # of each model: its numbers of loops T, its accuracies (p, T)
     for name in NAMES:
-        loops[name] = sorted({row["T"] for row in rows if row["model"] == name})
-        if loops[name]:
-            shares[name] = np.array([[np.mean(by_seed(rows, name, T, p)) for T in loops[name]]
-                                     for p in HOPS])
+        loops = sorted({row["T"] for row in rows if row["model"] == name})
+        if loops:
+            tables[name] = loops, np.array([[np.mean(by_seed(rows, name, T, p)) for T in loops]
+                                            for p in HOPS])
     figure = figures.pyplot().figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2.6])
     lookup(left.subplots())
-    widths = [max(len(loops[name]), 1.5) for name in shares]
-    every = right.subplots(1, len(shares), squeeze=False, width_ratios=widths)[0]
-    for axes, (name, table) in zip(every, shares.items()):
-        cells(axes, table)
+    widths = [max(len(loops), 1.5) for loops, _ in tables.values()]
+    every = right.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
+    for axes, (name, (loops, shares)) in zip(every, tables.items()):
+        cells(axes, shares)
         axes.invert_yaxis()
         axes.set_yticks([])
-        if len(loops[name]) == 1:
+        if len(loops) == 1:
             axes.set_xticks([0], [NAMES[name]])
             continue
-        axes.set_xticks(range(len(loops[name])), loops[name])
+        axes.set_xticks(range(len(loops)), loops)
         axes.set_xlabel("one layer, looped T times at test time")
         trained = next(row["mean_recurrence"] for row in rows if row["model"] == name)
-        end, top = sum(T <= trained for T in loops[name]) - 0.5, len(HOPS) - 0.45
+        end, top = sum(T <= trained for T in loops) - 0.5, len(HOPS) - 0.45
         axes.axvline(end, color=figures.RED, lw=2)
         axes.text(end, top, f"mean of training: {trained} loops", color=figures.RED, ha="center")
     every[0].set_yticks(range(len(HOPS)), HOPS)

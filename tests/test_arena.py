@@ -1,5 +1,6 @@
 """Rules and recipes that change the model from outside: each still counts and caches exactly."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,8 @@ def test_loops_grow_during_training():
     means = [arena.grow(model, args, progress, 0).double().mean().item()
              for progress in (0, 0.4, 0.99)]
     assert means == pytest.approx([1, 2 + 0.135, 4 + 0.018], abs=0.01)
+    six = Parcae(replace(CONFIG, mean_recurrence=6))  # no power of two
+    assert arena.grow(six, args, 0.99, 0).double().mean().item() == pytest.approx(6, abs=0.01)
 
 
 def test_runs_of_the_arena_are_named_by_rule_rate_and_seed():

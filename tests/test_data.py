@@ -523,7 +523,7 @@ def test_places_that_cannot_be_written_get_one_line(tmp_path, out, said):
         here = tmp_path / "e"
         here.mkdir()
     before = set(tmp_path.iterdir())
-    done = script("data.py", "text", tmp_path / "t.txt", "--out", out, cwd=here)
+    done = script("data.py", "text", "--out", out, tmp_path / "t.txt", cwd=here)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
     assert set(tmp_path.iterdir()) == before

@@ -85,7 +85,7 @@ def test_half_takes_each_model_at_its_best_rate_and_redraws_from_its_table(build
     assert again.stdout == first.stdout.rpartition("left out\n")[2] and png(tmp_path / "half-8.png")
 
 
-def test_first_pairs_runs_of_equal_tokens_and_variants_with_what_they_vary():
+def test_first_pairs_runs_of_equal_tokens_and_variants_with_the_default():
     rows = [{"channels": 64, "layers": "0/1/0", "variant": variant, "mean_recurrence": loops,
              "rate": 0.02, "seed": seed, "tokens": 1000, "flops": "1e9" if loops == 1 else "2e9",
              "val_loss_1": at_1, "val_loss_4": at_4, "val_loss_16": at_4}
@@ -260,6 +260,7 @@ def test_p_hop_from_runs(build, tmp_path, monkeypatch, capsys):
         ("looped", "0.01", "1"), ("looped", "0.01", "3"),
         ("looped", "0.03", "1"), ("looped", "0.03", "3"), ("once", "0.03", "1")}
     assert len(rows) == 45 and png(tmp_path / "p-hop.png")
+    assert len(p_hop.by_rate(p_hop.read_table(tmp_path / "p-hop.csv", p_hop.COLUMNS))) == 27
 
 
 def test_a_quick_p_hop_trains_three_models_and_prints_their_answers(tmp_path, monkeypatch, capfd):
