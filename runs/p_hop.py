@@ -265,7 +265,8 @@ def picture(path, rows):
     every[0].set_yticks(range(len(HOPS)), HOPS)
     every[0].set_ylabel(f"p lookups in a row (trained: {min(HOPS)} to {max(HOPS)})")
     right.suptitle("Each further loop brings one more lookup within reach\n"
-                   "(right answers in %; guesses get 26 to 51, most at p = 2)", fontsize=11)
+                   "(right answers in % at equal training FLOPs; guesses get 26 to 51)",
+                   fontsize=11)
     figures.save(figure, path)
 
 

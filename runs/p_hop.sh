@@ -5,7 +5,8 @@
 # that is best for its seed 0.
 #
 #   bash runs/p_hop.sh                               seed 0: 10 to 25 minutes a run, on one core
-#   SEEDS="0 1 2" TUNE="1.5e-2 3e-2" bash runs/p_hop.sh    the published table: 4 core-hours
+#   SEEDS="0 1 2" TUNE="7.5e-3 1.5e-2 3e-2 6e-2" bash runs/p_hop.sh     three seeds, more rates:
+#                                                    the published table has some of these runs
 # Writes table and picture to out/; RESULTS=results replaces the published ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
