@@ -449,6 +449,21 @@ def sample(s):
         yield token
 
 
+def train_and_report(s):
+    """Train, unless the run is finished already, and print what came out."""
+    if not start_or_resume(s):
+        return
+    if rank() == 0:
+        introduce(s)
+    if train(s):
+        report(s)
+    elif s.run.saved is None:
+        say("stopped, and nothing was saved")
+    else:
+        say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue with: "
+            f"python {SCRIPT} --resume --out {shlex.quote(s.args.out)}")
+
+
 def main():
     args = parse_args(__doc__)
     s = setup(args)
@@ -456,16 +471,7 @@ def main():
         say(json_text(s.record, indent=1))
     else:
         with s.run.held():
-            if start_or_resume(s):
-                if rank() == 0:
-                    introduce(s)
-                if train(s):
-                    report(s)
-                elif s.run.saved is None:
-                    say("stopped, and nothing was saved")
-                else:
-                    say(f"stopped at step {s.run.state['step']}, saved at {s.run.saved}; continue "
-                        f"with: python {SCRIPT} --resume --out {shlex.quote(args.out)}")
+            train_and_report(s)
     if world() > 1:
         dist.barrier()  # ranks leave together: gloo may abort a rank whose partner has left,
         time.sleep(0.5)  # even while that rank is still leaving the barrier

@@ -165,20 +165,24 @@ def new_file(text):
     path = Path(some_path(text))
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"is {text}, which is not a file")
-    new_directory(text, path.parent)
+    check_writable(path.parent, text)
     return text
 
 
-def new_directory(text, path=None):
-    """Return text if it names a directory to write to, existing or new (an argparse type). path:
-    that directory, if text is more than its name."""
-    path = path or Path(some_path(text))
+def new_directory(text):
+    """Return text if it names a directory to write to, existing or new (an argparse type)."""
+    check_writable(Path(some_path(text)), text)
+    return text
+
+
+def check_writable(path, text):
+    """Raise ArgumentTypeError if no files can be written to a directory, existing or new. text:
+    what names it or a file in it."""
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"is {text}, but {there} is not a directory")
     if not os.access(there, os.W_OK):
         raise argparse.ArgumentTypeError(f"is {text}, but you may not write to {there}")
-    return text
 
 
 COUNT = number(int, 1, 2 ** 53)

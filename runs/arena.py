@@ -24,9 +24,9 @@ from parts import figures
 from parts.cli import Parser, run_script
 from parts.layers import Block, HeadLoss
 from runs.common import (
-    at_one_rate,
     collect,
     differences,
+    each_at_one_rate,
     error_text,
     finished,
     loss_at,
@@ -242,8 +242,7 @@ def read_row(path):
 def print_table(rows):
     """Print the losses of seed 0 at each rate, and a table of means over seeds (see at_one_rate).
     Return {rule: its rows by seed}, the best first."""
-    found = {rule: [row for row in rows if row["rule"] == rule] for rule in RULES}
-    chosen = {rule: at_one_rate(rule, mine, AT_OWN) for rule, mine in found.items() if mine}
+    chosen = each_at_one_rate({rule: rule for rule in RULES}, rows, "rule", AT_OWN)
 
     def mean(mine, column):
         return np.mean([row[column] for row in mine])

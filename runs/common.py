@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parts import figures
-from parts.cli import Parser, UserError
+from parts.cli import Parser, UserError, progress_bar
 from parts.comparable import say_differences
 from parts.tables import last_line, write_csv
 
@@ -57,7 +57,7 @@ def finished_rows(folder, row_of):
     """Return the rows that row_of makes of the finished runs in a directory; print a warning if
     runs are hard to compare. Raises UserError if no run is finished."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    rows = [row for row in map(row_of, paths) if row]
+    rows = [row for row in map(row_of, progress_bar(paths, unit="run")) if row]
     if not rows:
         raise UserError(f"{folder} holds no finished run")
     say_differences(paths)
@@ -102,6 +102,12 @@ def parse_args(about):
 # ------------------------------------------------------------------------------- rates and seeds
 
 
+def counted(by_seed):
+    """Return the values of {seed: value}, by seed. With three other seeds, seed 0, which chose the
+    rate, does not count."""
+    return [by_seed[seed] for seed in sorted(by_seed) if seed or len(by_seed) < 4]
+
+
 def at_one_rate(label, rows, loss="val_loss"):
     """Return a model's rows at one learning rate, by seed: at the one that has most seeds; of
     several such, at the best for seed 0. Print seed 0's loss, the column `loss`, at all rates. Seed
@@ -113,10 +119,14 @@ def at_one_rate(label, rows, loss="val_loss"):
     if tried:
         print(f"{label}: seed 0 by rate " + ", ".join(f"{r:g}: {x:.4f}" for r, x in tried.items()))
     rate = max(runs, key=lambda rate: (len(runs[rate]), -tried.get(rate, math.inf)))
-    seeds = runs[rate]
-    if len(seeds) > 3:
-        seeds.pop(0, None)
-    return [seeds[seed] for seed in sorted(seeds)]
+    return counted(runs[rate])
+
+
+def each_at_one_rate(labels, rows, column="model", loss="val_loss"):
+    """Return {name: its rows, see at_one_rate} for the names in a column of rows. labels: {name:
+    what is printed}, in the order of the result."""
+    found = {name: [row for row in rows if row[column] == name] for name in labels}
+    return {name: at_one_rate(labels[name], mine, loss) for name, mine in found.items() if mine}
 
 
 def losses_of(rows, loss="val_loss"):

@@ -17,7 +17,7 @@ import numpy as np
 from parts.cli import Parser, run_script
 from parts.reading import read_json
 from parts.tables import write_csv
-from runs.common import error_text, finished, finished_rows, gain_text
+from runs.common import counted, error_text, finished, finished_rows, gain_text
 
 DEFAULT = {"channels": 64, "layers": "0/1/0", "variant": "", "mean_recurrence": 4, "rate": 0.02}
 
@@ -59,12 +59,6 @@ def gains(rows):
                     by_seed[row["seed"]] = row["val_loss_1"] - ours[f"val_loss_{loops}"]
             if by_seed:
                 yield key, loops, equal, by_seed
-
-
-def counted(by_seed):
-    """Return the values of {seed: value}; with three other seeds, without that of seed 0, which
-    chose shape and rates."""
-    return [value for seed, value in by_seed.items() if seed or len(by_seed) < 4]
 
 
 def of_default(rows, variant=""):

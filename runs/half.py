@@ -19,9 +19,9 @@ from parts import figures
 from parts.cli import run_script
 from parts.reading import read_json
 from runs.common import (
-    at_one_rate,
     collect,
     differences,
+    each_at_one_rate,
     finished,
     gain_text,
     loss_at,
@@ -75,8 +75,7 @@ def read_row(path):
 
 def by_model(rows):
     """Return {model: its rows by seed}, each model at one rate; print all rates tried."""
-    found = {name: [row for row in rows if row["model"] == name] for name in NAMES}
-    return {name: at_one_rate(NAMES[name], mine) for name, mine in found.items() if mine}
+    return each_at_one_rate(NAMES, rows)
 
 
 def print_table(runs):

@@ -14,6 +14,8 @@ three other seeds, seed 0, which chose the rate, does not count.
 import subprocess
 import sys
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,19 @@ from data import prepare
 from model import Parcae
 from parts import figures
 from parts.cli import SEED, Parser, UserError, check_idle, progress_bar, run_script
-from parts.comparable import changed_text, say_differences
+from parts.comparable import changed_text
 from parts.generation import check_predicts
 from parts.loader import open_shard
 from parts.sources import SOURCES
 from parts.tables import write_csv
-from runs.common import at_one_rate, finished, loss_at, read_table, split_name
+from runs.common import (
+    each_at_one_rate,
+    finished,
+    finished_rows,
+    loss_at,
+    read_table,
+    split_name,
+)
 
 NAMES = {"once": "one layer\nrun once", "looped": "looped", "two": "two\nnarrow\nlayers",
          "four": "four\nlayers", "eight": "eight\nlayers"}
@@ -126,27 +135,20 @@ def read_docs(path=DATA):
     return torch.from_numpy(tokens.reshape((tokens == tokens[0]).sum(), -1))
 
 
-def measure(folder):
-    """Return the rows of all runs in a folder. Raises UserError if no run is finished."""
-    docs, rows = read_docs(), []
-    paths = sorted(folder.iterdir())
-    say_differences(paths)
-    for path in progress_bar(paths, unit="run"):
-        name, rate, seed = split_name(path, "MODEL-RATE-SEED", NAMES)
-        done = finished(path)
-        if not done:
-            continue
-        difference = changed_text(path, DATA.parent)
-        if difference:
-            print(difference)
-        model = Parcae.from_pretrained(path)
-        trained = model.config.mean_recurrence if model.config.n_recurrent else 1
-        run = {"model": name, "rate": rate, "seed": seed, "mean_recurrence": trained,
-               "val_loss": loss_at(path, done, trained)}
-        rows += rows_of(run, accuracies(model, docs))
-    if not rows:
-        raise UserError(f"{folder} holds no finished run")
-    return rows
+def read_run(path, docs):
+    """Return the rows of a run, None if it is not finished. Raises UserError."""
+    name, rate, seed = split_name(path, "MODEL-RATE-SEED", NAMES)
+    done = finished(path)
+    if not done:
+        return None
+    difference = changed_text(path, DATA.parent)
+    if difference:
+        print(difference)
+    model = Parcae.from_pretrained(path)
+    trained = model.config.mean_recurrence if model.config.n_recurrent else 1
+    run = {"model": name, "rate": rate, "seed": seed, "mean_recurrence": trained,
+           "val_loss": loss_at(path, done, trained)}
+    return rows_of(run, accuracies(model, docs))
 
 
 def rows_of(run, found):
@@ -157,13 +159,11 @@ def rows_of(run, found):
 
 def by_rate(rows):
     """Return the rows of each model's runs at one rate; print all rates tried."""
-    chosen = set()
-    for name in NAMES:
-        # one row of each run
-        runs = [row for row in rows if (row["model"], row["T"], row["p"]) == (name, 1, 0)]
-        if runs:
-            chosen |= {(name, row["rate"], row["seed"]) for row in at_one_rate(name, runs)}
-    return [row for row in rows if (row["model"], row["rate"], row["seed"]) in chosen]
+    run_of = itemgetter("model", "rate", "seed")
+    one_of_each = [row for row in rows if (row["T"], row["p"]) == (1, 0)]
+    chosen = each_at_one_rate({name: name for name in NAMES}, one_of_each)
+    shown = {run_of(row) for mine in chosen.values() for row in mine}
+    return [row for row in rows if run_of(row) in shown]
 
 
 def quick(seed):
@@ -297,7 +297,8 @@ def main():
         prepare("p-hop", args.out)
         return
     if args.source.is_dir():
-        rows = measure(args.source)
+        runs = finished_rows(args.source, partial(read_run, docs=read_docs()))
+        rows = [*chain.from_iterable(runs)]
         write_csv(args.out / "p-hop.csv", rows, COLUMNS)
     else:
         rows = read_table(args.source, COLUMNS)

@@ -211,9 +211,9 @@ def main():
     batches = text.batches(max(1, EVAL_TOKENS // model.config.block_size))
     bar = progress_bar(batches, desc="evaluating", unit="batch")
     losses_of = partial(token_losses, recurrence=recurrence, kv_cache=args.kv_cache)
-    nats, tokens, n_bytes = read_all(model, bar, tokenizer, losses_of)
-    rows = [row_of(T, nats[T], tokens, n_bytes, nats[recurrence[0]]) for T in recurrence]
-    tokens = sum(tokens)
+    nats, counts, n_bytes = read_all(model, bar, tokenizer, losses_of)
+    rows = [row_of(T, nats[T], counts, n_bytes, nats[recurrence[0]]) for T in recurrence]
+    tokens = sum(counts)
     print(f"{args.run} on {tokens:,} tokens ({n_bytes:,} bytes) of {text.name}, KV cache: "
           f"{args.kv_cache}\nrecurrence T   nats per token   perplexity   bits per byte   "
           f"gain over T = {recurrence[0]}")
