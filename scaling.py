@@ -94,11 +94,11 @@ def optimum_of(budget, every, cost, noise):
         optimum["tokens"] = budget.flops / float(cost(math.exp(log_mu)))
         optimum["val_loss"] = math.exp(np.polyval(parabola, log_mu))
     if len(every) > 1:
-        ends = np.append(np.quantile(every[1:], [0.025, 0.975], method="nearest"), log_mu)
-        ends = np.array([ends.min(), ends.max()])  # the interval contains its estimate
-        optimum["ci"] = np.exp(ends.clip(math.log(low), math.log(high))).tolist()
         at_edge = {-math.inf: "<= ", math.inf: ">= "}
-        optimum["ci_at_edge"] = [at_edge.get(end, "") for end in ends.tolist()]
+        ends = np.quantile(every[1:], [0.025, 0.975], method="nearest").tolist()
+        ends = [min(ends[0], log_mu), max(ends[1], log_mu)]  # the interval contains its estimate
+        optimum["ci"] = np.exp(np.clip(ends, math.log(low), math.log(high))).tolist()
+        optimum["ci_at_edge"] = [at_edge.get(end, "") for end in ends]
     return optimum
 
 
@@ -132,8 +132,9 @@ def line_through(x, y, low, high):
     target = np.where(known, y, y.clip(low, high))
     for _ in range(2 * len(x)):
         slope, intercept = np.polyfit(x[used], target[used], 1)
-        contradicted = np.sign(y) * (slope * x + intercept - target) < 0  # e.g. above an "at most"
-        before, used = used, known | contradicted
+        line = slope * x + intercept
+        violated = (y == -np.inf) & (line > low) | (y == np.inf) & (line < high)
+        before, used = used, known | violated
         if np.array_equal(used, before):
             break
     return slope, intercept

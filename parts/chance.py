@@ -106,8 +106,8 @@ def gains(budgets, noise):
         gained = {(seed, mu): unlooped[seed] - math.exp(loss)
                   for mu, cell in budget.cells.items() if mu != 1
                   for seed, loss in cell.items() if seed in unlooped}
-        paired = {seed for seed, _ in gained}
-        alone += budget.seeds.sum() - len(paired) - len(gained)
+        paired = len(gained) + len({seed for seed, _ in gained})  # looped runs and their partners
+        alone += budget.seeds.sum() - paired
         if not gained:
             continue
         by_others = {seed: {} for seed in unlooped}  # {seed: {mu_rec: mean gain of other seeds}}

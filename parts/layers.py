@@ -100,8 +100,9 @@ class Attention(nn.Module):
         if kv is not None:
             keys, values, places, mask = kv
             keys[:, :, places], values[:, :, places] = k, v
-            held = places.stop if mask is None else None
-            k, v = keys[:, :, :held], values[:, :, :held]
+            k, v = keys, values
+            if mask is None:  # places is a slice
+                k, v = k[:, :, :places.stop], v[:, :, :places.stop]
 
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, S, D))
 

@@ -68,7 +68,7 @@ class Loader:
         # A shard has one window less than would fit, so that each epoch can move its windows by up
         # to block_size tokens. A single window moves within the tokens that are left behind it.
         fit, behind = np.divmod(lengths - 1, block_size)
-        several = lengths > 2 * block_size
+        several = fit > 1
         self.room = np.where(several, block_size, behind)
         self.first = np.cumsum([0, *(fit - several)])  # first[s]: the first window of shard s
         if len(self) < 1:

@@ -1,4 +1,4 @@
-"""Write the loop of training yourself: a depth for each row, a gradient for its last loops.
+"""Write the looped forward pass yourself: a depth for each row, a gradient for its last loops.
 
     python docs/blanks/loop.py    says what is still wrong, or that nothing is
 
