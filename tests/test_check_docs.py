@@ -16,7 +16,7 @@ GOOD = """# A document
 Then `python -m tools.evaluate --recurrence 1 2` and [results](results/README.md), see `model.py`.
 
 ```bash
-RATES=1e-1 bash runs/stability.sh
+RATES="1e-1 3e-1" STEPS=2 bash runs/stability.sh
 for seed in 0 1; do
     python train.py $small --seed $seed --out out/$seed
 done

@@ -37,8 +37,9 @@ SKIP = {  # pattern of commands that --full does not run: the reason
 PASSES_ON = {"tools/sweep.py": "train.py", "runs/arena.py": "train.py",
              "runs/recipe.py": "train.py"}  # script: the one that gets the flags it does not know
 
-RUNS = re.compile(r"(\w+=\S* +)*(python3?|bash|pip|torchrun) ")
-SETS = re.compile(r"\w+=(\"[^\"]*\"|'[^']*')\s*(#.*)?$")
+QUOTED = r"\"[^\"]*\"|'[^']*'"
+RUNS = re.compile(rf"(\w+=({QUOTED}|\S*) +)*(python3?|bash|pip|torchrun) ")
+SETS = re.compile(rf"\w+=({QUOTED})\s*(#.*)?$")
 BEGINS = re.compile(f"{RUNS.pattern}|{SETS.pattern}|for .*; do")
 CODE = re.compile(r"^ *```[^\n]*\n(?P<fenced>.*?)^ *```"  # or four spaces after a blank line
                   r"|(?:\A|(?<=\n\n))(?:    [^\n]*(?:\n|\Z)|\n(?=\n*    ))+", re.M | re.S)
