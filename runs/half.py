@@ -142,7 +142,8 @@ def picture(path, runs):
             color, shape = (figures.RED, "o") if name == "looped" else ("0.4", "s")
             x, losses = float(rows[0][key]) / unit, [row["val_loss"] for row in rows]
             axes.plot([x] * len(losses), losses, shape, color=color, alpha=0.7)
-            axes.annotate(NAMES[name], (x, min(losses)), xytext=(0, -8), ha="center", va="top",
+            at, down, va = (max, 8, "bottom") if name == "plain" else (min, -8, "top")
+            axes.annotate(NAMES[name], (x, at(losses)), xytext=(0, down), ha="center", va=va,
                           textcoords="offset points", fontsize=8, color=color)
         axes.margins(0.4, 0.12)  # room for the names
     both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",

@@ -2,13 +2,13 @@
 # Does a looped model reach a transformer of twice its size on the same tokens? 1/4/1 layers, the
 # middle four looped 8 times on average, compete with six layers and twelve layers without a
 # loop, six layers that are 1.4 times as wide, and six layers trained for equal FLOPs. There are no
-# value embeddings, since their number would double with the layers. Each model has three seeds at
-# the rate that is best for its seed 0. The most important runs come first.
+# value embeddings, since their number would double with the layers. Each model has the rate that is
+# best for its seed 0, which does not count. The most important runs come first.
 #
-#   bash runs/half.sh                    64 channels, 20M tokens: about 6 hours on one core
-#   TUNE="5e-3 1e-2 2e-2 4e-2" bash runs/half.sh     seed 0 at other rates, too
-#   CHANNELS=32 MODELS="looped plain deep" bash runs/half.sh
-#                                        4.1M tokens: 20 minutes on one core
+#   CHANNELS=32 bash runs/half.sh        4.1M tokens: about an hour on one core
+#   CHANNELS=32 SEEDS="0 1 2 3 4 5" TUNE="8e-3 1.6e-2 3.2e-2 6.4e-2" bash runs/half.sh
+#                                        seed 0 at other rates, too
+#   bash runs/half.sh                    64 channels, 20M tokens: about 8 hours on one core
 #   CHANNELS=128 MODELS="looped plain deep" bash runs/half.sh
 #                                        20M tokens, minutes on a GPU (with JOBS=14 there)
 # Writes table and picture to out/; RESULTS=results replaces the published ones.
@@ -28,8 +28,8 @@ case $channels in  # longer: training FLOPs of the looped model
 esac
 rate_of() {  # model
     case $channels-$1 in
-        32-deep) echo 1e-2 ;;
-        32-*) echo 3e-2 ;;
+        32-looped) echo 3.2e-2 ;;
+        32-*) echo 1.6e-2 ;;
         64-deep) echo 5e-3 ;;
         64-plain | 64-longer) echo 2e-2 ;;
         64-*) echo 1e-2 ;;
@@ -50,7 +50,7 @@ run() {  # model rate seed
         "--out $out/$1-$2-$3"
 }
 {
-    for seed in 0 1 2; do
+    for seed in ${SEEDS:-0 1 2 3}; do
         for model in $models; do run $model $(rate_of $model) $seed; done
     done
     for rate in ${TUNE:-}; do
