@@ -236,9 +236,9 @@ class Parcae(nn.Module):
         return inputs, self.injection.input(e), h.expand_as(e)
 
     def recurrent_pass(self, h, u, inputs, cache=None, t=0):
-        """Return the state (B, S, D) after one more loop (eq. 3). t counts the loops before it: an
-        int, which finds the place in a cache; in `forward`, (B, 1), which only changes like those
-        of docs/manual.md read."""
+        """Return the state (B, S, D) after one more loop (eq. 3). t counts the loops before it.
+        It is an int, which finds the place in a cache, or in `forward` a tensor (B, 1), for changes
+        of the code that depend on the loop (docs/manual.md)."""
         if not self.recurrent:
             return u  # in a plain transformer, u is the prelude's output
         h = self.injection(h, u)

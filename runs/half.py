@@ -73,11 +73,6 @@ def read_row(path):
          for n in LOOPS}
 
 
-def by_model(rows):
-    """Return {model: its rows by seed}, each model at one rate; print all rates tried."""
-    return each_at_one_rate(NAMES, rows)
-
-
 def print_table(runs):
     """Print the table of results/README.md."""
     print("| model | parameters | training FLOPs | inference FLOPs a token | cache of a token | "
@@ -135,15 +130,16 @@ def gain_and_gap(loss, name):
 
 
 def picture(path, runs):
-    """Draw loss against size and against cost. runs: see by_model."""
+    """Draw loss against size and against cost. runs: see each_at_one_rate."""
     figure, both = figures.panels(2, 9, 3.8)
     for axes, key, unit in zip(both, ("parameters", "training_flops"), (1e3, 1e12)):
         for name, rows in runs.items():
             color, shape = (figures.RED, "o") if name == "looped" else ("0.4", "s")
             x, losses = float(rows[0][key]) / unit, [row["val_loss"] for row in rows]
             axes.plot([x] * len(losses), losses, shape, color=color, alpha=0.7)
-            at, down, va = (max, 8, "bottom") if name == "plain" else (min, -8, "top")
-            axes.annotate(NAMES[name], (x, at(losses)), xytext=(0, down), ha="center", va=va,
+            # a name stands below its points; that of "plain" above, since "looped" is below
+            end, away, va = (max, 8, "bottom") if name == "plain" else (min, -8, "top")
+            axes.annotate(NAMES[name], (x, end(losses)), xytext=(0, away), ha="center", va=va,
                           textcoords="offset points", fontsize=8, color=color)
         axes.margins(0.4, 0.12)  # room for the names
     both[0].set(xlabel="parameters (thousands)", ylabel="val loss (nats per byte)",
@@ -155,7 +151,8 @@ def picture(path, runs):
 def main():
     args = parse_args(__doc__)
     name = args.source.name.removesuffix(".csv")
-    runs = by_model(collect(args.source, args.out / f"{name}.csv", read_row, COLUMNS))
+    rows = collect(args.source, args.out / f"{name}.csv", read_row, COLUMNS)
+    runs = each_at_one_rate(NAMES, rows)
     print_table(runs)
     print_comparison({model: losses_of(rows) for model, rows in runs.items()})
     picture(args.out / f"{name}.png", runs)

@@ -21,8 +21,8 @@ import torch
 from model import PRESETS, Parcae, ParcaeConfig
 from parts import figures
 from parts.cli import Parser, UserError, run_script
-from runs.common import losses_of, read_table
-from runs.half import COLUMNS, by_model, fieller, gain_and_gap
+from runs.common import each_at_one_rate, losses_of, read_table
+from runs.half import COLUMNS, NAMES, fieller, gain_and_gap
 
 T = 8  # loops of all models here
 # channels of our models: their table, from runs.half
@@ -71,7 +71,8 @@ def published():
 def ours(channels, path):
     """Return the point of a table: the looped 1/4/1 layers against six and twelve layers. Raises
     UserError."""
-    loss = {name: losses_of(rows) for name, rows in by_model(read_table(path, COLUMNS)).items()}
+    runs = each_at_one_rate(NAMES, read_table(path, COLUMNS))
+    loss = {name: losses_of(rows) for name, rows in runs.items()}
     gain, gap = gain_and_gap(loss, "deep")
     if not len(gain):
         raise UserError(f"in {path}, looped, plain and deep models have no seed in common")
